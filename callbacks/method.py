@@ -1,0 +1,196 @@
+"""What every compression method's callback shares: which parameters, when, and Lightning's hooks."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pressfit.callbacks.plan import Plan
+from pressfit.compressors.select import Selection, select
+
+__all__ = ["Method"]
+
+
+class Method(pl.Callback):
+    """A projection that training meets in a window of steps; callbacks only declare it.
+
+    All methods of a Trainer are gathered into one :class:`~pressfit.callbacks.Plan`, which the
+    first of them in the Trainer's list drives. A subclass says how to :meth:`choose` anew (masks,
+    clusters) and how to :meth:`project_` with the choice fixed.
+
+    Args:
+        start: Fraction of training after which the method begins.
+        stop: Fraction of training at which it has reached its full strength.
+        start_step: The same in optimizer steps, instead of ``start``.
+        stop_step: The same in optimizer steps, instead of ``stop``.
+        every: Steps between choices; by default 100 choices are spread over the window.
+        include: Patterns of parameter names that replace the default, the weights of Linear,
+            Conv, Embedding and attention layers.
+        exclude: Patterns of parameter names to leave out.
+    """
+
+    place: ClassVar[int]
+    """Position in a chain: a method may only follow ones of a smaller place."""
+
+    def __init__(
+        self,
+        start: float,
+        stop: float,
+        start_step: int | None,
+        stop_step: int | None,
+        every: int | None,
+        include: str | Sequence[str] | None,
+        exclude: str | Sequence[str],
+    ) -> None:
+        super().__init__()
+        for name, value in (("start", start), ("stop", stop)):
+            if not 0.0 <= value <= 1.0:
+                raise MisconfigurationException(
+                    f"{type(self).__name__}: {name}={value} is no fraction of training; "
+                    f"for optimizer steps write {name}_step={value}"
+                )
+        for name, step in (("start_step", start_step), ("stop_step", stop_step), ("every", every)):
+            if step is not None and (step != int(step) or step < (name == "every")):
+                raise MisconfigurationException(
+                    f"{type(self).__name__}: {name}={step} is no number of optimizer steps"
+                )
+        self.start, self.stop = start, stop
+        self.start_step, self.stop_step = start_step, stop_step
+        self.every = every
+        self.include, self.exclude = include, exclude
+        self.selection = Selection({}, {})
+        self.plan: Plan | None = None
+        self.chosen_at: int | None = None
+
+    @property
+    def straight_through(self) -> bool:
+        """Whether the optimizer moves a latent weight and the gradient is taken at the projection;
+        otherwise the projected weight itself is moved."""
+        return True
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The method in a few words, for the plan's table."""
+
+    @abstractmethod
+    def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
+        """Choose anew what :meth:`project_` holds fixed, for all weights together."""
+
+    @abstractmethod
+    def project_(self, name: str, weight: Tensor) -> None:
+        """Project one weight in place."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget all choices and statistics."""
+
+    @abstractmethod
+    def choices(self) -> dict[str, Any]:
+        """Choices and statistics as tensors, for the checkpoint."""
+
+    @abstractmethod
+    def load_choices(self, choices: dict[str, Any], module: nn.Module) -> None:
+        """Take over what :meth:`choices` returned."""
+
+    def strength(self, progress: float) -> float:
+        """Strength at a progress in [0, 1] through the window."""
+        return 1.0
+
+    def attach(self, module: nn.Module) -> None:
+        """Select the module's parameters and check that the method can act on them."""
+        self.selection = select(module, self.include, self.exclude)
+
+    def detach(self) -> None:
+        """Remove what :meth:`attach` left in the module."""
+
+    def observe(self, name: str, parameter: nn.Parameter, state: Mapping[str, Any]) -> None:
+        """Update statistics after an optimizer step; ``state`` is the optimizer's own."""
+
+    def window(self, horizon: float) -> tuple[int, int]:
+        """First and last step of the window, for training of ``horizon`` optimizer steps."""
+        bounds = []
+        for name in ("start", "stop"):
+            step, fraction = getattr(self, f"{name}_step"), getattr(self, name)
+            if step is None and fraction and horizon == float("inf"):
+                raise MisconfigurationException(
+                    f"{type(self).__name__}: {name}={fraction} is a fraction of a training that "
+                    f"has no known end: set max_steps or max_epochs, or give {name}_step"
+                )
+            bounds.append(step if step is not None else int(fraction * horizon) if fraction else 0)
+        first, last = bounds
+        if last < first:
+            raise MisconfigurationException(
+                f"{type(self).__name__}: its window ends at step {last}, before it starts at "
+                f"step {first}"
+            )
+        return first, last
+
+    # What follows is Lightning's side. Every method takes part, and the first one drives.
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(include=self.include, exclude=self.exclude)
+
+    @property
+    def _drives(self) -> bool:
+        return self.plan is not None and self.plan.methods[0] is self
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        methods = [callback for callback in trainer.callbacks if isinstance(callback, Method)]  # type: ignore[attr-defined]
+        if stage != "fit" or methods[0] is not self:
+            return
+        # A second fit of one Trainer goes on where the first one ended.
+        step = self.plan.step if self.plan is not None and trainer.global_step else 0
+        plan = Plan(methods, pl_module, fresh=step == 0)
+        plan.step = step
+        for method in methods:
+            method.plan = plan
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._drives and self.plan is not None:
+            self.plan.hook(trainer.optimizers)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._drives and self.plan is not None:
+            self.plan.begin(trainer.estimated_stepping_batches)
+            pl.utilities.rank_zero_info(str(self.plan))
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._drives and self.plan is not None:
+            self.plan.restore_(optimizer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        if self._drives and self.plan is not None:
+            self.plan.advance()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if self._drives and self.plan is not None:
+            self.plan.settle()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._drives and self.plan is not None:
+            for warning in self.plan.finish():
+                pl.utilities.rank_zero_warn(warning)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and self._drives and self.plan is not None:
+            self.plan.unhook()
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.plan is None:
+            return {}
+        return {"step": self.plan.step, "chosen_at": self.chosen_at, "choices": self.choices()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict and self.plan is not None:
+            self.plan.step = state_dict["step"]
+            self.chosen_at = state_dict["chosen_at"]
+            self.load_choices(state_dict["choices"], self.plan.module)

@@ -1,0 +1,64 @@
+"""Compression curves: what the network would weigh if training ended now."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from pressfit.callbacks.method import Method
+from pressfit.compressors.artifact import estimate
+from pressfit.compressors.codes import Lookup, Sparse, exact
+from pressfit.compressors.select import select
+
+__all__ = ["CompressionMonitor"]
+
+
+class CompressionMonitor(pl.Callback):
+    """Log estimated file size, sparsity, clusters and distance through the Trainer's logger.
+
+    ====================================  =======================================================
+    ``compression/bytes``                 size of the file that the weights would make now
+    ``compression/ratio``                 bytes of the plain state dict over that
+    ``compression/sparsity``              fraction of zeros among the weights of layers
+    ``compression/distance``              ``||u - w|| / ||u||``: latent against projected weights
+    ``compression/sparsity/<parameter>``  fraction of zeros
+    ``compression/clusters/<parameter>``  distinct non-zero values, once they are few
+    ====================================  =======================================================
+
+    They are also in ``trainer.callback_metrics``, so that ``ModelCheckpoint`` and schedulers can
+    monitor them.
+
+    Args:
+        every_n_epochs: Epochs between two estimates; each one codes all weights.
+    """
+
+    def __init__(self, every_n_epochs: int = 1) -> None:
+        super().__init__()
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs is at least 1, got {every_n_epochs}")
+        self.every_n_epochs = every_n_epochs
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            pl_module.log_dict(self.metrics(trainer, pl_module))
+
+    @staticmethod
+    def metrics(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        """The table above, for the module as it is."""
+        state = pl_module.state_dict()
+        codes = {name: exact(tensor) for name, tensor in state.items()}
+        size = estimate(codes)
+        dense = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        found: dict[str, Any] = {"bytes": float(size), "ratio": dense / size}
+        methods = [callback for callback in trainer.callbacks if isinstance(callback, Method)]  # type: ignore[attr-defined]
+        weights = select(pl_module).chosen
+        zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+        found["sparsity"] = sum(zeros.values()) / sum(w.numel() for w in weights.values())
+        if methods and methods[0].plan is not None:
+            found["distance"] = methods[0].plan.distance()
+        for name, weight in weights.items():
+            found[f"sparsity/{name}"] = zeros[name] / weight.numel()
+            code = codes[name]
+            code = code.values if isinstance(code, Sparse) else code
+            if isinstance(code, Lookup):
+                found[f"clusters/{name}"] = float(code.codebook.shape.numel())
+        return {f"compression/{name}": value for name, value in found.items()}

@@ -1,0 +1,220 @@
+"""Gradual pruning: fewer and fewer weights while training goes on."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from pressfit.callbacks.method import Method
+from pressfit.compressors.allocation import ALLOCATIONS, Lazy
+from pressfit.compressors.criteria import CRITERIA
+from pressfit.compressors.prune import kept, support
+from pressfit.compressors.schedules import Cubic, Schedule
+from pressfit.compressors.select import match
+
+__all__ = ["GradualPruning"]
+
+# Averages over about 100 steps follow the loss landscape as it changes and still smooth batches.
+_DECAY = 0.99
+
+
+class GradualPruning(Method):
+    r"""Set ever more weights to zero: sparsity ``s(t) = sparsity * schedule(t)``.
+
+    Zhu and Gupta (2017). Every ``every`` steps the weights with the smallest scores are chosen
+    anew, exactly as many as the schedule says, and held at zero. All layers are pruned, the first
+    and the last too, as in Han et al. (2015): under the default global threshold small and
+    important layers keep more by themselves. Gale et al. (2019) keep the first convolution dense
+    and prune the last layer less: ``exclude="conv1"``, ``overrides={"fc": 0.8}``.
+
+    Args:
+        sparsity: Final fraction of zeros, over all selected parameters together.
+        criterion: What makes a weight matter: ``magnitude``, ``gradient``, ``activation``,
+            ``hessian`` or ``movement``, see :mod:`pressfit.compressors.criteria`.
+        allocation: How the sparsity is spread over tensors: ``global``, ``uniform``, ``erk`` or
+            ``lamp``, see :mod:`pressfit.compressors.allocation`.
+        schedule: Strength as a function of progress through the window.
+        start: Fraction of training at which pruning begins.
+        stop: Fraction of training at which the final sparsity is reached.
+        start_step: The same in optimizer steps, instead of ``start``.
+        stop_step: The same in optimizer steps, instead of ``stop``.
+        every: Steps between choices; by default 100 choices are spread over the window.
+        coupling: ``"hard"``: pruned weights stay zero for good. ``"straight_through"``: the
+            optimizer moves a dense latent weight by the gradient at the pruned one, so that
+            weights can return (dynamic pruning with feedback, Lin et al., 2020).
+        include: Patterns of parameter names that replace the default, the weights of Linear,
+            Conv, Embedding and attention layers.
+        exclude: Patterns of parameter names to leave out.
+        overrides: Sparsity of their own for parameters by pattern; the others share
+            ``sparsity`` among them.
+
+    Example:
+        >>> from pressfit.callbacks import Plan
+        >>> print(Plan([GradualPruning(0.9, stop=0.5)], nn.Linear(20, 10), horizon=1000))
+        Compression plan
+          GradualPruning: sparsity 0.9 (global magnitude), hard, steps 0 to 500
+            1 tensors, 200 weights: weight
+          left out (not the weight of a Linear, Conv, Embedding or attention layer): bias
+    """
+
+    place = 0
+
+    def __init__(
+        self,
+        sparsity: float = 0.95,
+        criterion: str = "magnitude",
+        allocation: str = "global",
+        schedule: Schedule | None = None,
+        start: float = 0.0,
+        stop: float = 0.7,
+        start_step: int | None = None,
+        stop_step: int | None = None,
+        every: int | None = None,
+        coupling: Literal["hard", "straight_through"] = "hard",
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+        overrides: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(start, stop, start_step, stop_step, every, include, exclude)
+        self.overrides = dict(overrides or {})
+        for fraction in (sparsity, *self.overrides.values()):
+            if not 0.0 <= fraction <= 1.0:
+                raise MisconfigurationException(
+                    f"GradualPruning: a sparsity is a fraction in [0, 1], got {fraction}"
+                )
+        for name, value, known in (
+            ("criterion", criterion, list(CRITERIA)),
+            ("allocation", allocation, list(ALLOCATIONS)),
+            ("coupling", coupling, ["hard", "straight_through"]),
+        ):
+            if value not in known:
+                raise MisconfigurationException(
+                    f"GradualPruning: unknown {name} {value!r}, choose one of {', '.join(known)}"
+                )
+        self.sparsity, self.schedule = sparsity, schedule or Cubic()
+        self.criterion, self.allocation, self.coupling = criterion, allocation, coupling
+        self.masks: dict[str, Tensor] = {}
+        self.statistics: dict[str, dict[str, Tensor]] = {}
+        self._norms: dict[str, _InputNorm] = {}
+        # Adam's own averages of squared gradients, which its state saves already.
+        self._adam: dict[str, Tensor] = {}
+
+    @property
+    def straight_through(self) -> bool:
+        return self.coupling == "straight_through"
+
+    def describe(self) -> str:
+        own = f", {len(self.overrides)} overrides" if self.overrides else ""
+        return f"sparsity {self.sparsity:g} ({self.allocation} {self.criterion}{own})"
+
+    def strength(self, progress: float) -> float:
+        return self.schedule(progress)
+
+    def attach(self, module: nn.Module) -> None:
+        super().attach(module)
+        match(self.overrides, list(self.selection.chosen))
+        if "input_norm" in CRITERIA[self.criterion].statistics:
+            self._norms = {name: _InputNorm(module, name) for name in self.selection.chosen}
+
+    def detach(self) -> None:
+        for norm in self._norms.values():
+            norm.handle.remove()
+
+    def reset(self) -> None:
+        self.masks, self.statistics, self._adam = {}, {}, {}
+
+    def observe(self, name: str, parameter: nn.Parameter, state: Mapping[str, Any]) -> None:
+        mine = self.statistics.setdefault(name, {})
+        for statistic in CRITERIA[self.criterion].statistics:
+            if statistic == "input_norm":
+                mine[statistic] = self._norms[name].commit(mine.get(statistic))
+            elif statistic == "squared_gradient" and "exp_avg_sq" in state:
+                self._adam[name] = state["exp_avg_sq"]
+            elif parameter.grad is not None:
+                gradient = parameter.grad.detach()
+                average = mine.setdefault(statistic, torch.zeros_like(gradient))
+                if statistic == "movement":
+                    average.sub_(parameter.detach() * gradient)
+                else:
+                    term = gradient.square() if statistic == "squared_gradient" else gradient
+                    average.lerp_(term, 1 - _DECAY)
+
+    def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
+        # Gradients are the same on all processes, the inputs of layers are each one's own.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for mine in self.statistics.values():
+                if "input_norm" in mine:
+                    squares = mine["input_norm"].square()
+                    torch.distributed.all_reduce(squares)
+                    mine["input_norm"] = squares.div_(torch.distributed.get_world_size()).sqrt_()
+        scores = Lazy(weights, lambda name: self._score(name, weights[name]))
+        own = match(self.overrides, list(weights))
+        shared = {name: weight for name, weight in weights.items() if name not in own}
+        keep = ALLOCATIONS[self.allocation](
+            Lazy(shared, scores.__getitem__), self.sparsity * strength
+        )
+        for name, sparsity in own.items():
+            keep[name] = kept(weights[name].numel(), sparsity * strength)
+        for name in weights:
+            self.masks[name] = support(scores[name], keep[name])
+
+    def project_(self, name: str, weight: Tensor) -> None:
+        # Adding +0 turns -0 into +0: a pruned weight has one bit pattern.
+        weight.mul_(self.masks[name]).add_(0.0)
+
+    def choices(self) -> dict[str, Any]:
+        return {"masks": self.masks, "statistics": self.statistics}
+
+    def load_choices(self, choices: dict[str, Any], module: nn.Module) -> None:
+        devices = {name: parameter.device for name, parameter in module.named_parameters()}
+        self.masks = {name: mask.to(devices[name]) for name, mask in choices["masks"].items()}
+        self.statistics = {
+            name: {key: tensor.to(devices[name]) for key, tensor in mine.items()}
+            for name, mine in choices["statistics"].items()
+        }
+
+    def _score(self, name: str, weight: Tensor) -> Tensor:
+        statistics = dict(self.statistics.get(name, {}))
+        if name in self._adam:
+            statistics["squared_gradient"] = self._adam[name]
+        score = CRITERIA[self.criterion].score(weight, statistics)
+        if name in self.masks and not self.straight_through:
+            # What is pruned hard does not return, whatever one update made of it.
+            score = score.masked_fill(~self.masks[name], -torch.inf)
+        return score
+
+
+class _InputNorm:
+    """Collects the squared norm of each input feature of a layer during training."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        layer = module.get_submodule(name.rpartition(".")[0])
+        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            raise MisconfigurationException(
+                f"GradualPruning: the activation criterion needs the inputs of a Linear or Conv "
+                f"layer, and {name} belongs to a {type(layer).__name__}: exclude it, or choose "
+                "another criterion"
+            )
+        self.layer = layer
+        self.squares: Tensor | None = None
+        self.handle = layer.register_forward_pre_hook(self)
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if layer.training and torch.is_grad_enabled():
+            features = -1 if isinstance(layer, nn.Linear) else 1 - self.layer.weight.dim()
+            rows = inputs[0].detach().float().movedim(features, -1).flatten(0, -2)
+            squares = rows.square().sum(0)
+            self.squares = squares if self.squares is None else self.squares + squares
+
+    def commit(self, norm: Tensor | None) -> Tensor:
+        """The norm with what was staged since the last step, shaped like the weight's rows."""
+        assert self.squares is not None, "a layer was updated that has seen no input"
+        groups = getattr(self.layer, "groups", 1)
+        weight = self.layer.weight
+        per_group = self.squares.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
+        squares = per_group.view(*per_group.shape, *(1,) * (weight.dim() - 2))
+        squares = squares if groups > 1 else squares[:1]
+        self.squares = None
+        return squares.sqrt() if norm is None else norm.square().lerp(squares, 1 - _DECAY).sqrt()

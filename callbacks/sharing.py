@@ -1,0 +1,149 @@
+"""Weight sharing: few distinct values per tensor, trained while training goes on."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from pressfit.callbacks.method import Method
+from pressfit.compressors.cluster import KMeans, assign, linear
+from pressfit.compressors.select import match
+
+__all__ = ["WeightSharing"]
+
+
+class WeightSharing(Method):
+    r"""Let the non-zero weights of each tensor share ``k`` values, trained by their gradients.
+
+    Deep Compression's trained quantization (Han et al., 2016). Every weight keeps a latent value
+    ``u_i``, the forward pass sees its centroid ``c_{a_i}``, and the centroid is the mean of its
+    cluster's latents. An SGD step of the latents therefore moves a centroid by the *mean* of its
+    members' gradients. The paper moves it by their *sum*, the gradient of a parameter that stands
+    in many places: that scales with the cluster's size, needs a learning rate of its own, and
+    enlarges the gradient norm that clipping sees. The mean keeps the optimizer, its learning rate
+    and clipping as they are.
+
+    Every ``every`` steps the latents are assigned anew to their nearest centroid. Zeros stay zero
+    and are no cluster, so pruning comes first. First and last layers share too, as in the paper,
+    which uses 32 to 256 clusters; ``overrides={"conv1": 64}`` gives a layer its own number.
+
+    Args:
+        clusters: Number ``k`` of distinct non-zero values per tensor; any number, not only powers
+            of two, since the file's coding makes bits fractional.
+        init: ``"linear"``: the first centroids are evenly spaced over the weights' range, the
+            paper's choice, which serves the few large weights; later assignments start from the
+            trained centroids. ``"optimal"``: exact k-means of the latents at every assignment.
+        codebook_dtype: Float type that centroids are rounded to, as in
+            :class:`~pressfit.compressors.KMeans`.
+        start: Fraction of training after which sharing begins.
+        stop: Fraction of training after which assignments stay fixed.
+        start_step: The same in optimizer steps, instead of ``start``.
+        stop_step: The same in optimizer steps, instead of ``stop``.
+        every: Steps between assignments; by default 100 are spread over the window.
+        include: Patterns of parameter names that replace the default, the weights of Linear,
+            Conv, Embedding and attention layers. ``include="*.bias"`` in a second instance shares
+            the biases too.
+        exclude: Patterns of parameter names to leave out.
+        overrides: Number of clusters for parameters by pattern.
+
+    Example:
+        >>> from pressfit.callbacks import GradualPruning, Plan
+        >>> net = nn.Sequential(nn.Linear(20, 10))
+        >>> print(Plan([GradualPruning(0.9), WeightSharing(8)], net, horizon=1000))
+        Compression plan
+          GradualPruning: sparsity 0.9 (global magnitude), hard, steps 0 to 700
+            1 tensors, 200 weights: 0.weight
+          WeightSharing: 8 clusters (linear start), straight-through, steps 700 to 950
+            1 tensors, 200 weights: 0.weight
+          left out (not the weight of a Linear, Conv, Embedding or attention layer): 0.bias
+    """
+
+    place = 1
+
+    def __init__(
+        self,
+        clusters: int = 16,
+        init: Literal["linear", "optimal"] = "linear",
+        codebook_dtype: str = "float32",
+        start: float = 0.7,
+        stop: float = 0.95,
+        start_step: int | None = None,
+        stop_step: int | None = None,
+        every: int | None = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+        overrides: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(start, stop, start_step, stop_step, every, include, exclude)
+        if init not in ("linear", "optimal"):
+            raise MisconfigurationException(
+                f"WeightSharing: unknown init {init!r}, choose linear or optimal"
+            )
+        self.clusters, self.init, self.codebook_dtype = clusters, init, codebook_dtype
+        self.overrides = dict(overrides or {})
+        for count in (clusters, *self.overrides.values()):
+            KMeans(count, codebook_dtype)  # raises for what no codebook can be
+        self.clusterings: dict[str, dict[str, Tensor]] = {}
+
+    def describe(self) -> str:
+        own = f", {len(self.overrides)} overrides" if self.overrides else ""
+        return f"{self.clusters} clusters ({self.init} start{own})"
+
+    def attach(self, module: nn.Module) -> None:
+        super().attach(module)
+        match(self.overrides, list(self.selection.chosen))
+
+    def reset(self) -> None:
+        self.clusterings = {}
+
+    def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
+        own = match(self.overrides, list(weights))
+        for name, weight in weights.items():
+            flat = weight.flatten()
+            positions = flat.nonzero().squeeze(1)
+            values = flat[positions]
+            kmeans = KMeans(own.get(name, self.clusters), self.codebook_dtype)
+            if self.init == "optimal" or values.numel() == 0:
+                codebook = kmeans.centroids(values)
+            elif name in self.clusterings:
+                codebook = self.clusterings[name]["codebook"].sort().values
+            else:
+                codebook = linear(values, kmeans.clusters)
+            index = assign(values, codebook)
+            self.clusterings[name] = {
+                # Where no weight is zero, no list of positions is needed.
+                "positions": positions if values.numel() < flat.numel() else positions[:0],
+                "index": index,
+                "counts": torch.bincount(index, minlength=codebook.numel()),
+                "codebook": codebook,
+            }
+
+    def project_(self, name: str, weight: Tensor) -> None:
+        clustering = self.clusterings[name]
+        positions, index = clustering["positions"], clustering["index"]
+        counts, codebook = clustering["counts"], clustering["codebook"]
+        flat = weight.contiguous().view(-1)
+        values = flat if index.numel() == flat.numel() else flat[positions]
+        sums = torch.zeros_like(codebook, dtype=torch.promote_types(codebook.dtype, torch.float32))
+        sums.scatter_add_(0, index, values.to(sums.dtype))
+        # A cluster that lost its last weight stays where it was.
+        means = torch.where(counts > 0, sums / counts, codebook)
+        codebook.copy_(means.to(getattr(torch, self.codebook_dtype)))
+        if index.numel() == flat.numel():
+            torch.index_select(codebook, 0, index, out=flat)
+        else:
+            flat[positions] = codebook[index]
+        if not weight.is_contiguous():
+            weight.copy_(flat.view_as(weight))
+
+    def choices(self) -> dict[str, Any]:
+        return {"clusterings": self.clusterings}
+
+    def load_choices(self, choices: dict[str, Any], module: nn.Module) -> None:
+        devices = {name: parameter.device for name, parameter in module.named_parameters()}
+        self.clusterings = {
+            name: {key: tensor.to(devices[name]) for key, tensor in clustering.items()}
+            for name, clustering in choices["clusterings"].items()
+        }

@@ -1,0 +1,44 @@
+"""Compression as projection, in pure torch: codes, projections, criteria, allocations, the file."""
+
+from pressfit.compressors.allocation import ALLOCATIONS
+from pressfit.compressors.artifact import load, read, save
+from pressfit.compressors.cluster import KMeans
+from pressfit.compressors.codes import Code, Dense, Lookup, Sparse, exact, same_bits
+from pressfit.compressors.compress import compress, restore
+from pressfit.compressors.criteria import CRITERIA
+from pressfit.compressors.projections import Chain, Projection
+from pressfit.compressors.prune import TopK
+from pressfit.compressors.report import Report, TensorReport, inspect
+from pressfit.compressors.schedules import Cosine, Cubic, Iterative, Linear, OneShot, Schedule
+from pressfit.compressors.select import Selection, select
+
+__all__ = [
+    "ALLOCATIONS",
+    "CRITERIA",
+    "Chain",
+    "Code",
+    "Cosine",
+    "Cubic",
+    "Dense",
+    "Iterative",
+    "KMeans",
+    "Linear",
+    "Lookup",
+    "OneShot",
+    "Projection",
+    "Report",
+    "Schedule",
+    "Selection",
+    "Sparse",
+    "TensorReport",
+    "TopK",
+    "compress",
+    "exact",
+    "inspect",
+    "load",
+    "read",
+    "restore",
+    "same_bits",
+    "save",
+    "select",
+]

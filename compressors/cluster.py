@@ -1,0 +1,172 @@
+"""Weight sharing: few distinct values per tensor, by exact one-dimensional k-means."""
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pressfit.compressors.codes import Code, Dense, Lookup, Sparse
+from pressfit.compressors.projections import Projection
+
+__all__ = ["KMeans", "assign", "linear"]
+
+# Up to this many distinct values the optimum is found over the values themselves, above it over
+# the same number of equal bins: the error of a bin is far below that of a cluster.
+BINS = 4096
+
+
+@dataclass(frozen=True)
+class KMeans(Projection):
+    r"""Nearest tensor with at most ``k`` distinct values: ``min sum_i (w_i - c_{a_i})^2``.
+
+    Solved to the global optimum by dynamic programming over the sorted values, exactly up to
+    4,096 distinct values and over 4,096 bins above (Wang and Song, 2011, "Ckmeans.1d.dp"). Exact
+    zeros stay zero and are no cluster, so that pruned weights cost no codebook entry.
+
+    Args:
+        clusters: Number ``k`` of distinct non-zero values, at least 1; any number, not only
+            powers of two, since the index is entropy coded.
+        codebook_dtype: Name of the float type that centroids are rounded to; ``"bfloat16"``
+            halves the codebook's bytes.
+
+    Raises:
+        ValueError: The weight holds NaN or infinity.
+
+    Example:
+        >>> KMeans(clusters=2).project(torch.tensor([1.0, 1.5, 0.0, -4.0, -5.0]))
+        tensor([ 1.2500,  1.2500,  0.0000, -4.5000, -4.5000])
+    """
+
+    clusters: int
+    codebook_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.clusters < 1:
+            raise ValueError(f"KMeans needs at least 1 cluster, got clusters={self.clusters}")
+        if not isinstance(getattr(torch, self.codebook_dtype, None), torch.dtype):
+            raise ValueError(f"codebook_dtype is a torch dtype, got {self.codebook_dtype!r}")
+
+    def encode(self, weight: Tensor) -> Code:
+        if not weight.isfinite().all():
+            raise ValueError("cannot cluster NaN or infinity: did training diverge?")
+        mask = weight != 0
+        values = weight[mask]
+        codebook = self.centroids(values)
+        index = assign(values, codebook)
+        if bool(mask.all()):
+            return Lookup(Dense(codebook), index.view(weight.shape))
+        return Sparse(mask, Lookup(Dense(codebook), index))
+
+    def centroids(self, values: Tensor) -> Tensor:
+        """The optimal codebook of some values: at most ``k`` of them, ascending."""
+        exact = _centroids(values.flatten(), self.clusters)
+        rounded: Tensor = exact.to(getattr(torch, self.codebook_dtype)).to(values.dtype).unique()
+        return rounded
+
+
+def linear(values: Tensor, clusters: int) -> Tensor:
+    """Centroids evenly spaced from the least to the largest value.
+
+    The initialisation that Han et al. (2016) found best: large weights are rare and matter, and
+    a density-based start leaves them without a centroid near by.
+
+    Example:
+        >>> linear(torch.tensor([-1.0, 0.2, 2.0]), clusters=4)
+        tensor([-1.,  0.,  1.,  2.])
+    """
+    low, high = (float(bound) for bound in values.aminmax())
+    steps = torch.linspace(low, high, clusters, dtype=torch.float32, device=values.device)
+    return steps.to(values.dtype)
+
+
+def assign(values: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the centroid nearest to each value; the codebook ascends.
+
+    Example:
+        >>> assign(torch.tensor([0.4, 0.6, 9.0]), torch.tensor([0.0, 1.0, 2.0]))
+        tensor([0, 1, 2])
+    """
+    if codebook.numel() == 0:
+        return torch.zeros(values.shape, dtype=torch.long, device=values.device)
+    edges = (codebook[1:].double() + codebook[:-1].double()) / 2
+    return torch.bucketize(values.double(), edges)
+
+
+def _centroids(values: Tensor, clusters: int) -> Tensor:
+    """Ascending optimal centroids, at most ``clusters``."""
+    # What was clustered before must come back untouched; the first values tell most other
+    # tensors apart without sorting all of them.
+    if values[:BINS].unique().numel() <= clusters:
+        levels: Tensor = values.unique()
+        if levels.numel() <= clusters:
+            return levels
+    counts, points = _histogram(values.double().cpu())
+    ends = _partition(counts, points, clusters)
+    sums = np.add.reduceat(counts * points, ends[:-1])
+    centroids = sums / np.add.reduceat(counts, ends[:-1])
+    return torch.from_numpy(centroids).to(values)
+
+
+def _histogram(values: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Points and how many values stand there: the distinct values, or else the means of bins."""
+    points, counts = values.unique(return_counts=True) if values.numel() <= BINS else (None, None)
+    if points is None or counts is None:
+        low, high = values.min(), values.max()
+        bins = ((values - low) * (BINS / (high - low))).long().clamp_max(BINS - 1)
+        counts = torch.bincount(bins, minlength=BINS)
+        sums = torch.bincount(bins, weights=values, minlength=BINS)
+        counts, sums = counts[counts > 0], sums[counts > 0]
+        points = sums / counts
+    return counts.double().numpy(), points.numpy()
+
+
+@numba.njit(cache=True)
+def _partition(counts, points, clusters):  # type: ignore[no-untyped-def]
+    """Ends of the optimal clusters of sorted points: cluster ``j`` is ``[ends[j], ends[j + 1])``.
+
+    ``D_j(m) = min over i of D_{j-1}(i) + sse(i, m)`` is the least error of ``j`` clusters on the
+    first ``m`` points. The best ``i`` grows with ``m``, so the middle ``m`` of a range halves the
+    search for both sides: ``O(k n log n)`` instead of ``O(k n^2)``.
+    """
+    n = points.size
+    clusters = min(clusters, n)
+    # Centring keeps the difference of squares accurate for points far from zero.
+    centred = points - (counts * points).sum() / counts.sum()
+    weight, first, second = np.zeros(n + 1), np.zeros(n + 1), np.zeros(n + 1)
+    weight[1:] = counts.cumsum()
+    first[1:] = (counts * centred).cumsum()
+    second[1:] = (counts * centred**2).cumsum()
+    error = np.empty(n + 1)
+    error[0] = 0.0
+    error[1:] = second[1:] - first[1:] ** 2 / weight[1:]
+    start = np.zeros((clusters + 1, n + 1), np.int64)
+    stack = np.empty((64, 4), np.int64)
+    for j in range(2, clusters + 1):
+        previous = error.copy()
+        stack[0] = (j, n, j - 1, n - 1)
+        depth = 1
+        while depth > 0:
+            depth -= 1
+            low, high, left, right = stack[depth]
+            m = (low + high) // 2
+            best, where = np.inf, left
+            for i in range(max(left, j - 1), min(right, m - 1) + 1):
+                w, s = weight[m] - weight[i], first[m] - first[i]
+                candidate = previous[i] + max(0.0, second[m] - second[i] - s * s / w)
+                if candidate < best:
+                    best, where = candidate, i
+            error[m], start[j, m] = best, where
+            if low < m:
+                stack[depth] = (low, m - 1, left, where)
+                depth += 1
+            if m < high:
+                stack[depth] = (m + 1, high, where, right)
+                depth += 1
+    ends = np.empty(clusters + 1, np.int64)
+    ends[clusters] = n
+    for j in range(clusters, 0, -1):
+        ends[j - 1] = start[j, ends[j]]
+    return ends

@@ -1,0 +1,88 @@
+"""Compression without a Trainer: project a trained module in place, and put a file back."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from pressfit.compressors.artifact import load
+from pressfit.compressors.codes import Code
+from pressfit.compressors.projections import Projection
+from pressfit.compressors.select import match, select
+
+__all__ = ["compress", "restore"]
+
+
+def compress(
+    module: nn.Module,
+    plan: Projection | Mapping[str, Projection],
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+) -> dict[str, Code]:
+    """Project the weights of a trained module in place, and return their codes by name.
+
+    ::
+
+        compress(net, TopK(0.9) | KMeans(16))
+        save("net.pressfit", net.state_dict())
+
+    Args:
+        module: Module whose weights are replaced by their projection.
+        plan: One projection for all selected parameters, or projections by pattern; of several
+            patterns that match, the last counts, and parameters without one stay as they are.
+        include: See :func:`~pressfit.compressors.select`.
+        exclude: See :func:`~pressfit.compressors.select`.
+
+    Raises:
+        ValueError: A pattern matches nothing, or a weight holds NaN.
+
+    Example:
+        >>> from pressfit.compressors import TopK
+        >>> net = nn.Linear(4, 5)
+        >>> codes = compress(net, TopK(sparsity=0.75))
+        >>> int(net.weight.count_nonzero()), list(codes)
+        (5, ['weight'])
+    """
+    chosen = select(module, include, exclude).chosen
+    by_pattern = {"*": plan} if isinstance(plan, Projection) else plan
+    codes = {}
+    for name, projection in match(by_pattern, list(chosen)).items():
+        try:
+            codes[name] = projection.encode(chosen[name].detach())
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    with torch.no_grad():
+        for name, code in codes.items():
+            chosen[name].copy_(code.decode())
+    return codes
+
+
+def restore(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Put the weights of a file into a module of the plain class, bit for bit, and return it.
+
+    Raises:
+        ValueError: The file is damaged, or holds other tensors than the module.
+
+    Example:
+        >>> import tempfile
+        >>> from pressfit.compressors import save
+        >>> net, path = nn.Linear(2, 2), f"{tempfile.mkdtemp()}/net.pressfit"
+        >>> size = save(path, net.state_dict())
+        >>> torch.equal(restore(nn.Linear(2, 2), path).weight, net.weight)
+        True
+    """
+    tensors, expected = load(path), module.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in expected:
+            problems.append(f"{name} is not in the module")
+        elif tensor.shape != expected[name].shape:
+            found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+            problems.append(f"{name} has shape {found}, the module wants {wanted}")
+        elif tensor.dtype != expected[name].dtype:
+            problems.append(f"{name} is {tensor.dtype}, the module wants {expected[name].dtype}")
+    if problems:
+        raise ValueError(f"{path} does not fit {type(module).__name__}: {'; '.join(problems)}")
+    module.load_state_dict(tensors)
+    return module

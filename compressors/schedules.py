@@ -1,0 +1,94 @@
+"""Schedules: progress in [0, 1] to strength in [0, 1], pure and stateless.
+
+Progress is the fraction of a method's own window (from its start to its stop) that has passed;
+strength multiplies what the method aims at, so a pruning target of 0.95 stands at sparsity
+``0.95 * strength``.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["Cosine", "Cubic", "Iterative", "Linear", "OneShot", "Schedule"]
+
+Schedule = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """Full strength at once: ``s(t) = 1``.
+
+    Example:
+        >>> OneShot()(0.0)
+        1.0
+    """
+
+    def __call__(self, progress: float) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Equal steps: ``s(t) = t``.
+
+    Example:
+        >>> Linear()(0.25)
+        0.25
+    """
+
+    def __call__(self, progress: float) -> float:
+        return progress
+
+
+@dataclass(frozen=True)
+class Cubic:
+    """Fast first, slow at the end, when few weights are left: ``s(t) = 1 - (1 - t)^3``.
+
+    Zhu and Gupta (2017), "To prune, or not to prune". The cube is of what *remains*; ``t^3``
+    would do the opposite and take most weights at the very end.
+
+    Example:
+        >>> Cubic()(0.5)
+        0.875
+    """
+
+    def __call__(self, progress: float) -> float:
+        return 1.0 - (1.0 - progress) ** 3
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Slow at both ends: ``s(t) = (1 - cos(pi t)) / 2``.
+
+    Example:
+        >>> round(Cosine()(0.25), 4)
+        0.1464
+    """
+
+    def __call__(self, progress: float) -> float:
+        return (1.0 - math.cos(math.pi * progress)) / 2.0
+
+
+@dataclass(frozen=True)
+class Iterative:
+    """Prune, fine-tune, prune again: ``s(t) = (floor(t R) + 1) / R``, at most 1.
+
+    Each of the ``R`` rounds strengthens once at its beginning and fine-tunes for the rest, the
+    loop of Han et al. (2015), "Learning both weights and connections".
+
+    Args:
+        rounds: Number of rounds ``R``, at least 1.
+
+    Example:
+        >>> [Iterative(rounds=4)(t) for t in (0.0, 0.2, 0.25, 0.8, 1.0)]
+        [0.25, 0.25, 0.5, 1.0, 1.0]
+    """
+
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"Iterative needs at least 1 round, got rounds={self.rounds}")
+
+    def __call__(self, progress: float) -> float:
+        return min(1.0, (math.floor(progress * self.rounds) + 1) / self.rounds)

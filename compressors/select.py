@@ -1,0 +1,132 @@
+"""Selection: which parameters of a module a method acts on, and why the others are left out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from torch import nn
+
+__all__ = ["LAYERS", "Selection", "match", "select"]
+
+T = TypeVar("T")
+
+# Layers whose weights hold the bytes; norms and biases are few and sensitive.
+LAYERS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+    nn.Bilinear,
+)
+# nn.MultiheadAttention keeps its projections as bare parameters of its own.
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Parameters by name, and the reason for each one left out.
+
+    Args:
+        chosen: The selected parameters in the module's order; tied ones under their first name.
+        skipped: Reason by name for all the others.
+    """
+
+    chosen: Mapping[str, nn.Parameter]
+    skipped: Mapping[str, str]
+
+
+def select(
+    module: nn.Module,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+) -> Selection:
+    """Select the weights of Linear, Conv, Embedding and attention layers, or what is asked for.
+
+    Patterns are shell globs on parameter names (``"encoder.*.weight"``); the name of a module
+    stands for everything below it (``"encoder"``).
+
+    Args:
+        module: Module to search.
+        include: Patterns that replace the default; this is how biases and norms are named.
+        exclude: Patterns to leave out.
+
+    Raises:
+        ValueError: A pattern matches nothing, or nothing is selected.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+        >>> list(select(net, exclude="2").chosen), select(net, exclude="2").skipped["1.weight"]
+        (['0.weight'], 'not the weight of a Linear, Conv, Embedding or attention layer')
+    """
+    parameters = dict(module.named_parameters())
+    included, excluded = _patterns(include), _patterns(exclude)
+    for pattern in [*(included or ()), *(excluded or ())]:
+        if not any(_matches(name, pattern) for name in parameters):
+            raise ValueError(
+                f"pattern {pattern!r} matches no parameter of {type(module).__name__}; "
+                f"there are: {', '.join(parameters) or 'none'}"
+            )
+    weights = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, layer in module.named_modules()
+        for name, _ in layer.named_parameters(recurse=False)
+        if (isinstance(layer, LAYERS) and name == "weight")
+        or (isinstance(layer, nn.MultiheadAttention) and name in _ATTENTION)
+    }
+    chosen, skipped = {}, {}
+    for name, parameter in parameters.items():
+        if included is not None and not any(_matches(name, p) for p in included):
+            skipped[name] = "not included"
+        elif included is None and name not in weights:
+            skipped[name] = "not the weight of a Linear, Conv, Embedding or attention layer"
+        elif any(_matches(name, p) for p in excluded or ()):
+            skipped[name] = "excluded"
+        elif not parameter.is_floating_point():
+            skipped[name] = f"its dtype is {parameter.dtype}"
+        elif not parameter.requires_grad:
+            skipped[name] = "frozen: requires_grad is False"
+        else:
+            chosen[name] = parameter
+    if not chosen:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise ValueError(
+            f"nothing to compress in {type(module).__name__} ({reasons or 'it has no parameters'}):"
+            " name parameters with include=[...]"
+        )
+    return Selection(chosen, skipped)
+
+
+def match(overrides: Mapping[str, T], names: Sequence[str]) -> dict[str, T]:
+    """The override of each name that has one; of several patterns that match, the last counts.
+
+    Raises:
+        ValueError: A pattern matches none of the names.
+
+    Example:
+        >>> match({"*": 8, "conv1*": 16}, ["conv1.weight", "fc.weight"])
+        {'conv1.weight': 16, 'fc.weight': 8}
+    """
+    found: dict[str, T] = {}
+    for pattern, value in overrides.items():
+        matching = [name for name in names if _matches(name, pattern)]
+        if not matching:
+            raise ValueError(
+                f"override {pattern!r} matches none of the selected parameters: {', '.join(names)}"
+            )
+        found.update(dict.fromkeys(matching, value))
+    return {name: found[name] for name in names if name in found}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+
+
+def _patterns(patterns: str | Sequence[str] | None) -> list[str] | None:
+    if patterns is None:
+        return None
+    return [patterns] if isinstance(patterns, str) else list(patterns)

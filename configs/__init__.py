@@ -1,0 +1,1 @@
+"""Hydra configuration groups; this file makes them importable as a package."""
