@@ -81,8 +81,8 @@ class Method(pl.Callback):
         """Choose anew what :meth:`project_` holds fixed, for all weights together."""
 
     @abstractmethod
-    def project_(self, name: str, weight: Tensor) -> None:
-        """Project one weight in place."""
+    def project_(self, name: str, weight: Tensor, strength: float) -> None:
+        """Project one weight in place; at a strength below 1 it may stop short of it."""
 
     @abstractmethod
     def reset(self) -> None:

@@ -203,14 +203,14 @@ class Plan:
                         saved.add(name)
                 mine = [name for name in mine if name in saved]
             # What an earlier method of the chain chose anew changes what this one sees.
+            first, last = self.windows[method]
+            strength = method.strength(min(1.0, (step - first) / max(1, last - first)))
             if choose and (anew or self._due(method, step)):
                 anew = True
-                first, last = self.windows[method]
-                progress = min(1.0, (step - first) / max(1, last - first))
-                method.choose(self._seen(method, parameters), method.strength(progress))
+                method.choose(self._seen(method, parameters), strength)
                 method.chosen_at = step
             for name in mine:
-                method.project_(name, parameters[name])
+                method.project_(name, parameters[name], strength)
 
     def _due(self, method: Method, step: int) -> bool:
         first, last = self.windows[method]

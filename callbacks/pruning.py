@@ -160,7 +160,7 @@ class GradualPruning(Method):
         for name in weights:
             self.masks[name] = support(scores[name], keep[name])
 
-    def project_(self, name: str, weight: Tensor) -> None:
+    def project_(self, name: str, weight: Tensor, strength: float) -> None:
         # Adding +0 turns -0 into +0: a pruned weight has one bit pattern.
         weight.mul_(self.masks[name]).add_(0.0)
 

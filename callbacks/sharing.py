@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pressfit.callbacks.method import Method
 from pressfit.compressors.cluster import KMeans, assign, linear
+from pressfit.compressors.schedules import Linear, Schedule
 from pressfit.compressors.select import match
 
 __all__ = ["WeightSharing"]
@@ -25,7 +26,9 @@ class WeightSharing(Method):
     enlarges the gradient norm that clipping sees. The mean keeps the optimizer, its learning rate
     and clipping as they are.
 
-    Every ``every`` steps the latents are assigned anew to their nearest centroid. Zeros stay zero
+    Weights move to their centroids gradually, ``w = u + s (c - u)`` with the strength ``s`` on the
+    schedule, full at the end of the window: a network that is clustered at once loses more than
+    it recovers. Every ``every`` steps of the window the latents are assigned anew. Zeros stay zero
     and are no cluster, so pruning comes first. First and last layers share too, as in the paper,
     which uses 32 to 256 clusters; ``overrides={"conv1": 64}`` gives a layer its own number.
 
@@ -37,8 +40,11 @@ class WeightSharing(Method):
             trained centroids. ``"optimal"``: exact k-means of the latents at every assignment.
         codebook_dtype: Float type that centroids are rounded to, as in
             :class:`~pressfit.compressors.KMeans`.
+        schedule: Strength as a function of progress through the window; ``OneShot()`` clusters
+            at once.
         start: Fraction of training after which sharing begins.
-        stop: Fraction of training after which assignments stay fixed.
+        stop: Fraction of training after which weights equal their centroids and assignments stay
+            fixed, while centroids go on training.
         start_step: The same in optimizer steps, instead of ``start``.
         stop_step: The same in optimizer steps, instead of ``stop``.
         every: Steps between assignments; by default 100 are spread over the window.
@@ -55,7 +61,7 @@ class WeightSharing(Method):
         Compression plan
           GradualPruning: sparsity 0.9 (global magnitude), hard, steps 0 to 700
             1 tensors, 200 weights: 0.weight
-          WeightSharing: 8 clusters (linear start), straight-through, steps 700 to 950
+          WeightSharing: 8 clusters (linear start), straight-through, steps 700 to 850
             1 tensors, 200 weights: 0.weight
           left out (not the weight of a Linear, Conv, Embedding or attention layer): 0.bias
     """
@@ -67,8 +73,9 @@ class WeightSharing(Method):
         clusters: int = 16,
         init: Literal["linear", "optimal"] = "linear",
         codebook_dtype: str = "float32",
+        schedule: Schedule | None = None,
         start: float = 0.7,
-        stop: float = 0.95,
+        stop: float = 0.85,
         start_step: int | None = None,
         stop_step: int | None = None,
         every: int | None = None,
@@ -82,6 +89,7 @@ class WeightSharing(Method):
                 f"WeightSharing: unknown init {init!r}, choose linear or optimal"
             )
         self.clusters, self.init, self.codebook_dtype = clusters, init, codebook_dtype
+        self.schedule = schedule or Linear()
         self.overrides = dict(overrides or {})
         for count in (clusters, *self.overrides.values()):
             KMeans(count, codebook_dtype)  # raises for what no codebook can be
@@ -90,6 +98,9 @@ class WeightSharing(Method):
     def describe(self) -> str:
         own = f", {len(self.overrides)} overrides" if self.overrides else ""
         return f"{self.clusters} clusters ({self.init} start{own})"
+
+    def strength(self, progress: float) -> float:
+        return self.schedule(progress)
 
     def attach(self, module: nn.Module) -> None:
         super().attach(module)
@@ -120,18 +131,22 @@ class WeightSharing(Method):
                 "codebook": codebook,
             }
 
-    def project_(self, name: str, weight: Tensor) -> None:
+    def project_(self, name: str, weight: Tensor, strength: float) -> None:
         clustering = self.clusterings[name]
         positions, index = clustering["positions"], clustering["index"]
         counts, codebook = clustering["counts"], clustering["codebook"]
         flat = weight.contiguous().view(-1)
-        values = flat if index.numel() == flat.numel() else flat[positions]
+        whole = index.numel() == flat.numel()
+        values = flat if whole else flat[positions]
         sums = torch.zeros_like(codebook, dtype=torch.promote_types(codebook.dtype, torch.float32))
         sums.scatter_add_(0, index, values.to(sums.dtype))
         # A cluster that lost its last weight stays where it was.
         means = torch.where(counts > 0, sums / counts, codebook)
         codebook.copy_(means.to(getattr(torch, self.codebook_dtype)))
-        if index.numel() == flat.numel():
+        if strength < 1.0:
+            shared = values.lerp(codebook[index], strength)
+            flat.copy_(shared) if whole else flat.index_copy_(0, positions, shared)
+        elif whole:
             torch.index_select(codebook, 0, index, out=flat)
         else:
             flat[positions] = codebook[index]

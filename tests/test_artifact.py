@@ -1,0 +1,278 @@
+"""The file: everything comes back bit for bit, and nothing damaged comes back at all."""
+
+import os
+import random
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pressfit.compressors import (
+    Code,
+    Dense,
+    KMeans,
+    Lookup,
+    Sparse,
+    TopK,
+    compress,
+    exact,
+    inspect,
+    load,
+    read,
+    restore,
+    same_bits,
+    save,
+)
+from pressfit.compressors.allocation import Lazy
+from pressfit.compressors.artifact import estimate
+from pressfit.compressors.coding import CODERS
+
+GENERATOR = torch.Generator().manual_seed(0)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def weight(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=GENERATOR).to(dtype)
+
+
+def codes(dtype: torch.dtype) -> dict[str, Code]:
+    mask = torch.rand(20, 30, generator=GENERATOR) < 0.1
+    kept = int(mask.sum())
+    codebook = weight(5, dtype=dtype).sort().values
+    index = torch.randint(5, (20, 30), generator=GENERATOR)
+    return {
+        "dense": Dense(weight(3, 4, dtype=dtype)),
+        "dense narrow": Dense(weight(3, 4).bfloat16().to(dtype)),
+        "lookup": Lookup(Dense(codebook), index),
+        "lookup narrow": Lookup(Dense(codebook.bfloat16().to(dtype)), index),
+        "sparse": Sparse(mask, Dense(weight(kept, dtype=dtype))),
+        "sparse lookup": Sparse(mask, Lookup(Dense(codebook), index[mask])),
+        "sparse lookup narrow": Sparse(
+            mask, Lookup(Dense(codebook.bfloat16().to(dtype)), index[mask])
+        ),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("coder", CODERS)
+def test_every_code_survives_the_file(coder: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    stored = codes(dtype)
+    size = save(tmp_path / "a.pressfit", stored, coder)
+    assert size == (tmp_path / "a.pressfit").stat().st_size
+    restored = load(tmp_path / "a.pressfit")
+    assert list(restored) == list(stored)
+    for name, code in stored.items():
+        assert same_bits(restored[name], code.decode()), name
+
+
+@pytest.mark.parametrize("coder", CODERS)
+def test_any_state_dict_survives(coder: str, tmp_path: Path) -> None:
+    tensors = {
+        "": weight(2),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 4),
+        "zeros": torch.zeros(50, 60),
+        "ones": torch.ones(3000),
+        "half": weight(10, 10, dtype=torch.float16),
+        "count": torch.tensor(123456789),
+        "ints": torch.arange(-50, 50),
+        "bytes": torch.arange(256).to(torch.uint8),
+        "flags": torch.tensor([True, False, True]),
+        "complex": torch.complex(weight(3), weight(3)),
+        "fp8": weight(40).to(torch.float8_e4m3fn),
+        "odd": torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45] * 9),
+        "conv": KMeans(7).project(TopK(0.8).project(weight(6, 5, 3, 3))),
+        "transposed": weight(7, 9).t(),
+        "rare levels": torch.cat([torch.zeros(5000), weight(20)]),
+        "many levels": torch.arange(3000.0).repeat(3),
+        "название": weight(3),
+    }
+    save(tmp_path / "a.pressfit", tensors, coder)
+    restored = load(tmp_path / "a.pressfit")
+    assert list(restored) == list(tensors)
+    for name, tensor in tensors.items():
+        assert same_bits(restored[name], tensor), name
+    assert [(entry.name, tensor.shape) for entry, tensor in read(tmp_path / "a.pressfit")] == [
+        (name, tensor.shape) for name, tensor in tensors.items()
+    ]
+
+
+def test_exact_finds_the_code_that_made_a_tensor_small() -> None:
+    raw = weight(40, 40)
+    assert isinstance(exact(raw), Dense)
+    pruned = exact(TopK(0.9).project(raw))
+    assert isinstance(pruned, Sparse)
+    assert isinstance(pruned.values, Dense)
+    assert isinstance(exact(KMeans(8).project(raw)), Lookup)
+    both = exact((TopK(0.9) | KMeans(8)).project(raw))
+    assert isinstance(both, Sparse)
+    assert isinstance(both.values, Lookup)
+    assert both.values.codebook.shape == (8,)
+
+
+def test_tied_tensors_are_stored_once(tmp_path: Path) -> None:
+    embedding = nn.Embedding(50, 20)
+    head = nn.Linear(20, 50, bias=False)
+    head.weight = embedding.weight
+    net = nn.Sequential(embedding, head)
+    tied = save(tmp_path / "tied", net.state_dict())
+    assert tied < 1.1 * save(tmp_path / "single", {"0.weight": embedding.weight})
+    restored = load(tmp_path / "tied")
+    assert same_bits(restored["0.weight"], restored["1.weight"])
+    assert len(inspect(tmp_path / "tied").tensors) == 1
+
+
+def test_memory_that_is_used_again_is_no_tie(tmp_path: Path) -> None:
+    """Tensors made one by one may get the memory of a freed one."""
+    names = {str(i): i for i in range(20)}
+    save(tmp_path / "a", Lazy(names, lambda name: torch.full((999,), float(name)) + 0.1))
+    for name, value in names.items():
+        assert load(tmp_path / "a")[name][0] == pytest.approx(value + 0.1)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    path = tmp_path / "small.pressfit"
+    sparse = (TopK(0.9) | KMeans(4)).project(weight(30, 40))
+    save(path, {"fc.weight": sparse, "fc.bias": weight(30), "tied": sparse})
+    return path
+
+
+def test_every_damaged_byte_is_noticed(small: Path) -> None:
+    data = small.read_bytes()
+    for position in range(len(data)):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 + position % 255
+        small.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"small\.pressfit"):
+            load(small)
+
+
+def test_every_truncation_is_noticed(small: Path) -> None:
+    data = small.read_bytes()
+    for length in range(len(data)):
+        small.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=r"small\.pressfit"):
+            load(small)
+
+
+def forgeries(data: bytes, count: int) -> Iterator[bytes]:
+    """Damage with a checksum that is right."""
+    dice = random.Random(0)
+    for _ in range(count):
+        forged = bytearray(data[:-4])
+        for _ in range(dice.randint(1, 4)):
+            forged[dice.randrange(6, len(forged))] = dice.randrange(256)
+        yield bytes(forged) + struct.pack("<I", zlib.crc32(forged))
+
+
+@pytest.mark.parametrize("coder", CODERS)
+def test_hostile_files_are_refused_or_harmless(coder: str, small: Path) -> None:
+    save(small, load(small), coder)
+    refused = 0
+    for forged in forgeries(small.read_bytes(), 400):
+        small.write_bytes(forged)
+        try:
+            load(small)
+        except ValueError:
+            refused += 1
+    # Damage in a stream is a different network; damage in the directory must be noticed.
+    assert refused > 50
+
+
+def test_a_file_may_not_ask_for_more_memory_than_is_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "zeros"
+    save(path, {"zeros": Sparse(torch.zeros(2**27, dtype=torch.bool), Dense(torch.empty(0)))})
+    with pytest.raises(ValueError, match="asks for 536,870,912 bytes"):
+        load(path)
+    assert load(path, limit=2**29)["zeros"].count_nonzero() == 0
+
+
+def test_other_files_and_versions_are_refused(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello, this is no compressed network")
+    with pytest.raises(ValueError, match="is not a pressfit file"):
+        load(tmp_path / "text")
+    newer = bytearray(small.read_bytes())
+    newer[4] = 9
+    small.write_bytes(newer)
+    with pytest.raises(ValueError, match="format version 9"):
+        load(small)
+
+
+def test_a_failed_save_leaves_the_old_file(small: Path) -> None:
+    before = small.read_bytes()
+    with pytest.raises(TypeError, match="'step' is a int"):
+        save(small, {"weight": weight(5), "step": 3})  # type: ignore[dict-item]
+    assert small.read_bytes() == before
+    assert os.listdir(small.parent) == [small.name]
+    with pytest.raises(ValueError, match="choose one of huffman, ans, context"):
+        save(small, {}, coder="lzma")
+
+
+def test_report_accounts_for_every_byte(small: Path) -> None:
+    report = inspect(small)
+    assert sum(tensor.bytes for tensor in report.tensors) + report.overhead == report.total
+    assert report.total == small.stat().st_size
+    fc = report.tensors[0]
+    assert (fc.name, fc.weights, fc.kept, fc.levels) == ("fc.weight", 1200, 120, 4)
+    assert fc.shared_bytes < fc.pruned_bytes < fc.bytes_dense == 4800
+    assert f"{report.total:,}" in report.table()
+
+
+def test_fixed_width_sizes_follow_the_paper(tmp_path: Path) -> None:
+    """32 weights apart are beyond a 5-bit gap and need one filler, as in the paper's Figure 2."""
+    sparse = torch.zeros(1, 70)
+    sparse[0, [0, 33, 34, 66]] = torch.tensor([1.5, -2.5, 1.5, -2.5])
+    save(tmp_path / "a", {"w": sparse})
+    (tensor,) = inspect(tmp_path / "a").tensors
+    # Gaps 0, 32, 0, 31: one filler, five pairs; 32 + 5 bits each, then 1 + 5 and the codebook.
+    assert tensor.pruned_bytes == 24  # ceil(5 * 37 / 8)
+    assert tensor.shared_bytes == 4 + 2 * 4  # ceil(5 * 6 / 8) and two centroids
+
+
+@pytest.mark.parametrize("shape", [(300, 784), (50, 20, 5, 5), (4096, 2048)], ids=str)
+def test_estimate_is_within_one_percent(shape: tuple[int, ...], tmp_path: Path) -> None:
+    tensors = {"weight": (TopK(0.95) | KMeans(16)).project(weight(*shape)), "bias": weight(9)}
+    assert estimate(tensors) == pytest.approx(save(tmp_path / "a", tensors), rel=0.01)
+
+
+def test_compress_and_restore_a_plain_module(tmp_path: Path) -> None:
+    def network() -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 10)
+        )
+
+    net = network()
+    found = compress(net, {"*": TopK(0.5) | KMeans(8), "3*": TopK(0.9) | KMeans(4)})
+    assert list(found) == ["0.weight", "3.weight"]
+    assert int(net[3].weight.count_nonzero()) == 144
+    save(tmp_path / "net", net.state_dict())
+    restored = restore(network(), tmp_path / "net")
+    for name, tensor in net.state_dict().items():
+        assert same_bits(restored.state_dict()[name], tensor)
+
+
+def test_restore_names_what_does_not_fit(tmp_path: Path) -> None:
+    save(tmp_path / "net", {"weight": weight(3, 2), "extra": weight(1)})
+    with pytest.raises(ValueError, match="does not fit Linear") as error:
+        restore(nn.Linear(4, 3), tmp_path / "net")
+    for part in ("bias is missing", "extra is not in the module", r"weight has shape (3, 2)"):
+        assert part in str(error.value)
+
+
+def test_compress_names_the_culprit() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with torch.no_grad():
+        net[1].weight[0, 0] = float("nan")
+    before = net[0].weight.clone()
+    with pytest.raises(ValueError, match=r"1\.weight: .*diverge"):
+        compress(net, KMeans(2))
+    assert torch.equal(net[0].weight, before)
+    with pytest.raises(ValueError, match=r"'conv\*' matches none .*0\.weight, 1\.weight"):
+        compress(net, {"conv*": TopK(0.5)})
+    with pytest.raises(ValueError, match="matches no parameter of Sequential"):
+        compress(net, TopK(0.5), exclude="head")
