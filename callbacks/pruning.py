@@ -32,7 +32,7 @@ class GradualPruning(Method):
     Args:
         sparsity: Final fraction of zeros, over all selected parameters together.
         criterion: What makes a weight matter: ``magnitude``, ``gradient``, ``activation``,
-            ``hessian`` or ``movement``, see :mod:`pressfit.compressors.criteria`.
+            ``hessian``, ``adam`` or ``movement``, see :mod:`pressfit.compressors.criteria`.
         allocation: How the sparsity is spread over tensors: ``global``, ``uniform``, ``erk`` or
             ``lamp``, see :mod:`pressfit.compressors.allocation`.
         schedule: Strength as a function of progress through the window.

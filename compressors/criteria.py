@@ -17,7 +17,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["CRITERIA", "Criterion", "activation", "gradient", "hessian", "magnitude", "movement"]
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "activation",
+    "adam",
+    "gradient",
+    "hessian",
+    "magnitude",
+    "movement",
+]
 
 Statistics = Mapping[str, Tensor]
 
@@ -67,6 +76,21 @@ def hessian(weight: Tensor, statistics: Statistics) -> Tensor:
     return weight.square() * statistics["squared_gradient"] / 2
 
 
+def adam(weight: Tensor, statistics: Statistics) -> Tensor:
+    """``w^2 sqrt(E[g^2]) / 2``: second-order cost under the curvature that Adam assumes.
+
+    Adam takes ``sqrt(E[g^2])`` for the diagonal of the Hessian when it divides by it. Between
+    magnitude and :func:`hessian`, whose squared gradients vary over many orders of magnitude
+    and leave too little to layers whose gradients are small.
+
+    Example:
+        >>> import torch
+        >>> adam(torch.tensor([2.0, -3.0]), {"squared_gradient": torch.tensor([1.0, 0.25])})
+        tensor([2.0000, 2.2500])
+    """
+    return weight.square() * statistics["squared_gradient"].sqrt() / 2
+
+
 def movement(weight: Tensor, statistics: Statistics) -> Tensor:
     """``-sum w g``: weights that training drives away from zero (Sanh et al., 2020).
 
@@ -96,5 +120,6 @@ CRITERIA = {
     "gradient": Criterion(gradient, ("gradient",)),
     "activation": Criterion(activation, ("input_norm",)),
     "hessian": Criterion(hessian, ("squared_gradient",)),
+    "adam": Criterion(adam, ("squared_gradient",)),
     "movement": Criterion(movement, ("movement",)),
 }

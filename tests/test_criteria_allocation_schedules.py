@@ -24,13 +24,14 @@ STATISTICS = {
         ("gradient", [[0.5, 0.0], [3.0, 8.0]]),
         ("activation", [[10.0, 2.0], [30.0, 4.0]]),
         ("hessian", [[0.5, 4.0], [0.0, 4.0]]),
+        ("adam", [[0.5, 2 * 2**0.5], [0.0, 8 * 0.5**0.5]]),
         ("movement", [[-1.0, 2.0], [0.0, 3.0]]),
     ],
 )
 def test_criterion(name: str, expected: list[list[float]]) -> None:
     criterion = CRITERIA[name]
     needed = {key: STATISTICS[key] for key in criterion.statistics}
-    assert criterion.score(WEIGHT, needed).tolist() == expected
+    torch.testing.assert_close(criterion.score(WEIGHT, needed), torch.tensor(expected))
 
 
 SCORES = {
