@@ -17,6 +17,8 @@ __all__ = ["KMeans", "assign", "linear"]
 # the same number of equal bins: the error of a bin is far below that of a cluster.
 BINS = 4096
 
+CODEBOOK_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 @dataclass(frozen=True)
 class KMeans(Projection):
@@ -46,8 +48,9 @@ class KMeans(Projection):
     def __post_init__(self) -> None:
         if self.clusters < 1:
             raise ValueError(f"KMeans needs at least 1 cluster, got clusters={self.clusters}")
-        if not isinstance(getattr(torch, self.codebook_dtype, None), torch.dtype):
-            raise ValueError(f"codebook_dtype is a torch dtype, got {self.codebook_dtype!r}")
+        if self.codebook_dtype not in CODEBOOK_DTYPES:
+            known = ", ".join(CODEBOOK_DTYPES)
+            raise ValueError(f"codebook_dtype is one of {known}, got {self.codebook_dtype!r}")
 
     def encode(self, weight: Tensor) -> Code:
         if not weight.isfinite().all():

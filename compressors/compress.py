@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from pressfit.compressors.projections import Projection
 from pressfit.compressors.select import match, select
 
 __all__ = ["compress", "restore"]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def compress(
@@ -58,7 +61,7 @@ def compress(
     return codes
 
 
-def restore(module: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+def restore(module: Module, path: str | os.PathLike[str]) -> Module:
     """Put the weights of a file into a module of the plain class, bit for bit, and return it.
 
     Raises:
