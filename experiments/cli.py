@@ -1,0 +1,101 @@
+"""The command ``pressfit``: train with compression, look into a compressed file, unpack it."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.errors import HydraException, InstantiationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+from safetensors.torch import save_file
+
+from pressfit.compressors import inspect, load
+
+__all__ = ["main"]
+
+# What a user can mend; anything else is a bug and shows its traceback.
+_MISTAKES = (
+    HydraException,
+    OmegaConfBaseException,
+    MisconfigurationException,
+    OSError,
+    ValueError,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``pressfit`` with these arguments, by default the process's own."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # With this set Hydra raises instead of printing its own report; a user who sets it wants
+    # tracebacks.
+    traceback = bool(os.environ.get("HYDRA_FULL_ERROR"))
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        if words[:1] == ["train"]:
+            _train(words[1:])
+        else:
+            options = _parser().parse_args(words or ["--help"])
+            options.run(options)
+    except _MISTAKES as error:
+        if traceback:
+            raise
+        print(f"pressfit: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pressfit",
+        description="Compress neural networks while they train.",
+        epilog="pressfit train --help lists models, data, methods and all settings.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    # Never reached: Hydra reads what stands behind `train`.
+    commands.add_parser("train", help="train, compress, measure, draw")
+    table = commands.add_parser("inspect", help="show where the bytes of a compressed file go")
+    table.add_argument("file", type=Path, metavar="FILE")
+    table.set_defaults(run=_inspect)
+    unpack = commands.add_parser("decompress", help="write a compressed file's weights out")
+    unpack.add_argument("file", type=Path, metavar="FILE")
+    unpack.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="OUT",
+        help="safetensors file to write (default: FILE's name with .safetensors)",
+    )
+    unpack.set_defaults(run=_decompress)
+    return parser
+
+
+def _train(overrides: list[str]) -> None:
+    # Imported here: the other commands need none of it.
+    from pressfit.experiments.train import main as train
+
+    sys.argv = [sys.argv[0], *overrides]
+    train()
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    print(inspect(options.file).table())
+
+
+def _decompress(options: argparse.Namespace) -> None:
+    tensors = load(options.file)
+    output = options.output or options.file.with_suffix(".safetensors")
+    save_file(tensors, output)
+    size = output.stat().st_size
+    print(f"{output}: {len(tensors)} tensors, {size:,} bytes")
+
+
+def _one_line(error: Exception) -> str:
+    # Hydra names the call that failed; what went wrong is in the cause.
+    if isinstance(error, InstantiationException) and error.__cause__:
+        return _one_line_of(str(error.__cause__))
+    return _one_line_of(str(error).partition("Config search path")[0])
+
+
+def _one_line_of(message: str) -> str:
+    return " ".join(message.split())

@@ -1,0 +1,165 @@
+"""The picture of a run: error against bytes while it trained, and where the bytes went."""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from pressfit.compressors import Report
+
+__all__ = ["curve", "draw"]
+
+INK, FAINT, MARK = "#22262e", "#8b929e", "#b8322a"
+PARTS = {"positions": "#2a5c8a", "values": "#e08e45", "codebooks, biases": "#7fb58a"}
+HEADER = "#b9bec7"
+
+
+def curve(metrics: Path) -> list[tuple[float, float]]:
+    """Estimated bytes and held-out error after each epoch, from a ``metrics.csv``.
+
+    Empty if there is no such file: a run may log elsewhere.
+    """
+    if not metrics.is_file():
+        return []
+    epochs: dict[str, dict[str, float]] = defaultdict(dict)
+    with open(metrics, newline="") as file:
+        for row in csv.DictReader(file):
+            # A row holds what was logged together, and an epoch has several.
+            epochs[row["epoch"]] |= {name: float(value) for name, value in row.items() if value}
+    keys = ("compression/bytes", "val/error")
+    points = (tuple(row[key] for key in keys) for row in epochs.values() if row.keys() >= {*keys})
+    return [(size, error) for size, error in points]
+
+
+def draw(path: Path, report: Report, metrics: Path, marks: dict[str, tuple[float, float]]) -> None:
+    """Draw a run into a PNG.
+
+    Args:
+        path: Picture to write.
+        report: What the compressed file holds.
+        metrics: The run's ``metrics.csv``.
+        marks: Bytes and error of what was measured at the end, by what to call it.
+    """
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12, wspace=0.06)
+    figure = Figure(figsize=(12, 5.2), dpi=150, layout=layout)
+    left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(FAINT)
+        axes.tick_params(colors=INK, labelsize=9)
+    _draw_curve(left, curve(metrics), marks)
+    _draw_bytes(right, report)
+    figure.savefig(path)
+
+
+def _draw_curve(
+    axes: Axes, points: list[tuple[float, float]], marks: dict[str, tuple[float, float]]
+) -> None:
+    _title(axes, "Error against bytes", "held-out error after each epoch, from dark to light")
+    if points:
+        sizes, errors = np.array(points).T
+        axes.plot(sizes, errors, color=HEADER, linewidth=0.8, zorder=1)
+        colours = colormaps["viridis"](np.linspace(0, 0.9, len(points)))
+        axes.scatter(sizes, errors, c=colours, s=24, zorder=2, linewidths=0)
+    for name, (size, error) in marks.items():
+        axes.scatter(size, error, marker="D", s=64, color=MARK, zorder=3, linewidths=0)
+        axes.annotate(
+            f"{name}\n{_size(size)}, {100 * error:.2f} %",
+            (size, error),
+            (0, 12),
+            textcoords="offset points",
+            ha="center",
+            color=MARK,
+            fontsize=9.5,
+            fontweight="bold",
+            path_effects=[withStroke(linewidth=4, foreground="white")],
+            zorder=4,
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log", nonpositive="clip")
+    axes.margins(x=0.12, y=0.08)
+    axes.grid(color="#eceef1", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for axis, text in ((axes.xaxis, _size), (axes.yaxis, "{:.3g} %".format)):
+        scale = 100 if axis is axes.yaxis else 1
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(
+            FuncFormatter(lambda value, _, text=text, scale=scale: text(scale * value))
+        )
+        axis.set_minor_locator(NullLocator())
+    axes.set_xlabel("size of the file", color=INK, fontsize=10)
+
+
+def _draw_bytes(axes: Axes, report: Report) -> None:
+    _title(
+        axes,
+        f"Where the {report.total:,} bytes went",
+        f"{report.ratio:.0f} times smaller than the {report.bytes_dense:,} they restore",
+    )
+    layers: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for tensor in report.tensors:
+        layer, _, kind = tensor.name.rpartition(".")
+        parts = layers[layer.removeprefix("net.") or tensor.name]
+        if kind == "bias":
+            parts[2] += tensor.bytes
+        else:
+            parts[0] += tensor.position_bytes
+            parts[1] += tensor.value_bytes
+            parts[2] += tensor.float_bytes
+    names = [*layers, "header"]
+    rows = np.arange(len(names))[::-1]
+    starts = np.zeros(len(layers))
+    for (part, colour), widths in zip(PARTS.items(), np.array([*layers.values()]).T, strict=True):
+        axes.barh(rows[:-1], widths, left=starts, height=0.62, color=colour, label=part)
+        starts += widths
+    axes.barh(rows[-1:], report.overhead, height=0.62, color=HEADER)
+    for row, total in zip(rows, [*starts, report.overhead], strict=True):
+        share = f"{total:,.0f}   {100 * total / report.total:.0f} %"
+        axes.annotate(
+            share,
+            (total, row),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            color=INK,
+            fontsize=9,
+        )
+    axes.set_yticks(rows, names)
+    axes.margins(x=0.2)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("bytes", color=INK, fontsize=10)
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
+
+
+def _title(axes: Axes, title: str, subtitle: str) -> None:
+    axes.set_title(title, loc="left", pad=26, fontsize=14, fontweight="bold", color=INK)
+    axes.annotate(
+        subtitle,
+        (0, 1),
+        (0, 10),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=10,
+        color=FAINT,
+    )
+
+
+def _size(count: float) -> str:
+    """Bytes in the largest unit that leaves a whole number.
+
+    Example:
+        >>> _size(512), _size(6412), _size(202440), _size(1066440)
+        ('512 B', '6.41 KB', '202 KB', '1.07 MB')
+    """
+    for unit, scale in (("MB", 1e6), ("KB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f} B"

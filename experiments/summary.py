@@ -1,0 +1,76 @@
+"""A sweep's results: mean and spread over seeds of runs that are alike in everything else."""
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["Summary", "summarize"]
+
+MEASURES = ("error", "error_dense", "bytes", "ratio", "seconds")
+
+
+def summarize(folder: Path) -> list[dict[str, Any]]:
+    """Mean and sample standard deviation of each measure, for each set of overrides but the seed.
+
+    Args:
+        folder: Sweep directory, with a ``result.json`` in the directory of each run.
+    """
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted(folder.glob("*/result.json")):
+        result = json.loads(path.read_text())
+        groups[tuple(o for o in result["overrides"] if not o.startswith("seed="))].append(result)
+    return [
+        {"overrides": list(overrides), "seeds": [run["seed"] for run in runs]}
+        | {measure: _spread([run[measure] for run in runs]) for measure in MEASURES}
+        for overrides, runs in groups.items()
+    ]
+
+
+class Summary(Callback):
+    """Writes ``summary.json`` into the directory of a sweep that has ended, and prints it."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        groups = summarize(folder)
+        (folder / "summary.json").write_text(json.dumps(groups, indent=2) + "\n")
+        Console().print(_table(groups))
+        print(folder / "summary.json")
+
+
+def _spread(values: list[float | None]) -> dict[str, float] | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    deviation = statistics.stdev(known) if len(known) > 1 else 0.0
+    return {"mean": statistics.fmean(known), "std": deviation}
+
+
+def _table(groups: list[dict[str, Any]]) -> Table:
+    shared = set.intersection(*(set(group["overrides"]) for group in groups)) if groups else set()
+    table = Table(title=" ".join(sorted(shared)) or None)
+    for column in ("run", "seeds", "error %", "dense %", "bytes", "ratio", "seconds"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for group in groups:
+        table.add_row(
+            " ".join(o for o in group["overrides"] if o not in shared) or "-",
+            str(len(group["seeds"])),
+            _cell(group["error"], 100, 2),
+            _cell(group["error_dense"], 100, 2),
+            _cell(group["bytes"], 1, 0),
+            _cell(group["ratio"], 1, 1),
+            _cell(group["seconds"], 1, 1),
+        )
+    return table
+
+
+def _cell(spread: dict[str, float] | None, scale: float, digits: int) -> str:
+    if spread is None:
+        return "-"
+    return f"{scale * spread['mean']:,.{digits}f} ± {scale * spread['std']:,.{digits}f}"
