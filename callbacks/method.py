@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -72,6 +73,11 @@ class Method(pl.Callback):
         otherwise the projected weight itself is moved."""
         return True
 
+    @property
+    def observes(self) -> bool:
+        """Whether the method collects statistics in every step."""
+        return False
+
     @abstractmethod
     def describe(self) -> str:
         """The method in a few words, for the plan's table."""
@@ -131,8 +137,8 @@ class Method(pl.Callback):
 
     # What follows is Lightning's side. Every method takes part, and the first one drives.
 
-    @property
-    def state_key(self) -> str:
+    @cached_property
+    def state_key(self) -> str:  # Lightning asks for it at every hook
         return self._generate_state_key(include=self.include, exclude=self.exclude)
 
     @property

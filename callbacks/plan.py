@@ -70,6 +70,7 @@ class Plan:
         self._check()
         self._optimizers: list[Optimizer] = []
         self._restored: list[Optimizer] = []
+        self._members: dict[Optimizer, tuple[list[int], dict[str, nn.Parameter]]] = {}
         self._stepping = False
         self._hooks: list[RemovableHandle] = []
         if horizon is not None:
@@ -123,10 +124,8 @@ class Plan:
     @torch.no_grad()
     def restore_(self, optimizer: Optimizer) -> None:
         """Give the optimizer back the latents of its parameters."""
-        for parameter, _ in self._parameters(optimizer):
-            latent = (
-                optimizer.state[parameter].get(LATENT) if parameter in optimizer.state else None
-            )
+        for parameter in self._parameters(optimizer).values():
+            latent = optimizer.state.get(parameter, {}).get(LATENT)
             if latent is not None:
                 parameter.copy_(latent)
         self._restored.append(optimizer)
@@ -162,7 +161,7 @@ class Plan:
         return {
             name: optimizer.state[parameter][LATENT]
             for optimizer in self._optimizers
-            for parameter, name in self._parameters(optimizer)
+            for name, parameter in self._parameters(optimizer).items()
             if LATENT in optimizer.state.get(parameter, {})
         }
 
@@ -182,15 +181,17 @@ class Plan:
         # Without a restore this is a step outside of Lightning's loop, which is none of ours.
         if optimizer in self._restored:
             self._restored.remove(optimizer)
-            for parameter, name in self._parameters(optimizer):
-                for method in self.chain(name):
-                    method.observe(name, parameter, optimizer.state[parameter])
+            for method in self.methods:
+                if method.observes:
+                    for name, parameter in self._parameters(optimizer).items():
+                        if name in method.selection.chosen:
+                            method.observe(name, parameter, optimizer.state[parameter])
             self._project_(optimizer, choose=True)
 
     def _project_(self, optimizer: Optimizer, choose: bool, untouched: bool = False) -> None:
         """Project the parameters of one optimizer, which hold what the first method sees."""
         step = self.step + 1 if choose else self.step
-        parameters = {name: parameter for parameter, name in self._parameters(optimizer)}
+        parameters = self._parameters(optimizer)
         saved: set[str] = set()
         anew = False
         for method in self.methods:
@@ -241,14 +242,19 @@ class Plan:
             for name, parameter in method.selection.chosen.items()
         }
 
-    def _parameters(self, optimizer: Optimizer) -> list[tuple[nn.Parameter, str]]:
-        # Looked up at every step: parameters may join an optimizer during training.
-        return [
-            (parameter, self.names[parameter])
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter in self.names
-        ]
+    def _parameters(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+        """The plan's parameters among those of an optimizer."""
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        known, parameters = self._members.get(optimizer, ([], {}))
+        if known != sizes:  # parameters may join an optimizer during training
+            parameters = {
+                self.names[parameter]: parameter
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+                if parameter in self.names
+            }
+            self._members[optimizer] = sizes, parameters
+        return parameters
 
     def _check(self) -> None:
         for name in self.names.values():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pressfit.callbacks.method import Method
 from pressfit.compressors.allocation import ALLOCATIONS, Lazy
+from pressfit.compressors.codes import INTEGERS
 from pressfit.compressors.criteria import CRITERIA
 from pressfit.compressors.prune import kept, support
 from pressfit.compressors.schedules import Cubic, Schedule
@@ -95,6 +96,7 @@ class GradualPruning(Method):
                 )
         self.sparsity, self.schedule = sparsity, schedule or Cubic()
         self.criterion, self.allocation, self.coupling = criterion, allocation, coupling
+        # All bits of a kept weight, none of a pruned one.
         self.masks: dict[str, Tensor] = {}
         self.statistics: dict[str, dict[str, Tensor]] = {}
         self._norms: dict[str, _InputNorm] = {}
@@ -104,6 +106,10 @@ class GradualPruning(Method):
     @property
     def straight_through(self) -> bool:
         return self.coupling == "straight_through"
+
+    @property
+    def observes(self) -> bool:
+        return bool(CRITERIA[self.criterion].statistics)
 
     def describe(self) -> str:
         own = f", {len(self.overrides)} overrides" if self.overrides else ""
@@ -157,21 +163,27 @@ class GradualPruning(Method):
         )
         for name, sparsity in own.items():
             keep[name] = kept(weights[name].numel(), sparsity * strength)
-        for name in weights:
-            self.masks[name] = support(scores[name], keep[name])
+        for name, weight in weights.items():
+            bits = INTEGERS[weight.dtype.itemsize]
+            self.masks[name] = -support(scores[name], keep[name]).to(bits)
 
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
-        # Adding +0 turns -0 into +0: a pruned weight has one bit pattern.
-        weight.mul_(self.masks[name]).add_(0.0)
+        # On the bits, since a product would leave -0 of negative weights.
+        mask = self.masks[name]
+        weight.view(mask.dtype).bitwise_and_(mask)
 
     def choices(self) -> dict[str, Any]:
-        return {"masks": self.masks, "statistics": self.statistics}
+        masks = {name: mask != 0 for name, mask in self.masks.items()}
+        return {"masks": masks, "statistics": self.statistics}
 
     def load_choices(self, choices: dict[str, Any], module: nn.Module) -> None:
-        devices = {name: parameter.device for name, parameter in module.named_parameters()}
-        self.masks = {name: mask.to(devices[name]) for name, mask in choices["masks"].items()}
+        parameters = dict(module.named_parameters())
+        self.masks = {
+            name: -mask.to(parameters[name].device, INTEGERS[parameters[name].dtype.itemsize])
+            for name, mask in choices["masks"].items()
+        }
         self.statistics = {
-            name: {key: tensor.to(devices[name]) for key, tensor in mine.items()}
+            name: {key: tensor.to(parameters[name].device) for key, tensor in mine.items()}
             for name, mine in choices["statistics"].items()
         }
 
@@ -182,7 +194,7 @@ class GradualPruning(Method):
         score = CRITERIA[self.criterion].score(weight, statistics)
         if name in self.masks and not self.straight_through:
             # What is pruned hard does not return, whatever one update made of it.
-            score = score.masked_fill(~self.masks[name], -torch.inf)
+            score = score.masked_fill(self.masks[name] == 0, -torch.inf)
         return score
 
 

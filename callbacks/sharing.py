@@ -113,8 +113,9 @@ class WeightSharing(Method):
         own = match(self.overrides, list(weights))
         for name, weight in weights.items():
             flat = weight.flatten()
-            positions = flat.nonzero().squeeze(1)
-            values = flat[positions]
+            # Where no weight is zero, no list of positions is needed.
+            positions = flat.nonzero().squeeze(1) if (flat == 0).any() else None
+            values = flat if positions is None else flat[positions]
             kmeans = KMeans(own.get(name, self.clusters), self.codebook_dtype)
             if self.init == "optimal" or values.numel() == 0:
                 codebook = kmeans.centroids(values)
@@ -124,8 +125,7 @@ class WeightSharing(Method):
                 codebook = linear(values, kmeans.clusters)
             index = assign(values, codebook)
             self.clusterings[name] = {
-                # Where no weight is zero, no list of positions is needed.
-                "positions": positions if values.numel() < flat.numel() else positions[:0],
+                "positions": index[:0] if positions is None else positions,
                 "index": index,
                 "counts": torch.bincount(index, minlength=codebook.numel()),
                 "codebook": codebook,
@@ -137,19 +137,18 @@ class WeightSharing(Method):
         counts, codebook = clustering["counts"], clustering["codebook"]
         flat = weight.contiguous().view(-1)
         whole = index.numel() == flat.numel()
-        values = flat if whole else flat[positions]
+        values = flat if whole else flat.index_select(0, positions)
         sums = torch.zeros_like(codebook, dtype=torch.promote_types(codebook.dtype, torch.float32))
         sums.scatter_add_(0, index, values.to(sums.dtype))
         # A cluster that lost its last weight stays where it was.
         means = torch.where(counts > 0, sums / counts, codebook)
         codebook.copy_(means.to(getattr(torch, self.codebook_dtype)))
         if strength < 1.0:
-            shared = values.lerp(codebook[index], strength)
-            flat.copy_(shared) if whole else flat.index_copy_(0, positions, shared)
-        elif whole:
-            torch.index_select(codebook, 0, index, out=flat)
+            values.lerp_(codebook.index_select(0, index), strength)
         else:
-            flat[positions] = codebook[index]
+            torch.index_select(codebook, 0, index, out=values)
+        if not whole:
+            flat.index_copy_(0, positions, values)
         if not weight.is_contiguous():
             weight.copy_(flat.view_as(weight))
 

@@ -17,7 +17,8 @@ __all__ = ["ALLOCATIONS", "Allocation", "Lazy", "erk", "global_", "lamp", "unifo
 
 Allocation = Callable[[Mapping[str, Tensor], float], dict[str, int]]
 
-_BLOCK = 2**20
+# Of the sample that brackets a threshold; a prime, so that it meets all columns of a matrix.
+_STRIDE = 61
 
 
 class Lazy(Mapping[str, Tensor]):
@@ -55,37 +56,31 @@ def uniform(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
 def global_(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     """One threshold for all tensors; of equal scores the first tensor's survive.
 
-    The threshold is found exactly by radix selection: floats are mapped to integers of the same
-    order, a histogram of their upper 16 bits finds the bucket, one of the lower 16 bits the value.
+    A sample brackets the threshold, and only the scores inside of the bracket are gathered to find
+    it exactly; should the bracket miss it, a wider one is taken.
 
     Example:
         >>> global_({"a": torch.tensor([1.0, 4.0]), "b": torch.tensor([3.0, 2.0])}, sparsity=0.5)
         {'a': 1, 'b': 1}
     """
-    numel = {name: scores[name].numel() for name in scores}
-    keep = kept(sum(numel.values()), sparsity)
+    sampled = {name: _sample(scores[name], name) for name in scores}
+    keep = kept(sum(size for size, _ in sampled.values()), sparsity)
     if keep == 0:
-        return dict.fromkeys(numel, 0)
-    upper = torch.zeros(2**16, dtype=torch.long)
-    for _, keys in _keys(scores):
-        upper += torch.bincount((keys >> 16) + 2**15, minlength=2**16).cpu()
-    bucket, above = _crossing(upper, keep)
-    lower = torch.zeros(2**16, dtype=torch.long)
-    for _, keys in _keys(scores):
-        inside = keys[keys >> 16 == bucket - 2**15]
-        lower += torch.bincount(inside & 0xFFFF, minlength=2**16).cpu()
-    low, _ = _crossing(lower, keep - above)
-    threshold = (bucket - 2**15 << 16) + low
-    counts, ties = dict.fromkeys(numel, 0), dict.fromkeys(numel, 0)
-    for name, keys in _keys(scores):
-        counts[name] += int((keys > threshold).sum())
-        ties[name] += int((keys == threshold).sum())
-    left = keep - sum(counts.values())
-    for name, tied in ties.items():
-        taken = min(left, tied)
-        counts[name] += taken
-        left -= taken
-    return counts
+        return dict.fromkeys(sampled, 0)
+    sample = torch.cat([values for _, values in sampled.values()])
+    descending = sample.sort(descending=True).values.tolist()
+    # Four standard deviations of the rank that the threshold has in the sample, a binomial one.
+    middle = keep / _STRIDE
+    slack = 4 * (middle * max(0.0, 1 - middle / len(descending))) ** 0.5 + len(sampled)
+    while True:
+        first, last = int(middle - slack), int(middle + slack) + 1
+        high = descending[first] if first >= 0 else torch.inf
+        low = descending[last] if last < len(descending) else -torch.inf
+        found = {name: _bracket(scores[name], low, high) for name in scores}
+        missing = keep - sum(above for above, _, _ in found.values())
+        if 0 < missing <= sum(int(counts.sum()) for _, _, counts in found.values()):
+            return _take(found, missing)
+        slack *= 8
 
 
 def lamp(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
@@ -144,26 +139,34 @@ ALLOCATIONS: dict[str, Allocation] = {
 }
 
 
-def _keys(scores: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Blocks of 32-bit integers in the order of the float scores, tensor by tensor."""
-    for name in scores:
-        # The tensor is an argument only, so that it is freed before the next one is looked up.
-        yield from ((name, keys) for keys in _ordered(scores[name], name))
+# Tensors of scores are arguments only, so that each is freed before the next one is looked up.
 
 
-def _ordered(scores: Tensor, name: str) -> Iterator[Tensor]:
+def _sample(scores: Tensor, name: str) -> tuple[int, Tensor]:
+    """Number of the scores, and some of them."""
     if scores.isnan().any():
         raise ValueError(f"scores of {name} hold NaN: did training diverge?")
-    for block in scores.flatten().split(_BLOCK):
-        # Adding +0 turns -0 into +0: equal scores must have equal keys.
-        bits = (block.float() + 0.0).view(torch.int32)
-        # The integers of negative floats run backwards: flip all bits but the sign.
-        yield bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return scores.numel(), scores.flatten()[::_STRIDE].to("cpu", copy=True)
 
 
-def _crossing(histogram: Tensor, keep: int) -> tuple[int, int]:
-    """The bucket that holds the ``keep``-th largest key, and how many keys lie above it."""
-    from_top = histogram.flip(0).cumsum(0)
-    position = int(torch.searchsorted(from_top, keep))
-    bucket = histogram.numel() - 1 - position
-    return bucket, int(from_top[position] - histogram[bucket])
+def _bracket(scores: Tensor, low: float, high: float) -> tuple[int, Tensor, Tensor]:
+    """How many scores lie above ``high``; the different ones in [low, high], and their counts."""
+    above = scores > high
+    inside = scores[(scores >= low) & ~above]
+    values, counts = inside.unique(return_counts=True)
+    return int(above.count_nonzero()), values.cpu(), counts.cpu()
+
+
+def _take(found: Mapping[str, tuple[int, Tensor, Tensor]], missing: int) -> dict[str, int]:
+    """Add the ``missing`` largest scores of the bracket, ties in the order of the tensors."""
+    values = torch.cat([values for _, values, _ in found.values()])
+    counts = torch.cat([counts for _, _, counts in found.values()])
+    descending, order = values.sort(descending=True)
+    threshold = descending[int(torch.searchsorted(counts[order].cumsum(0), missing))]
+    taken = {name: int(counts[mine > threshold].sum()) for name, (_, mine, counts) in found.items()}
+    left = missing - sum(taken.values())
+    for name, (above, mine, counts) in found.items():
+        ties = min(left, int(counts[mine == threshold].sum()))
+        taken[name] += above + ties
+        left -= ties
+    return taken

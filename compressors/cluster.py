@@ -94,8 +94,11 @@ def assign(values: Tensor, codebook: Tensor) -> Tensor:
     """
     if codebook.numel() == 0:
         return torch.zeros(values.shape, dtype=torch.long, device=values.device)
-    edges = (codebook[1:].double() + codebook[:-1].double()) / 2
-    return torch.bucketize(values.double(), edges)
+    middles = (codebook[1:].double() + codebook[:-1].double()) / 2
+    # Rounded down, so that a value lies above the rounded middle if it lies above the middle.
+    edges = middles.to(values.dtype)
+    edges = torch.where(edges > middles, edges.nextafter(edges - torch.inf), edges)
+    return torch.bucketize(values, edges)
 
 
 def _centroids(values: Tensor, clusters: int) -> Tensor:

@@ -33,7 +33,9 @@ _NARROWER = {
     torch.int64: (torch.int8, torch.int16, torch.int32),
     torch.int32: (torch.int8, torch.int16),
 }
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# By bytes: the integer type that shows the bits of a float.
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Code(ABC):
@@ -214,7 +216,7 @@ def exact(tensor: Tensor) -> Code:
     tensor = tensor.detach().cpu().contiguous()
     if tensor.numel() < 2 or tensor.is_complex() or tensor.dtype == torch.bool:
         return Dense(tensor)
-    bits = tensor.view(_BITS[tensor.dtype.itemsize])
+    bits = tensor.view(INTEGERS[tensor.dtype.itemsize])
     mask = bits != 0
     kept = int(mask.sum())
     levels = _levels(bits.flatten(), limit=min(MAX_LEVELS, kept // 2))
@@ -244,7 +246,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
-    bits = _BITS[a.dtype.itemsize]
+    bits = INTEGERS[a.dtype.itemsize]
     return torch.equal(a.flatten().view(bits), b.flatten().view(bits))
 
 

@@ -1,0 +1,131 @@
+"""Time of a training step with each method, against plain Lightning, on LeNet-300-100.
+
+python -m pressfit.experiments.bench_step [--rounds 15] [--threads 2]
+
+One process fits the plain network and the compressed ones in turn, round after round, so that a
+busy machine slows all alike; what counts is the median over rounds of the ratio within a round.
+Methods act in every step, and choose anew every 64, as in 60 epochs of the recipe.
+"""
+
+import argparse
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelPruning
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from pressfit.callbacks import GradualPruning, WeightSharing
+from pressfit.experiments.models import LeNet300
+
+__all__ = ["main", "step_seconds"]
+
+BATCH = 256
+
+
+class Plain(pl.LightningModule):
+    """What a user has: cross-entropy and Adam."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = LeNet300()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=2e-3, fused=True)
+
+
+class Repeat:
+    """One batch, again and again: loading takes no time."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.batch = (torch.rand(BATCH, 1, 28, 28), torch.randint(10, (BATCH,)))
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self.batch for _ in range(self.steps))
+
+
+class Clock(pl.Callback):
+    """Seconds from the end of the first steps, which compile and allocate, to the end of the fit."""
+
+    def __init__(self, warmup: int) -> None:
+        self.warmup = warmup
+        self.start = self.seconds = 0.0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        index = args[-1]
+        if index == self.warmup - 1:
+            self.start = time.perf_counter()
+        self.seconds = time.perf_counter() - self.start
+
+
+METHODS: dict[str, Callable[[], list[pl.Callback]]] = {
+    "plain Lightning": list,
+    "GradualPruning": lambda: [GradualPruning(0.95, stop=1.0, every=64)],
+    "WeightSharing": lambda: [WeightSharing(16, start=0.0, stop=1.0, every=64)],
+    "GradualPruning, WeightSharing": lambda: [
+        GradualPruning(0.95, stop=1.0, every=64),
+        WeightSharing(16, start=0.0, stop=1.0, every=64),
+    ],
+    "Lightning's ModelPruning": lambda: [
+        ModelPruning("l1_unstructured", amount=0.95, use_global_unstructured=True)
+    ],
+}
+
+
+def step_seconds(callbacks: list[pl.Callback], steps: int = 320, warmup: int = 64) -> float:
+    """Seconds of a training step, the mean over all but the first ``warmup`` steps of a fit."""
+    # ModelPruning acts at the end of an epoch only, so that its masks hold in a second one.
+    clock = Clock(warmup)
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=[*callbacks, clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Plain(), Repeat(steps))
+    return clock.seconds / (steps - warmup)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+    for _ in range(options.rounds):
+        for name, make in METHODS.items():
+            seconds[name].append(step_seconds(make()))
+    table = Table(title=f"LeNet-300-100, batch {BATCH}, {options.threads} threads")
+    for column in ("callbacks", "ms a step", "ratio", "quartiles"):
+        table.add_column(column, justify="left" if column == "callbacks" else "right")
+    plain = seconds["plain Lightning"]
+    for name, times in seconds.items():
+        ratios = [mine / its for mine, its in zip(times, plain, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        milliseconds = f"{1000 * statistics.median(times):.3f}"
+        table.add_row(name, milliseconds, f"{middle:.3f}", f"{low:.3f} to {high:.3f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
