@@ -196,7 +196,7 @@ def _report(entry: Entry, symbols: Symbols | None, floats: torch.Tensor) -> Tens
         shared = pruned
         if entry.kind == "shared":
             levels = entry.floats
-            index = max(1, math.ceil(math.log2(levels)))
+            index = max(1, math.ceil(math.log2(max(1, levels))))  # no level: all weights are zero
             shared = math.ceil(pairs * (index + gap) / 8) + levels * width
     return TensorReport(
         name=entry.name,

@@ -28,10 +28,7 @@ _MISTAKES = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``pressfit`` with these arguments, by default the process's own."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # With this set Hydra raises instead of printing its own report; a user who sets it wants
-    # tracebacks.
     traceback = bool(os.environ.get("HYDRA_FULL_ERROR"))
-    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         if words[:1] == ["train"]:
             _train(words[1:])
@@ -42,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if traceback:
             raise
         print(f"pressfit: {_one_line(error)}", file=sys.stderr)
+        print("HYDRA_FULL_ERROR=1 in the environment shows where.", file=sys.stderr)
         sys.exit(2)
 
 
@@ -75,6 +73,8 @@ def _train(overrides: list[str]) -> None:
     from pressfit.experiments.train import main as train
 
     sys.argv = [sys.argv[0], *overrides]
+    # So that Hydra raises what went wrong instead of printing a report of its own.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     train()
 
 

@@ -231,12 +231,15 @@ _MIRRORS = (
 )
 
 
-def _content(name: str) -> bytes:
+def _beside() -> list[Path]:
+    """Where data may lie: beside the repository, or beside the working directory."""
     repository = Path(__file__).resolve().parents[1]
-    folders = [folder.parent / "shared" / "data" for folder in (repository, Path.cwd())]
-    if "PRESSFIT_DATA" in os.environ:
-        folders.insert(0, Path(os.environ["PRESSFIT_DATA"]))
-    for folder in folders:
+    return [folder.parent / "shared" / "data" for folder in (repository, Path.cwd())]
+
+
+def _content(name: str) -> bytes:
+    named = [Path(os.environ["PRESSFIT_DATA"])] if "PRESSFIT_DATA" in os.environ else []
+    for folder in [*named, *_beside()]:
         if (folder / "mnist" / name).is_file():
             return _verified(folder / "mnist" / name)
     problems = []

@@ -223,6 +223,12 @@ def test_report_accounts_for_every_byte(small: Path) -> None:
     assert f"{report.total:,}" in report.table()
 
 
+def test_a_tensor_of_zeros_is_reported_too(tmp_path: Path) -> None:
+    save(tmp_path / "a", {"w": torch.zeros(30, 40)})
+    (tensor,) = inspect(tmp_path / "a").tensors
+    assert (tensor.kept, tensor.levels, tensor.shared_bytes, tensor.bytes) == (0, 0, 0, 1)
+
+
 def test_fixed_width_sizes_follow_the_paper(tmp_path: Path) -> None:
     """32 weights apart are beyond a 5-bit gap and need one filler, as in the paper's Figure 2."""
     sparse = torch.zeros(1, 70)

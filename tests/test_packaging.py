@@ -1,0 +1,82 @@
+"""The package is what the tree says it is, and its layers do not know the ones above them."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("callbacks", "compressors", "configs", "experiments")
+
+# What each layer may not import, at any depth of a function.
+FORBIDDEN = {
+    "compressors": (
+        "lightning",
+        "hydra",
+        "omegaconf",
+        "wandb",
+        "pressfit.callbacks",
+        "pressfit.experiments",
+    ),
+    "callbacks": ("hydra", "omegaconf", "wandb", "pressfit.experiments"),
+}
+
+
+def imports(path: Path) -> set[str]:
+    tree = ast.walk(ast.parse(path.read_text()))
+    found = set()
+    for node in tree:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("layer", FORBIDDEN)
+def test_a_layer_imports_nothing_from_above(layer: str) -> None:
+    for path in (ROOT / layer).glob("*.py"):
+        for name in imports(path):
+            for forbidden in FORBIDDEN[layer]:
+                assert name != forbidden, path
+                assert not name.startswith(f"{forbidden}."), path
+
+
+def test_compressors_load_without_lightning_and_hydra() -> None:
+    code = (
+        "import sys, pressfit.compressors\n"
+        "print(sorted({'lightning', 'hydra', 'omegaconf', 'wandb'} & sys.modules.keys()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_the_package_list_is_the_tree() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert sorted(settings["packages"]) == [f"pressfit.{folder}" for folder in FOLDERS]
+    for folder in FOLDERS:
+        assert settings["package-dir"][f"pressfit.{folder}"] == folder
+        assert (ROOT / ".typing" / "pressfit" / folder).resolve() == ROOT / folder
+        # A Python package below would vanish from the wheel without a word.
+        assert not list((ROOT / folder).glob("*/**/*.py"))
+
+
+def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    patterns = ("*.py", "**/*.yaml", "py.typed")
+    expected = {
+        f"pressfit/{path.relative_to(ROOT)}"
+        for folder in FOLDERS
+        for pattern in patterns
+        for path in (ROOT / folder).glob(pattern)
+    }
+    assert packed == expected
