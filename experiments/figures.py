@@ -68,14 +68,16 @@ def _draw_curve(
         axes.plot(sizes, errors, color=HEADER, linewidth=0.8, zorder=1)
         colours = colormaps["viridis"](np.linspace(0, 0.9, len(points)))
         axes.scatter(sizes, errors, c=colours, s=24, zorder=2, linewidths=0)
+    largest = max(size for size, _ in marks.values())
     for name, (size, error) in marks.items():
+        outwards = "right" if size == largest and len(marks) > 1 else "left"
         axes.scatter(size, error, marker="D", s=64, color=MARK, zorder=3, linewidths=0)
         axes.annotate(
             f"{name}\n{_size(size)}, {100 * error:.2f} %",
             (size, error),
-            (0, 12),
+            (8 if outwards == "right" else -8, 12),
             textcoords="offset points",
-            ha="center",
+            ha=outwards,
             color=MARK,
             fontsize=9.5,
             fontweight="bold",

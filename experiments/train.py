@@ -7,6 +7,7 @@ The run's directory then holds ``config.yaml`` (resolved), ``metrics.csv``, ``mo
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ def train(config: DictConfig, folder: Path, overrides: list[str]) -> dict[str, A
     Raises:
         MisconfigurationException: Callbacks that do not fit together, or none that writes a file.
     """
+    # The logger shares the run's directory on purpose; the other is Lightning's own to mend.
+    warnings.filterwarnings("ignore", "Experiment logs directory")
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
     callbacks = [*_instances(config.callbacks), *_instances(config.observers)]
     checkpoint = next((c for c in callbacks if isinstance(c, CompressedCheckpoint)), None)
