@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pressfit.callbacks.method import Method
 from pressfit.compressors.cluster import KMeans, assign, linear
+from pressfit.compressors.codes import matrix_shape
 from pressfit.compressors.schedules import Linear, Schedule
 from pressfit.compressors.select import match
 
@@ -124,31 +125,36 @@ class WeightSharing(Method):
             else:
                 codebook = linear(values, kmeans.clusters)
             index = assign(values, codebook)
+            counts = torch.bincount(index, minlength=codebook.numel())
+            rows = matrix_shape(weight.shape)[0] if positions is None else 1
             self.clusterings[name] = {
                 "positions": index[:0] if positions is None else positions,
-                "index": index,
-                "counts": torch.bincount(index, minlength=codebook.numel()),
+                # In rows, which are summed and looked up in parallel.
+                "index": index.view(rows, -1),
+                # A cluster that lost its last weight stays where it was.
+                "rest": torch.where(counts > 0, 0, codebook),
+                "counts": counts.clamp_min(1),
                 "codebook": codebook,
             }
 
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
         clustering = self.clusterings[name]
-        positions, index = clustering["positions"], clustering["index"]
-        counts, codebook = clustering["counts"], clustering["codebook"]
+        positions, index, codebook = (clustering[k] for k in ("positions", "index", "codebook"))
         flat = weight.contiguous().view(-1)
         whole = index.numel() == flat.numel()
-        values = flat if whole else flat.index_select(0, positions)
-        sums = torch.zeros_like(codebook, dtype=torch.promote_types(codebook.dtype, torch.float32))
-        sums.scatter_add_(0, index, values.to(sums.dtype))
-        # A cluster that lost its last weight stays where it was.
-        means = torch.where(counts > 0, sums / counts, codebook)
+        values = (flat if whole else flat.index_select(0, positions)).view_as(index)
+        precision = torch.promote_types(values.dtype, torch.float32)
+        sums = torch.zeros(len(index), codebook.numel(), dtype=precision, device=values.device)
+        sums = sums.scatter_add_(1, index, values.to(precision)).sum(0)
+        means = (sums + clustering["rest"]) / clustering["counts"]
         codebook.copy_(means.to(getattr(torch, self.codebook_dtype)))
+        levels = codebook.expand(len(index), -1)
         if strength < 1.0:
-            values.lerp_(codebook.index_select(0, index), strength)
+            values.lerp_(levels.gather(1, index), strength)
         else:
-            torch.index_select(codebook, 0, index, out=values)
+            torch.gather(levels, 1, index, out=values)
         if not whole:
-            flat.index_copy_(0, positions, values)
+            flat.index_copy_(0, positions, values.view(-1))
         if not weight.is_contiguous():
             weight.copy_(flat.view_as(weight))
 

@@ -72,15 +72,16 @@ def global_(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     # Four standard deviations of the rank that the threshold has in the sample, a binomial one.
     middle = keep / _STRIDE
     slack = 4 * (middle * max(0.0, 1 - middle / len(descending))) ** 0.5 + len(sampled)
+    lowest = torch.finfo(torch.float32).min  # weights that are pruned for good score -inf
     while True:
         first, last = int(middle - slack), int(middle + slack) + 1
         high = descending[first] if first >= 0 else torch.inf
-        low = descending[last] if last < len(descending) else -torch.inf
+        low = max(lowest, descending[last] if last < len(descending) else -torch.inf)
         found = {name: _bracket(scores[name], low, high) for name in scores}
         missing = keep - sum(above for above, _, _ in found.values())
         if 0 < missing <= sum(int(counts.sum()) for _, _, counts in found.values()):
             return _take(found, missing)
-        slack *= 8
+        slack, lowest = 8 * slack, -torch.inf
 
 
 def lamp(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:

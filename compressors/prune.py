@@ -75,6 +75,9 @@ class TopK(Projection):
 
 def _largest(flat: Tensor, k: int) -> float:
     """The ``k``-th largest of some values."""
+    flat = flat[flat > -torch.inf]  # many equal values would make the search slow
+    if flat.numel() < k:
+        return -torch.inf
     if flat.device.type == "cpu" and flat.dtype != torch.bfloat16:
         # Ten times faster than torch.kthvalue.
         return float(np.partition(flat.numpy(), -k)[-k])

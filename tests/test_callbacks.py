@@ -221,7 +221,7 @@ def test_centroids_are_the_means_of_their_latents(tmp_path: Path) -> None:
         def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             assert sharing.plan is not None
             latent = sharing.plan.latents()["head.weight"].flatten()
-            index = sharing.clusterings["head.weight"]["index"]
+            index = sharing.clusterings["head.weight"]["index"].flatten()
             for cluster in range(4):
                 mine = pl_module.get_parameter("head.weight").detach().flatten()[index == cluster]
                 assert mine.unique().numel() <= 1
