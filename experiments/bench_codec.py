@@ -1,12 +1,15 @@
 """Bytes and speed of the lossless coders, beside the entropy of independent symbols and zlib's kin.
 
-python -m pressfit.experiments.bench_codec [--ints PATH]
+python -m pressfit.experiments.bench_codec [--ints PATH] [FILE ...]
+
+Compressed files that are named are coded anew by each coder.
 """
 
 import argparse
 import bz2
 import lzma
 import os
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pressfit.compressors import load, save
 from pressfit.compressors.coding import CODERS
 
 DATA = Path(os.environ.get("PRESSFIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -65,6 +69,18 @@ def sizes(path: Path) -> str:
     return "\n".join(lines)
 
 
+def recoded(file: Path) -> str:
+    """Bytes of a compressed file, had it been written by each coder, and of its tensors packed."""
+    tensors = load(file)
+    found = {"as written": file.stat().st_size}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in CODERS:
+            found[name] = save(Path(folder) / name, tensors, name)
+    raw = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
+    found |= {"zlib -9": len(zlib.compress(raw, 9)), "lzma -9": len(lzma.compress(raw, preset=9))}
+    return f"{file}: " + ", ".join(f"{name} {size:,}" for name, size in found.items())
+
+
 def speeds(rows: int = 2000, columns: int = 2500, density: float = 0.1, clusters: int = 16) -> str:
     """Table of speeds, in millions of weights per second, for independent weights."""
     rng = np.random.default_rng(0)
@@ -90,7 +106,13 @@ def speeds(rows: int = 2000, columns: int = 2500, density: float = 0.1, clusters
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ints", type=Path, default=DATA / "codec" / "lenet300_ints.npz")
-    path = parser.parse_args().ints
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE")
+    options = parser.parse_args()
+    for file in options.files:
+        print(recoded(file))
+    if options.files:
+        return
+    path = options.ints
     print(sizes(path) if path.exists() else f"no sizes: {path} is not there (set PRESSFIT_DATA)")
     print(speeds())
 

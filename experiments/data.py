@@ -82,6 +82,7 @@ class Batches:
         epoch: Returns the number of the epoch that an iteration is for.
         augment: Transformation of the images, see :class:`Augment`.
         reuse: Epochs that see the same transformed images, in another order each.
+        until: Epoch from which on images are left as they are.
 
     Example:
         >>> split = Split(torch.full((5, 1, 2, 2), 255, dtype=torch.uint8), torch.arange(5))
@@ -97,9 +98,10 @@ class Batches:
         epoch: Callable[[], int] = lambda: 0,
         augment: Augment | None = None,
         reuse: int = 1,
+        until: float = math.inf,
     ) -> None:
         self.split, self.size, self.seed = split, size, seed
-        self.epoch, self.augment, self.reuse = epoch, augment, reuse
+        self.epoch, self.augment, self.reuse, self.until = epoch, augment, reuse, until
         self._transformed = (-1, split.images)
 
     def __len__(self) -> int:
@@ -115,7 +117,7 @@ class Batches:
             yield images[index].float().div_(255), self.split.labels[index]
 
     def _images(self) -> Tensor:
-        if self.augment is None:
+        if self.augment is None or self.epoch() >= self.until:
             return self.split.images
         number = self.epoch() // self.reuse
         if self._transformed[0] != number:
@@ -140,6 +142,8 @@ class Images(pl.LightningDataModule):
         seed: Seed of the order of batches and of the augmentation.
         augment: Transformation of the training images.
         reuse: Epochs that see the same transformed images.
+        augment_until: Fraction of the epochs after which training images are left as they are: a
+            small network cannot afford to end on images that it will never be asked about.
     """
 
     def __init__(
@@ -149,10 +153,13 @@ class Images(pl.LightningDataModule):
         seed: int = 0,
         augment: Augment | None = None,
         reuse: int = 1,
+        augment_until: float = 1.0,
     ) -> None:
         super().__init__()
+        if not 0.0 <= augment_until <= 1.0:
+            raise ValueError(f"augment_until is a fraction of the epochs, got {augment_until}")
         self.batch_size, self.held_out, self.seed = batch_size, held_out, seed
-        self.augment, self.reuse = augment, reuse
+        self.augment, self.reuse, self.augment_until = augment, reuse, augment_until
         self.splits: tuple[Split, Split] | None = None
 
     @staticmethod
@@ -165,7 +172,12 @@ class Images(pl.LightningDataModule):
 
     def train_dataloader(self) -> Batches:
         split = Split(*(tensor[: -self.held_out or None] for tensor in self._split(0)))
-        return Batches(split, self.batch_size, self.seed, self._epoch, self.augment, self.reuse)
+        until = math.inf
+        if self.trainer and self.augment_until < 1:
+            until = self.augment_until * (self.trainer.max_epochs or math.inf)
+        return Batches(
+            split, self.batch_size, self.seed, self._epoch, self.augment, self.reuse, until
+        )
 
     def val_dataloader(self) -> Batches:
         kept = [tensor[len(tensor) - self.held_out :] for tensor in self._split(0)]

@@ -295,6 +295,17 @@ def test_augmentation_moves_an_image_by_whole_pixels() -> None:
     assert moved.sum() == pytest.approx(1.0, abs=1e-4)
 
 
+def test_augmentation_ends_before_the_training_does() -> None:
+    split = Split(torch.full((4, 1, 8, 8), 200, dtype=torch.uint8), torch.arange(4))
+
+    def images(epoch: int) -> torch.Tensor:
+        batches = Batches(split, 4, 0, lambda: epoch, Augment(shift=3.0), until=2)
+        return next(iter(batches))[0]
+
+    assert not torch.equal(images(1), images(2))
+    assert torch.equal(images(2), torch.full((4, 1, 8, 8), 200 / 255))
+
+
 def idx(array: torch.Tensor) -> bytes:
     head = struct.pack(">HBB", 0, 8, array.dim())
     return head + struct.pack(f">{array.dim()}i", *array.shape) + array.numpy().tobytes()
