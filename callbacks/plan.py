@@ -148,7 +148,12 @@ class Plan:
         """Leave every parameter projected; returns a warning for each method cut short."""
         self.settle()
         for optimizer in self._optimizers:
-            self._project_(optimizer, choose=False, untouched=True)
+            for name, parameter in self._parameters(optimizer).items():
+                # What no step ever touched; the others are projected, and their latents stay.
+                if LATENT not in optimizer.state.get(parameter, {}):
+                    for method in self.chain(name):
+                        if method.chosen_at is not None:
+                            method.project_(name, parameter, self._strength(method, self.step))
         return [
             f"{type(method).__name__}: training ended at step {self.step:,}, before the window "
             f"{first:,} to {last:,} did; it has not reached its full strength"
@@ -188,7 +193,7 @@ class Plan:
                             method.observe(name, parameter, optimizer.state[parameter])
             self._project_(optimizer, choose=True)
 
-    def _project_(self, optimizer: Optimizer, choose: bool, untouched: bool = False) -> None:
+    def _project_(self, optimizer: Optimizer, choose: bool) -> None:
         """Project the parameters of one optimizer, which hold what the first method sees."""
         step = self.step + 1 if choose else self.step
         parameters = self._parameters(optimizer)
@@ -200,18 +205,21 @@ class Plan:
                 continue
             if method.straight_through:
                 for name in [name for name in mine if name not in saved]:
-                    if self._save(optimizer, parameters[name]) or untouched:
+                    if self._save(optimizer, parameters[name]):
                         saved.add(name)
                 mine = [name for name in mine if name in saved]
             # What an earlier method of the chain chose anew changes what this one sees.
-            first, last = self.windows[method]
-            strength = method.strength(min(1.0, (step - first) / max(1, last - first)))
+            strength = self._strength(method, step)
             if choose and (anew or self._due(method, step)):
                 anew = True
                 method.choose(self._seen(method, parameters), strength)
                 method.chosen_at = step
             for name in mine:
                 method.project_(name, parameters[name], strength)
+
+    def _strength(self, method: Method, step: int) -> float:
+        first, last = self.windows[method]
+        return method.strength(min(1.0, (step - first) / max(1, last - first)))
 
     def _due(self, method: Method, step: int) -> bool:
         first, last = self.windows[method]
