@@ -66,6 +66,9 @@ class Method(pl.Callback):
         self.selection = Selection({}, {})
         self.plan: Plan | None = None
         self.chosen_at: int | None = None
+        # The window once training has begun: a longer training later on does not move it.
+        self.span: tuple[int, int] | None = None
+        self.saved: dict[str, Any] | None = None
 
     @property
     def straight_through(self) -> bool:
@@ -88,7 +91,8 @@ class Method(pl.Callback):
 
     @abstractmethod
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
-        """Project one weight in place; at a strength below 1 it may stop short of it."""
+        """Project one weight in place; at a strength below 1 it may stop short of it, and a weight
+        for which nothing was chosen yet stays as it is."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -110,11 +114,15 @@ class Method(pl.Callback):
         """Select the module's parameters and check that the method can act on them."""
         self.selection = select(module, self.include, self.exclude)
 
-    def detach(self) -> None:
-        """Remove what :meth:`attach` left in the module."""
+    def hook(self) -> None:
+        """Place what has to watch the module while it trains."""
+
+    def unhook(self) -> None:
+        """Remove what :meth:`hook` placed."""
 
     def observe(self, name: str, parameter: nn.Parameter, state: Mapping[str, Any]) -> None:
-        """Update statistics after an optimizer step; ``state`` is the optimizer's own."""
+        """Update statistics before an optimizer step, from the parameter as the forward pass saw
+        it and its gradient; ``state`` is the optimizer's own."""
 
     def window(self, horizon: float) -> tuple[int, int]:
         """First and last step of the window, for training of ``horizon`` optimizer steps."""
@@ -146,24 +154,42 @@ class Method(pl.Callback):
         return self.plan is not None and self.plan.methods[0] is self
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        methods = [callback for callback in trainer.callbacks if isinstance(callback, Method)]  # type: ignore[attr-defined]
-        if stage != "fit" or methods[0] is not self:
+        if stage != "fit":
             return
+        _refuse_rivals(trainer)
         # A second fit of one Trainer goes on where the first one ended.
-        step = self.plan.step if self.plan is not None and trainer.global_step else 0
-        plan = Plan(methods, pl_module, fresh=step == 0)
-        plan.step = step
-        for method in methods:
-            method.plan = plan
+        if not trainer.global_step:
+            self.reset()
+            self.plan = self.chosen_at = self.span = self.saved = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._drives and self.plan is not None:
-            self.plan.hook(trainer.optimizers)
+        # By now the module has all of its parameters, and the optimizers exist.
+        methods = [callback for callback in trainer.callbacks if isinstance(callback, Method)]  # type: ignore[attr-defined]
+        if methods[0] is not self:
+            return
+        plan = Plan(methods, pl_module)
+        plan.step = self.plan.step if self.plan is not None else 0
+        for method in methods:
+            method.plan = plan
+            if method.saved is not None:
+                method.load_state_dict(method.saved)
+        plan.hook(trainer.optimizers)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._drives and self.plan is not None:
-            self.plan.begin(trainer.estimated_stepping_batches)
+            optimizers = max(1, len(trainer.optimizers))
+            horizon = trainer.estimated_stepping_batches
+            if horizon == trainer.max_steps:  # which counts the steps of every optimizer
+                horizon = horizon / optimizers
+            if self.plan.step == 0:  # a checkpoint that was written without compression
+                self.plan.step = trainer.global_step // optimizers
+            self.plan.begin(horizon if horizon > 0 else float("inf"))
             pl.utilities.rank_zero_info(str(self.plan))
+            if orphans := self.plan.orphans():
+                pl.utilities.rank_zero_warn(
+                    f"no optimizer holds {', '.join(orphans)}: they are not compressed unless "
+                    "they join one; name them in exclude=[...] if that is meant"
+                )
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -180,6 +206,7 @@ class Method(pl.Callback):
     ) -> None:
         if self._drives and self.plan is not None:
             self.plan.settle()
+            self.plan.unhook()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._drives and self.plan is not None:
@@ -193,10 +220,37 @@ class Method(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         if self.plan is None:
             return {}
-        return {"step": self.plan.step, "chosen_at": self.chosen_at, "choices": self.choices()}
+        return {
+            "step": self.plan.step,
+            "chosen_at": self.chosen_at,
+            "span": self.span,
+            "choices": self.choices(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict and self.plan is not None:
-            self.plan.step = state_dict["step"]
-            self.chosen_at = state_dict["chosen_at"]
-            self.load_choices(state_dict["choices"], self.plan.module)
+        if not state_dict:
+            return
+        if self.plan is None:  # it comes before the module is complete
+            self.saved = state_dict
+            return
+        self.saved = None
+        self.plan.step = state_dict["step"]
+        self.chosen_at, self.span = state_dict["chosen_at"], state_dict["span"]
+        self.load_choices(state_dict["choices"], self.plan.module)
+
+
+def _refuse_rivals(trainer: pl.Trainer) -> None:
+    """What would undo compression without a word."""
+    averages = {"StochasticWeightAveraging", "WeightAveraging"}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if averages.intersection(base.__name__ for base in type(callback).__mro__):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} averages weights, and an average of sparse or shared "
+                "weights is neither: train without it, or without compression"
+            )
+    sharded = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
+    if sharded.intersection(base.__name__ for base in type(trainer.strategy).__mro__):
+        raise MisconfigurationException(
+            f"{type(trainer.strategy).__name__} shards parameters, which these callbacks do not "
+            "support yet: use one device or strategy='ddp'"
+        )

@@ -41,7 +41,6 @@ class Plan:
         methods: Callbacks in the Trainer's order, which is the order of composition.
         module: Module whose parameters they act on.
         horizon: Optimizer steps of the training, where known.
-        fresh: Whether the methods forget what they chose before.
 
     Raises:
         MisconfigurationException: Two methods cannot act on one parameter in this order.
@@ -52,16 +51,12 @@ class Plan:
         methods: Sequence[Method],
         module: nn.Module,
         horizon: float | None = None,
-        fresh: bool = True,
     ) -> None:
         self.methods, self.module = tuple(methods), module
         self.step = 0
         self.windows: dict[Method, tuple[int, int]] = {}
         for method in self.methods:
             method.attach(module)
-            if fresh:
-                method.reset()
-                method.chosen_at = None
         self.names = {
             parameter: name
             for method in self.methods
@@ -103,8 +98,14 @@ class Plan:
         return [method for method in self.methods if name in method.selection.chosen]
 
     def begin(self, horizon: float) -> None:
-        """Fix every method's window, for a training of ``horizon`` optimizer steps."""
-        self.windows = {method: method.window(horizon) for method in self.methods}
+        """Fix every method's window, for a training of ``horizon`` optimizer steps.
+
+        A method that has begun keeps the window it has: what is pruned would return otherwise.
+        """
+        for method in self.methods:
+            if method.chosen_at is None or method.span is None:
+                method.span = method.window(horizon)
+            self.windows[method] = method.span
 
     def hook(self, optimizers: Iterable[Optimizer]) -> None:
         """Project after every update of these optimizers, until :meth:`unhook`."""
@@ -112,6 +113,13 @@ class Plan:
         self._hooks = [
             optimizer.register_step_post_hook(self._after_step) for optimizer in self._optimizers
         ]
+        for method in self.methods:
+            method.hook()
+
+    def orphans(self) -> list[str]:
+        """Parameters of the plan that no optimizer holds."""
+        held = {name for optimizer in self._optimizers for name in self._parameters(optimizer)}
+        return [name for name in self.names.values() if name not in held]
 
     def unhook(self) -> None:
         """Leave optimizers and module as they were found."""
@@ -119,12 +127,19 @@ class Plan:
             handle.remove()
         self._hooks = []
         for method in self.methods:
-            method.detach()
+            method.unhook()
 
     @torch.no_grad()
     def restore_(self, optimizer: Optimizer) -> None:
-        """Give the optimizer back the latents of its parameters."""
-        for parameter in self._parameters(optimizer).values():
+        """Give the optimizer back the latents of its parameters, once statistics have seen both the
+        projected weights and their gradients."""
+        parameters = self._parameters(optimizer)
+        for method in self.methods:
+            if method.observes:
+                for name, parameter in parameters.items():
+                    if name in method.selection.chosen:
+                        method.observe(name, parameter, optimizer.state.get(parameter, {}))
+        for parameter in parameters.values():
             latent = optimizer.state.get(parameter, {}).get(LATENT)
             if latent is not None:
                 parameter.copy_(latent)
@@ -186,11 +201,6 @@ class Plan:
         # Without a restore this is a step outside of Lightning's loop, which is none of ours.
         if optimizer in self._restored:
             self._restored.remove(optimizer)
-            for method in self.methods:
-                if method.observes:
-                    for name, parameter in self._parameters(optimizer).items():
-                        if name in method.selection.chosen:
-                            method.observe(name, parameter, optimizer.state[parameter])
             self._project_(optimizer, choose=True)
 
     def _project_(self, optimizer: Optimizer, choose: bool) -> None:
@@ -244,10 +254,11 @@ class Plan:
 
     def _seen(self, method: Method, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All weights of a method; another optimizer's parameters as their latents."""
-        latents = self.latents()
+        latents, orphans = self.latents(), set(self.orphans())
         return {
             name: parameters[name] if name in parameters else latents.get(name, parameter)
             for name, parameter in method.selection.chosen.items()
+            if name not in orphans
         }
 
     def _parameters(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pressfit.callbacks.method import Method
 from pressfit.compressors.allocation import ALLOCATIONS, Lazy
@@ -124,28 +125,36 @@ class GradualPruning(Method):
         if "input_norm" in CRITERIA[self.criterion].statistics:
             self._norms = {name: _InputNorm(module, name) for name in self.selection.chosen}
 
-    def detach(self) -> None:
+    def hook(self) -> None:
         for norm in self._norms.values():
-            norm.handle.remove()
+            norm.hook()
+
+    def unhook(self) -> None:
+        for norm in self._norms.values():
+            norm.unhook()
 
     def reset(self) -> None:
         self.masks, self.statistics, self._adam = {}, {}, {}
 
     def observe(self, name: str, parameter: nn.Parameter, state: Mapping[str, Any]) -> None:
+        (statistic,) = CRITERIA[self.criterion].statistics
         mine = self.statistics.setdefault(name, {})
-        for statistic in CRITERIA[self.criterion].statistics:
-            if statistic == "input_norm":
-                mine[statistic] = self._norms[name].commit(mine.get(statistic))
-            elif statistic == "squared_gradient" and "exp_avg_sq" in state:
-                self._adam[name] = state["exp_avg_sq"]
-            elif parameter.grad is not None:
-                gradient = parameter.grad.detach()
-                average = mine.setdefault(statistic, torch.zeros_like(gradient))
-                if statistic == "movement":
-                    average.sub_(parameter.detach() * gradient)
-                else:
-                    term = gradient.square() if statistic == "squared_gradient" else gradient
-                    average.lerp_(term, 1 - _DECAY)
+        if statistic == "squared_gradient" and "exp_avg_sq" in state:
+            self._adam[name] = state["exp_avg_sq"]
+            mine.clear()
+            return
+        # A gradient scaler skips steps whose gradients are not finite, and so do statistics.
+        gradient = parameter.grad
+        finite = gradient is not None and bool(gradient.isfinite().all())
+        if statistic == "input_norm":
+            self._norms[name].commit(mine, finite)
+        elif gradient is not None and finite:
+            average = mine.setdefault(statistic, torch.zeros_like(gradient))
+            if statistic == "movement":
+                average.sub_(parameter.detach() * gradient)
+            else:
+                term = gradient.square() if statistic == "squared_gradient" else gradient
+                average.lerp_(term, 1 - _DECAY)
 
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
         # Gradients are the same on all processes, the inputs of layers are each one's own.
@@ -155,22 +164,33 @@ class GradualPruning(Method):
                     squares = mine["input_norm"].square()
                     torch.distributed.all_reduce(squares)
                     mine["input_norm"] = squares.div_(torch.distributed.get_world_size()).sqrt_()
-        scores = Lazy(weights, lambda name: self._score(name, weights[name]))
-        own = match(self.overrides, list(weights))
-        shared = {name: weight for name, weight in weights.items() if name not in own}
+        # What has seen no gradient yet waits for the next choice.
+        needed = CRITERIA[self.criterion].statistics
+        ready = {
+            name: weight
+            for name, weight in weights.items()
+            if name in self._adam or self.statistics.get(name, {}).keys() >= {*needed}
+        }
+        scores = Lazy(ready, lambda name: self._score(name, ready[name]))
+        own = match(self.overrides, list(self.selection.chosen))
+        shared = {name: weight for name, weight in ready.items() if name not in own}
         keep = ALLOCATIONS[self.allocation](
             Lazy(shared, scores.__getitem__), self.sparsity * strength
         )
-        for name, sparsity in own.items():
-            keep[name] = kept(weights[name].numel(), sparsity * strength)
-        for name, weight in weights.items():
+        for name, weight in ready.items():
+            if name in own:
+                keep[name] = kept(weight.numel(), own[name] * strength)
             bits = INTEGERS[weight.dtype.itemsize]
-            self.masks[name] = -support(scores[name], keep[name]).to(bits)
+            try:
+                self.masks[name] = -support(scores[name], keep[name]).to(bits)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
 
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
         # On the bits, since a product would leave -0 of negative weights.
-        mask = self.masks[name]
-        weight.view(mask.dtype).bitwise_and_(mask)
+        mask = self.masks.get(name)
+        if mask is not None:
+            weight.view(mask.dtype).bitwise_and_(mask)
 
     def choices(self) -> dict[str, Any]:
         masks = {name: mask != 0 for name, mask in self.masks.items()}
@@ -211,7 +231,14 @@ class _InputNorm:
             )
         self.layer = layer
         self.squares: Tensor | None = None
-        self.handle = layer.register_forward_pre_hook(self)
+        self.handle: RemovableHandle | None = None
+
+    def hook(self) -> None:
+        self.handle = self.layer.register_forward_pre_hook(self)
+
+    def unhook(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
 
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         if layer.training and torch.is_grad_enabled():
@@ -220,13 +247,17 @@ class _InputNorm:
             squares = rows.square().sum(0)
             self.squares = squares if self.squares is None else self.squares + squares
 
-    def commit(self, norm: Tensor | None) -> Tensor:
-        """The norm with what was staged since the last step, shaped like the weight's rows."""
-        assert self.squares is not None, "a layer was updated that has seen no input"
+    def commit(self, statistics: dict[str, Tensor], finite: bool) -> None:
+        """Move what was staged since the last step, shaped like the weight's rows, into the norm;
+        drop it if the step is skipped."""
+        staged, self.squares = self.squares, None
+        if staged is None or not finite:
+            return
         groups = getattr(self.layer, "groups", 1)
         weight = self.layer.weight
-        per_group = self.squares.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
+        per_group = staged.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
         squares = per_group.view(*per_group.shape, *(1,) * (weight.dim() - 2))
         squares = squares if groups > 1 else squares[:1]
-        self.squares = None
-        return squares.sqrt() if norm is None else norm.square().lerp(squares, 1 - _DECAY).sqrt()
+        if "input_norm" in statistics:
+            squares = statistics["input_norm"].square().lerp(squares, 1 - _DECAY)
+        statistics["input_norm"] = squares.sqrt()

@@ -111,7 +111,7 @@ class WeightSharing(Method):
         self.clusterings = {}
 
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
-        own = match(self.overrides, list(weights))
+        own = match(self.overrides, list(self.selection.chosen))
         for name, weight in weights.items():
             flat = weight.flatten()
             # Where no weight is zero, no list of positions is needed.
@@ -138,7 +138,9 @@ class WeightSharing(Method):
             }
 
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
-        clustering = self.clusterings[name]
+        clustering = self.clusterings.get(name)
+        if clustering is None:
+            return
         positions, index, codebook = (clustering[k] for k in ("positions", "index", "codebook"))
         flat = weight.contiguous().view(-1)
         whole = index.numel() == flat.numel()

@@ -122,7 +122,7 @@ def erk(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     kept(1, sparsity)  # raises for a sparsity that is no fraction
     full: set[str] = set()
     while True:
-        free = {name: sum(shape) for name, shape in shapes.items() if name not in full}
+        free = {name: max(1, sum(shape)) for name, shape in shapes.items() if name not in full}
         left = budget - sum(numel[name] for name in full)
         scale = left / sum(free.values()) if free else 0.0
         over = {name for name, degree in free.items() if scale * degree > numel[name]}

@@ -11,6 +11,7 @@ The directory stands last, so that tensors are written as they come, one in memo
 Nothing in the file is executed or unpickled.
 """
 
+import math
 import os
 import struct
 import tempfile
@@ -26,7 +27,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pressfit.compressors.codes import Code, Dense, Lookup, Sparse, exact, matrix_shape
+from pressfit.compressors.codes import (
+    CODED,
+    MAX_LEVELS,
+    Code,
+    Dense,
+    Lookup,
+    Sparse,
+    exact,
+    matrix_shape,
+)
 from pressfit.compressors.coding import CODERS, Coder, Streams
 
 __all__ = ["Entry", "entries", "estimate", "load", "payloads", "read", "save"]
@@ -38,8 +48,8 @@ VERSION = 1
 _HEADER = struct.Struct("<4sBB")
 _FOOTER = struct.Struct("<II")
 _BLOCK = 2**20
-# A directory of a million tensors is damage, not a model.
-_MAX_DIRECTORY = 2**26
+# What no model needs is damage: more dimensions, more weights, or a directory of more redundancy.
+_MAX_DIMENSIONS, _MAX_WEIGHTS, _MAX_INFLATION = 64, 2**44, 64
 
 # Numbers in the file: append, never reorder.
 _CODERS = ("huffman", "ans", "context")
@@ -101,7 +111,7 @@ class Entry:
 
     @property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def float_bytes(self) -> int:
@@ -157,16 +167,19 @@ def save(
 def estimate(tensors: Mapping[str, Tensor | Code]) -> int:
     """Bytes of the file that :func:`save` would write, without writing it.
 
-    Large tensors are estimated from a sample of their rows, see :meth:`~.codes.Code.bits`.
+    Large tensors are estimated from a sample of their rows, see :meth:`~.codes.Code.bits`; one
+    object under several names counts once.
 
     Example:
         >>> estimate({"weight": torch.zeros(1000, 1000)}) < 100
         True
     """
     payload, directory = 0, bytearray(_varint(len(tensors)))
+    seen: set[int] = set()
     for name, value in tensors.items():
         code = exact(value) if isinstance(value, Tensor) else value
-        size = round(code.bits() / 8)
+        size = 0 if id(value) in seen else round(code.bits() / 8)
+        seen.add(id(value))
         payload += size
         directory += _pack(Entry(name, tuple(code.shape), code.dtype, "sparse", values=size))
     return _HEADER.size + payload + len(_deflate(directory)) + _FOOTER.size
@@ -208,7 +221,8 @@ def payloads(
     with open(path, "rb") as file:
         coder, entries, offsets = _directory(file, os.fspath(path))
         asked = sum(entry.numel * entry.dtype.itemsize for entry in entries)
-        allowed = limit or max(2**28, 10_000 * os.fstat(file.fileno()).st_size)
+        honest = max(2**28, 10_000 * os.fstat(file.fileno()).st_size)
+        allowed = honest if limit is None else limit
         if asked > allowed:
             raise ValueError(
                 f"{path} asks for {asked:,} bytes of memory, above the limit of {allowed:,}: "
@@ -219,7 +233,7 @@ def payloads(
             file.seek(offsets[target.name])
             try:
                 symbols, floats = _payload(file, target, coder)
-            except ValueError as error:
+            except (ValueError, RuntimeError, OverflowError) as error:
                 raise ValueError(f"{path} is damaged at tensor {entry.name!r}: {error}") from error
             yield replace(target, name=entry.name), symbols, floats
 
@@ -249,6 +263,8 @@ def _write(file: BinaryIO, tensors: Mapping[str, Tensor | Code], coder: str) -> 
                 continue
             seen[place] = (position, weakref.ref(value))
         code = exact(value) if isinstance(value, Tensor) else value
+        if code.dtype not in _DTYPES:
+            raise TypeError(f"{name!r} is {code.dtype}, which the file has no place for")
         entry, blobs = _encode(name, code, CODERS[coder])
         for blob in blobs:
             checked.write(blob)
@@ -353,7 +369,8 @@ def _directory(file: BinaryIO, path: str) -> tuple[str, list[Entry], dict[str, i
             raise ValueError("impossible header")
         file.seek(start)
         inflate = zlib.decompressobj(-15, zdict=_NAMES)
-        reader = _Reader(inflate.decompress(file.read(length), _MAX_DIRECTORY))
+        largest = _MAX_INFLATION * (length + 1024)
+        reader = _Reader(inflate.decompress(file.read(length), largest))
         if not inflate.eof:
             raise ValueError("directory does not end")
         found = [_unpack(reader) for _ in range(reader.varint())]
@@ -370,6 +387,13 @@ def _directory(file: BinaryIO, path: str) -> tuple[str, list[Entry], dict[str, i
 def _check(found: list[Entry], payload: int) -> None:
     if len({entry.name for entry in found}) != len(found):
         raise ValueError("a name stands twice")
+    for entry in found:
+        if len(entry.shape) > _MAX_DIMENSIONS or entry.numel > _MAX_WEIGHTS:
+            raise ValueError(f"{entry.name!r} has an impossible shape")
+        if entry.kind in ("sparse", "shared") and entry.dtype not in CODED:
+            raise ValueError(f"{entry.name!r} is {entry.dtype}, which is only stored dense")
+        if entry.kind == "shared" and entry.floats > MAX_LEVELS:
+            raise ValueError(f"{entry.name!r} has a codebook of {entry.floats} levels")
     if sum(entry.bytes for entry in found) != payload:
         raise ValueError("the lengths of its tensors do not add up")
     for position, entry in enumerate(found):

@@ -29,7 +29,7 @@ class KMeans(Projection):
     zeros stay zero and are no cluster, so that pruned weights cost no codebook entry.
 
     Args:
-        clusters: Number ``k`` of distinct non-zero values, at least 1; any number, not only
+        clusters: Number ``k`` of distinct non-zero values, 1 to 4,096; any number, not only
             powers of two, since the index is entropy coded.
         codebook_dtype: Name of the float type that centroids are rounded to; ``"bfloat16"``
             halves the codebook's bytes.
@@ -46,13 +46,16 @@ class KMeans(Projection):
     codebook_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.clusters < 1:
-            raise ValueError(f"KMeans needs at least 1 cluster, got clusters={self.clusters}")
+        if not 1 <= self.clusters <= BINS:
+            raise ValueError(
+                f"KMeans needs at least 1 cluster and at most {BINS}, got clusters={self.clusters}"
+            )
         if self.codebook_dtype not in CODEBOOK_DTYPES:
             known = ", ".join(CODEBOOK_DTYPES)
             raise ValueError(f"codebook_dtype is one of {known}, got {self.codebook_dtype!r}")
 
     def encode(self, weight: Tensor) -> Code:
+        weight = weight.detach()
         if not weight.isfinite().all():
             raise ValueError("cannot cluster NaN or infinity: did training diverge?")
         mask = weight != 0
@@ -66,8 +69,14 @@ class KMeans(Projection):
     def centroids(self, values: Tensor) -> Tensor:
         """The optimal codebook of some values: at most ``k`` of them, ascending."""
         exact = _centroids(values.flatten(), self.clusters)
-        rounded: Tensor = exact.to(getattr(torch, self.codebook_dtype)).to(values.dtype).unique()
-        return rounded
+        rounded = exact.to(getattr(torch, self.codebook_dtype)).to(values.dtype)
+        if not (rounded.isfinite() & (rounded != 0)).all():
+            raise ValueError(
+                f"codebook_dtype={self.codebook_dtype!r} cannot hold the centroids "
+                f"{exact[~rounded.isfinite() | (rounded == 0)].tolist()}: choose a wider range"
+            )
+        levels: Tensor = rounded.unique()
+        return levels
 
 
 def linear(values: Tensor, clusters: int) -> Tensor:
@@ -118,8 +127,10 @@ def _centroids(values: Tensor, clusters: int) -> Tensor:
 
 def _histogram(values: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Points and how many values stand there: the distinct values, or else the means of bins."""
-    points, counts = values.unique(return_counts=True) if values.numel() <= BINS else (None, None)
-    if points is None or counts is None:
+    points = counts = None
+    if values[: 4 * BINS].unique().numel() <= BINS:  # else there is no need to sort them all
+        points, counts = values.unique(return_counts=True)
+    if points is None or counts is None or points.numel() > BINS:
         low, high = values.min(), values.max()
         bins = ((values - low) * (BINS / (high - low))).long().clamp_max(BINS - 1)
         counts = torch.bincount(bins, minlength=BINS)

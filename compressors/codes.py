@@ -23,6 +23,19 @@ __all__ = ["Code", "Dense", "Lookup", "Sparse", "exact", "matrix_shape", "same_b
 # streams hold 16-bit symbols, of which 0 means "zero".
 MAX_LEVELS = 2**16 - 1
 
+# Types that can be compared and looked up; the others are stored as they are.
+CODED = (
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+)
+
 # Coding more symbols than this only to estimate a size would take seconds; rows are sampled.
 ESTIMATE_SYMBOLS = 2**22
 
@@ -214,7 +227,7 @@ def exact(tensor: Tensor) -> Code:
         (tensor([0, 1, 0, 1, 1, 1, 0, 1]), tensor([1, 1, 0, 1, 1]), tensor([-0.7000,  0.3000]))
     """
     tensor = tensor.detach().cpu().contiguous()
-    if tensor.numel() < 2 or tensor.is_complex() or tensor.dtype == torch.bool:
+    if tensor.numel() < 2 or tensor.dtype not in CODED:
         return Dense(tensor)
     bits = tensor.view(INTEGERS[tensor.dtype.itemsize])
     mask = bits != 0

@@ -35,6 +35,8 @@ Symbols = NDArray[Any]  # 2-D, uint8 or uint16
 # Weights handled at once, so that temporaries stay small beside the matrix.
 _CHUNK = 2**20
 
+_LARGEST = 2**16  # alphabet
+
 # First byte of the positions. A missing byte is a zero: a matrix without zeros costs nothing.
 _ALL, _NONE, _SOME = 0, 1, 2
 
@@ -108,7 +110,7 @@ class Coder(ABC):
         mode = positions[0] if positions else _ALL
         if mode == _NONE or size == 0:
             return symbols
-        if mode not in (_ALL, _SOME) or alphabet < 2:
+        if mode not in (_ALL, _SOME) or not 2 <= alphabet <= _LARGEST:
             raise ValueError("damaged positions")
         if mode == _ALL:
             symbols[:] = 1
@@ -193,13 +195,16 @@ def _deflate(blocks: Iterator[bytes]) -> bytes:
     return b"".join(deflate.compress(block) for block in blocks) + deflate.flush()
 
 
-def _inflate(data: bytes, step: int = 2**14) -> Iterator[bytes]:
+def _inflate(data: bytes, step: int = 2**20) -> Iterator[bytes]:
     """The bytes of a deflate stream, in blocks that are small whatever the stream says."""
     inflate = zlib.decompressobj(-15)
     try:
-        for start in range(0, len(data), step):
-            if block := inflate.decompress(data[start : start + step]):
+        while not inflate.eof and data:
+            if block := inflate.decompress(data, step):
                 yield block
+            elif inflate.unconsumed_tail == data:
+                break
+            data = inflate.unconsumed_tail
     except zlib.error as error:
         raise ValueError(f"damaged stream: {error}") from error
 

@@ -75,7 +75,10 @@ def restore(module: Module, path: str | os.PathLike[str]) -> Module:
         >>> torch.equal(restore(nn.Linear(2, 2), path).weight, net.weight)
         True
     """
-    tensors, expected = load(path), module.state_dict()
+    expected = module.state_dict()
+    # What the module itself takes is no more than its owner can afford; twice, for names it lacks.
+    limit = 2 * sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
+    tensors = load(path, max(limit, 2**28))
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     for name, tensor in tensors.items():
         if name not in expected:

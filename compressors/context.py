@@ -462,7 +462,7 @@ def encode_values(symbols: Symbols, alphabet: int) -> bytes:
     The header has the width of an image or kernel in a row, and the number of symbols below zero.
     """
     kept = int(np.count_nonzero(symbols))
-    sample = _sample(symbols, _SAMPLE // 16 * symbols.size // kept)  # 2^14 values
+    sample = _sample(symbols, min(_SAMPLE // 16 * symbols.size // kept, 4 * _SAMPLE))  # 2^14 values
 
     def cost(header: bytes) -> int:
         return len(_run_values(sample, alphabet, header))

@@ -68,7 +68,11 @@ class TopK(Projection):
 
     sparsity: float
 
+    def __post_init__(self) -> None:
+        kept(1, self.sparsity)  # raises for what is no fraction
+
     def encode(self, weight: Tensor) -> Code:
+        weight = weight.detach()
         mask = support(weight.abs(), kept(weight.numel(), self.sparsity)) & (weight != 0)
         return Sparse(mask, Dense(weight[mask]))
 

@@ -159,8 +159,12 @@ class Report:
         return "\n".join([*lines, "", f"{summary} the {self.bytes_dense:,} bytes it restores"])
 
 
-def inspect(path: str | os.PathLike[str]) -> Report:
+def inspect(path: str | os.PathLike[str], limit: int | None = None) -> Report:
     """Account for every byte of a compressed file.
+
+    Args:
+        path: File that :func:`~pressfit.compressors.save` wrote.
+        limit: Most bytes that its tensors may take, see :func:`~pressfit.compressors.read`.
 
     Raises:
         ValueError: The file is damaged, truncated, or not a pressfit file.
@@ -178,7 +182,7 @@ def inspect(path: str | os.PathLike[str]) -> Report:
     tied = {entry.name for entry in found if entry.kind == "alias"}
     reports = tuple(
         _report(entry, symbols, floats)
-        for entry, symbols, floats in payloads(path)
+        for entry, symbols, floats in payloads(path, limit)
         if entry.name not in tied
     )
     total = os.path.getsize(path)

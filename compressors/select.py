@@ -48,7 +48,8 @@ def select(
     """Select the weights of Linear, Conv, Embedding and attention layers, or what is asked for.
 
     Patterns are shell globs on parameter names (``"encoder.*.weight"``); the name of a module
-    stands for everything below it (``"encoder"``).
+    stands for everything below it (``"encoder"``). Recurrent layers and EmbeddingBag are not
+    among the default; include them by name.
 
     Args:
         module: Module to search.
@@ -64,9 +65,17 @@ def select(
         (['0.weight'], 'not the weight of a Linear, Conv, Embedding or attention layer')
     """
     parameters = dict(module.named_parameters())
+    # Tied parameters answer to all of their names.
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+
+    def matches(parameter: nn.Parameter, pattern: str) -> bool:
+        return any(_matches(name, pattern) for name in names[parameter])
+
     included, excluded = _patterns(include), _patterns(exclude)
     for pattern in [*(included or ()), *(excluded or ())]:
-        if not any(_matches(name, pattern) for name in parameters):
+        if not any(matches(parameter, pattern) for parameter in names):
             raise ValueError(
                 f"pattern {pattern!r} matches no parameter of {type(module).__name__}; "
                 f"there are: {', '.join(parameters) or 'none'}"
@@ -80,16 +89,18 @@ def select(
     }
     chosen, skipped = {}, {}
     for name, parameter in parameters.items():
-        if included is not None and not any(_matches(name, p) for p in included):
+        if included is not None and not any(matches(parameter, p) for p in included):
             skipped[name] = "not included"
-        elif included is None and name not in weights:
+        elif included is None and not weights.intersection(names[parameter]):
             skipped[name] = "not the weight of a Linear, Conv, Embedding or attention layer"
-        elif any(_matches(name, p) for p in excluded or ()):
+        elif any(matches(parameter, p) for p in excluded or ()):
             skipped[name] = "excluded"
         elif not parameter.is_floating_point():
             skipped[name] = f"its dtype is {parameter.dtype}"
         elif not parameter.requires_grad:
             skipped[name] = "frozen: requires_grad is False"
+        elif not parameter.numel():
+            skipped[name] = "it is empty"
         else:
             chosen[name] = parameter
     if not chosen:
