@@ -58,11 +58,20 @@ class CompressedCheckpoint(pl.Callback):
         self._hooks: list[RemovableHandle] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and self.weights == "best" and trainer.checkpoint_callback is None:
+        monitor = getattr(trainer.checkpoint_callback, "monitor", None)
+        if stage == "fit" and self.weights == "best" and monitor is None:
             raise MisconfigurationException(
                 "CompressedCheckpoint: the best weights need a ModelCheckpoint with a monitor in "
                 "the Trainer; add one, or write weights='last'"
             )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for name, value in pl_module.state_dict().items():
+            if not isinstance(value, Tensor):
+                raise MisconfigurationException(
+                    f"CompressedCheckpoint: the state dict's {name} is a {type(value).__name__}, "
+                    "and only tensors can be stored"
+                )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -77,15 +86,18 @@ class CompressedCheckpoint(pl.Callback):
         self._stop_recording()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # On every process: the logger's folder is agreed upon among them.
+        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+        self.path = Path(trainer.strategy.broadcast(folder)) / self.filename
         if trainer.is_global_zero:
-            folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             tensors = self._tensors(trainer, pl_module)
-            self.path = folder / self.filename
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             save(self.path, tensors, self.coder)
-            _verify(self.path, tensors)
-            compared = self._compare(pl_module, tensors)
-            self.report = inspect(self.path)
+            _verify(self.path, tensors, size)
+            with trainer.precision_plugin.forward_context():
+                compared = self._compare(pl_module, tensors)
+            self.report = inspect(self.path, size)
             print(f"\n{self.report.table()}")
             print(f"{self.path} restores every tensor bit for bit; {compared}")
         trainer.strategy.barrier()
@@ -98,7 +110,8 @@ class CompressedCheckpoint(pl.Callback):
             raise MisconfigurationException(
                 "CompressedCheckpoint: ModelCheckpoint has no best weights; give it a monitor"
             )
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # Whole, with the user's own hyper-parameters: this process has written the file itself.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
         for method in (c for c in trainer.callbacks if isinstance(c, Method)):  # type: ignore[attr-defined]
             last = method.plan.windows[method][1] if method.plan else 0
             if checkpoint["global_step"] < last:
@@ -117,8 +130,10 @@ class CompressedCheckpoint(pl.Callback):
         for name, module in [("", pl_module), *pl_module.named_children()]:
             if any(True for _ in module.parameters()):
 
-                def keep(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                    self._calls.setdefault(name, tree_map(_detached, (args, kwargs)))
+                def keep(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                    # Distributed strategies send training_step through a forward of their own.
+                    if "forward" not in vars(module):
+                        self._calls.setdefault(name, tree_map(_copied, (args, kwargs)))
 
                 self._hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
 
@@ -127,40 +142,44 @@ class CompressedCheckpoint(pl.Callback):
             self._hooks.pop().remove()
 
     def _compare(self, pl_module: pl.LightningModule, tensors: dict[str, Tensor]) -> str:
-        """Predictions of the trained module and of one restored from the file."""
+        """Compare the predictions of the trained module with those of one restored from the file."""
         assert self.path is not None
-        trained, restored = copy.deepcopy(pl_module).eval(), copy.deepcopy(pl_module).eval()
-        trained.load_state_dict(tensors)
-        for parameter in restored.parameters():
-            parameter.data.zero_()
-        restore(restored, self.path)
+        calls, self._calls = self._calls, {}
         examples = 0
-        with torch.no_grad():
-            for name, (args, kwargs) in self._calls.items():
-                expected = trained.get_submodule(name)(*args, **kwargs)
-                found = restored.get_submodule(name)(*args, **kwargs)
-                for a, b in zip(_tensors_of(expected), _tensors_of(found), strict=True):
-                    if not same_bits(a, b):
-                        raise RuntimeError(
-                            f"{self.path} restores all weights, but {name or 'the module'} "
-                            "predicts something else: does it depend on state outside of its "
-                            "state_dict?"
-                        )
-                    examples = max(examples, len(a) if a.dim() else 1)
-        self._calls = {}
+        try:
+            trained, restored = copy.deepcopy(pl_module).eval(), copy.deepcopy(pl_module).eval()
+            trained.load_state_dict(tensors)
+            for parameter in restored.parameters():
+                parameter.data.zero_()
+            restore(restored, self.path)
+            for name, call in calls.items():
+                expected = _replay(trained.get_submodule(name), call)
+                found = _replay(restored.get_submodule(name), call)
+                if not all(same_bits(a, b) for a, b in zip(expected, found, strict=True)):
+                    return (
+                        f"but the predictions of {name or 'the module'} differ: does it depend on "
+                        "state outside of its state_dict?"
+                    )
+                examples = max([examples, *(len(a) for a in expected if a.dim())])
+        except Exception as error:  # noqa: BLE001  user code, which may need its training loop
+            return f"predictions were not compared ({type(error).__name__}: {error})"
         return f"predictions on {examples} examples are identical" if examples else "no batch seen"
 
 
-def _verify(path: Path, tensors: dict[str, Tensor]) -> None:
-    restored = load(path)
+def _replay(module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
+    args, kwargs = tree_map(_copied, call)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        output = module(*args, **kwargs)
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _verify(path: Path, tensors: dict[str, Tensor], size: int) -> None:
+    restored = load(path, size)
     wrong = [name for name, tensor in tensors.items() if not same_bits(restored[name], tensor)]
     if wrong:
         raise RuntimeError(f"{path} does not restore {', '.join(wrong)}: please report this")
 
 
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-def _tensors_of(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value

@@ -18,7 +18,7 @@ class CompressionMonitor(pl.Callback):
     ====================================  =======================================================
     ``compression/bytes``                 size of the file that the weights would make now
     ``compression/ratio``                 bytes of the plain state dict over that
-    ``compression/sparsity``              fraction of zeros among the weights of layers
+    ``compression/sparsity``              fraction of zeros among what the methods act on
     ``compression/distance``              ``||u - w|| / ||u||``: latent against projected weights
     ``compression/sparsity/<parameter>``  fraction of zeros
     ``compression/clusters/<parameter>``  distinct non-zero values, once they are few
@@ -44,13 +44,16 @@ class CompressionMonitor(pl.Callback):
     @staticmethod
     def metrics(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """The table above, for the module as it is."""
-        state = pl_module.state_dict()
-        codes = {name: exact(tensor) for name, tensor in state.items()}
+        state = pl_module.state_dict(keep_vars=True)
+        # Tied tensors share one code, and count once.
+        unique = {id(tensor): exact(tensor) for tensor in state.values()}
+        codes = {name: unique[id(tensor)] for name, tensor in state.items()}
         size = estimate(codes)
-        dense = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        dense = sum(code.shape.numel() * code.dtype.itemsize for code in unique.values())
         found: dict[str, Any] = {"bytes": float(size), "ratio": dense / size}
         methods = [callback for callback in trainer.callbacks if isinstance(callback, Method)]  # type: ignore[attr-defined]
-        weights = select(pl_module).chosen
+        weights = {name: p for method in methods for name, p in method.selection.chosen.items()}
+        weights = weights or dict(select(pl_module).chosen)
         zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
         found["sparsity"] = sum(zeros.values()) / sum(w.numel() for w in weights.values())
         if methods and methods[0].plan is not None:

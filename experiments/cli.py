@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train, compress, measure, draw")
     table = commands.add_parser("inspect", help="show where the bytes of a compressed file go")
     table.add_argument("file", type=Path, metavar="FILE")
+    table.add_argument("--limit", type=int, help="most bytes that its tensors may take")
     table.set_defaults(run=_inspect)
     unpack = commands.add_parser("decompress", help="write a compressed file's weights out")
     unpack.add_argument("file", type=Path, metavar="FILE")
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OUT",
         help="safetensors file to write (default: FILE's name with .safetensors)",
     )
+    unpack.add_argument("--limit", type=int, help="most bytes that its tensors may take")
     unpack.set_defaults(run=_decompress)
     return parser
 
@@ -79,11 +81,11 @@ def _train(overrides: list[str]) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    print(inspect(options.file).table())
+    print(inspect(options.file, options.limit).table())
 
 
 def _decompress(options: argparse.Namespace) -> None:
-    tensors = load(options.file)
+    tensors = load(options.file, options.limit)
     output = options.output or options.file.with_suffix(".safetensors")
     save_file(tensors, output)
     size = output.stat().st_size

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import math
 import os
+import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -174,7 +175,9 @@ class Images(pl.LightningDataModule):
         split = Split(*(tensor[: -self.held_out or None] for tensor in self._split(0)))
         until = math.inf
         if self.trainer and self.augment_until < 1:
-            until = self.augment_until * (self.trainer.max_epochs or math.inf)
+            if (self.trainer.max_epochs or -1) < 0:
+                raise ValueError("augment_until is a fraction of the epochs: set max_epochs")
+            until = self.augment_until * self.trainer.max_epochs  # type: ignore[operator]
         return Batches(
             split, self.batch_size, self.seed, self._epoch, self.augment, self.reuse, until
         )
@@ -257,9 +260,14 @@ def _content(name: str) -> bytes:
     problems = []
     for mirror in _MIRRORS:
         try:
-            path = pooch.retrieve(mirror + name, known_hash=None, path=pooch.os_cache("pressfit"))
-            return _verified(Path(path))
-        except (OSError, ValueError) as error:
+            path = Path(pooch.retrieve(mirror + name, None, name, pooch.os_cache("pressfit")))
+        except OSError as error:
+            problems.append(str(error))
+            continue
+        try:
+            return _verified(path)
+        except ValueError as error:
+            path.unlink()  # so that another attempt downloads it anew
             problems.append(str(error))
     raise OSError(
         f"cannot download {name} ({'; '.join(problems)}): put the four MNIST files into a folder "
@@ -268,8 +276,11 @@ def _content(name: str) -> bytes:
 
 
 def _verified(path: Path) -> bytes:
-    with gzip.open(path) as file:
-        content = file.read()
+    try:
+        with gzip.open(path) as file:
+            content = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     if hashlib.md5(content).hexdigest() != _MNIST[path.name]:
         raise ValueError(f"{path} is not the original MNIST file: its checksum differs")
     return content

@@ -48,6 +48,9 @@ class LeNet300(MLP):
     def __init__(self) -> None:
         super().__init__([784, 300, 100, 10])
 
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(_checked(images))
+
 
 class LeNet5(nn.Module):
     """LeNet-5 as in Caffe: 431,080 parameters, for grey images of 28 x 28 pixels.
@@ -64,7 +67,17 @@ class LeNet5(nn.Module):
         self.fc2 = nn.Linear(500, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.max_pool2d(self.conv1(images), 2)
+        x = F.max_pool2d(self.conv1(_checked(images)), 2)
         x = F.max_pool2d(self.conv2(x), 2)
         logits: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
         return logits
+
+
+def _checked(images: Tensor) -> Tensor:
+    if images.shape[1:] != (1, 28, 28):
+        channels, height, width = images.shape[1:]
+        raise ValueError(
+            f"this LeNet takes grey images of 28 x 28 pixels, and got {channels} x {height} x "
+            f"{width}: choose data=mnist, or model=mlp"
+        )
+    return images

@@ -57,6 +57,11 @@ def train(config: DictConfig, folder: Path, overrides: list[str]) -> dict[str, A
         raise MisconfigurationException("no checkpoint among the observers: none writes the file")
 
     trainer, seconds = _fit(config, callbacks, _instances(config.logger))
+    if "val/error" not in trainer.callback_metrics:
+        raise MisconfigurationException(
+            f"{config.model._target_} logs no val/error in its validation_step, by which runs are "
+            f"compared; {checkpoint.path} is complete"
+        )
     validation = float(trainer.callback_metrics["val/error"])
     # What is measured is what the file holds, in a module that was never trained.
     path = trainer.strategy.broadcast(checkpoint.path)
@@ -101,7 +106,10 @@ def _build(node: DictConfig) -> Any:
 
 def _instances(nodes: DictConfig | None) -> list[Any]:
     # An experiment may tune methods that `callbacks=[...]` leaves out: settings alone are no call.
-    return [_build(node) for node in (nodes or {}).values() if "_target_" in node]
+    left_out = [name for name, node in (nodes or {}).items() if "_target_" not in node]
+    if left_out:
+        print(f"left out, since only settings are given: {', '.join(map(str, left_out))}")
+    return [_build(node) for name, node in (nodes or {}).items() if name not in left_out]
 
 
 def _fit(

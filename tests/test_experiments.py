@@ -2,13 +2,17 @@
 
 import gzip
 import hashlib
+import inspect
 import json
 import os
 import struct
 import subprocess
 import sys
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -16,7 +20,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning.pytorch import Callback
 from omegaconf import DictConfig
 from safetensors.torch import load_file
@@ -140,6 +144,7 @@ def test_inspect_and_decompress(
         (["train", "callbacks=[share,prune]", *QUICK], "list GradualPruning first"),
         (["train", "callbacks@observers=[monitor]", *QUICK], "none writes the file"),
         (["train", "trainer.max_epoch=3"], "max_epoch"),
+        (["train", "model=lenet5", *QUICK], "choose data=mnist"),
     ],
 )
 def test_mistakes_get_one_line(words: list[str], message: str, tmp_path: Path) -> None:
@@ -225,12 +230,7 @@ def test_every_experiment_composes_and_builds(
 
 
 @pytest.mark.parametrize("group", ["callbacks", "data", "logger", "trainer"])
-def test_every_option_names_a_real_class_and_its_defaults(group: str) -> None:
-    """A default lives in one signature: what a configuration repeats must not drift from it."""
-    import inspect
-
-    from hydra.utils import get_object
-
+def test_every_option_is_one_of_its_class(group: str) -> None:
     for name in names(group):
         node = yaml.safe_load((CONFIGS / group / f"{name}.yaml").read_text())
         node = node.get("data", node) if group == "data" else node
@@ -340,3 +340,34 @@ def test_mnist_that_cannot_be_had_says_what_to_do(
     monkeypatch.setattr(data.pooch, "retrieve", refuse)
     with pytest.raises(OSError, match=r"no network.*name its parent in PRESSFIT_DATA"):
         Mnist.load()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_mnist_is_downloaded_once_and_damage_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, cache = tmp_path / "served", tmp_path / "cache"
+    served.mkdir()
+    digests = {}
+    for name in data._MNIST:
+        content = idx(torch.zeros(2, 3, 3, dtype=torch.uint8))
+        digests[name] = hashlib.md5(content).hexdigest()
+        (served / name).write_bytes(gzip.compress(content)[:-9])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(served)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.delenv("PRESSFIT_DATA", raising=False)
+    monkeypatch.setattr(data, "_beside", list)
+    monkeypatch.setattr(data, "_MNIST", digests)
+    monkeypatch.setattr(data, "_MIRRORS", [f"http://127.0.0.1:{server.server_port}/"])
+    monkeypatch.setattr(data.pooch, "os_cache", lambda _: cache)
+    with pytest.raises(OSError, match="is damaged"):
+        Mnist.load()
+    for path in served.iterdir():
+        path.write_bytes(gzip.compress(idx(torch.zeros(2, 3, 3, dtype=torch.uint8))))
+    assert Mnist.load()[0].images.shape == (2, 1, 3, 3)
+    server.shutdown()
+    assert Mnist.load()[1].images.shape == (2, 1, 3, 3)  # from the cache
