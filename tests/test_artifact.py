@@ -3,10 +3,12 @@
 import os
 import random
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from pressfit.compressors import (
     Lookup,
     Sparse,
     TopK,
+    artifact,
     compress,
     exact,
     inspect,
@@ -28,8 +31,8 @@ from pressfit.compressors import (
     save,
 )
 from pressfit.compressors.allocation import Lazy
-from pressfit.compressors.artifact import estimate
-from pressfit.compressors.coding import CODERS
+from pressfit.compressors.artifact import Entry, estimate
+from pressfit.compressors.coding import CODERS, Streams
 
 GENERATOR = torch.Generator().manual_seed(0)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -182,6 +185,88 @@ def test_hostile_files_are_refused_or_harmless(coder: str, small: Path) -> None:
             refused += 1
     # Damage in a stream is a different network; damage in the directory must be noticed.
     assert refused > 50
+
+
+def forge(path: Path, *found: Entry, payload: bytes = b"") -> None:
+    """A file with this directory and a checksum that is right."""
+    directory = bytearray(artifact._varint(len(found))) + b"".join(map(artifact._pack, found))
+    packed = artifact._deflate(directory)
+    head = artifact._HEADER.pack(artifact.MAGIC, artifact.VERSION, 2)
+    body = head + payload + packed + struct.pack("<I", len(packed))
+    path.write_bytes(body + struct.pack("<I", zlib.crc32(body)))
+
+
+FORGED = {
+    "a codebook of 1048576 levels": Entry(
+        "w", (2**20,), torch.float32, "shared", floats=2**20, positions=0, values=0
+    ),
+    "an impossible shape": Entry("w", (2**40, 2**40), torch.float32, "dense"),
+    "'d' has an impossible shape": Entry("d", (1,) * 65, torch.float32, "dense", floats=1),
+    "only stored dense": Entry("w", (50,), torch.uint16, "sparse", torch.uint16, floats=5),
+    "wrong number of values": Entry("w", (50,), torch.float32, "dense", floats=5),
+    "more values than weights": Entry("w", (5,), torch.float32, "sparse", floats=50),
+    "do not add up": Entry("w", (50,), torch.float32, "dense", floats=50),
+}
+
+
+@pytest.mark.parametrize("message", FORGED)
+def test_what_no_model_holds_is_refused_before_it_costs_memory(
+    message: str, tmp_path: Path
+) -> None:
+    entry = FORGED[message]
+    adds_up = message not in ("do not add up", "an impossible shape")
+    forge(tmp_path / "forged", entry, payload=bytes(entry.bytes if adds_up else 0))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "forged")
+
+
+def test_a_directory_of_nothing_but_repetition_is_refused(tmp_path: Path) -> None:
+    entries = [Entry("w" * 9, (1,) * 60, torch.float32, "dense", floats=0)] * 20_000
+    forge(tmp_path / "bomb", *entries)
+    assert (tmp_path / "bomb").stat().st_size < 20_000
+    with pytest.raises(ValueError, match="does not end"):
+        load(tmp_path / "bomb")
+
+
+def test_an_inflated_stream_is_no_larger_than_its_matrix(tmp_path: Path) -> None:
+    bomb = zlib.compressobj(9, zlib.DEFLATED, -15)
+    data = bomb.compress(bytes(10**8)) + bomb.flush()
+    symbols = np.zeros((10, 10), np.uint8)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="damaged"):
+        CODERS["huffman"].decode(Streams(b"\x02" + data, b""), symbols.shape, 9)
+    assert tracemalloc.get_traced_memory()[1] < 10**8
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("dtype", artifact._DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["zeros", "levels", "sparse", "distinct"])
+def test_every_type_of_the_format_survives(dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
+    raw = torch.arange(64).repeat(4)
+    values = {
+        "zeros": raw * 0,
+        "levels": raw % 3,
+        "sparse": raw * (raw % 8 == 0),
+        "distinct": raw,
+    }
+    tensor = values[kind].to(dtype)
+    save(tmp_path / "a", {"w": tensor})
+    assert same_bits(load(tmp_path / "a")["w"], tensor)
+
+
+def test_types_outside_of_the_format_are_named(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"'w' is torch\.complex32"):
+        save(tmp_path / "a", {"w": torch.zeros(3, dtype=torch.complex32)})
+
+
+def test_a_module_sets_the_limit_of_its_own_file(tmp_path: Path) -> None:
+    net = nn.Linear(2**14, 2**13, bias=False)  # 512 MiB of zeros, in a few hundred bytes
+    with torch.no_grad():
+        net.weight.zero_()
+    save(tmp_path / "zeros", net.state_dict())
+    with pytest.raises(ValueError, match="pass limit="):
+        load(tmp_path / "zeros")
+    assert not restore(net, tmp_path / "zeros").weight.any()
 
 
 def test_a_file_may_not_ask_for_more_memory_than_is_allowed(tmp_path: Path) -> None:

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
 from pressfit.compressors import coding, context
@@ -56,6 +59,19 @@ def assert_round_trip(coder: Coder, symbols: NDArray[np.uint8 | np.uint16], alph
 )
 def test_round_trip(coder: Coder, shape: tuple[int, int], density: float, alphabet: int) -> None:
     assert_round_trip(coder, random_symbols(shape, density, alphabet), alphabet)
+
+
+@every_coder
+@given(
+    symbols=arrays(
+        np.uint8,
+        array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=40),
+        elements=st.sampled_from([0, 0, 0, 0, 1, 2, 3, 8]),
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_any_matrix_comes_back(coder: Coder, symbols: NDArray[np.uint8]) -> None:
+    assert_round_trip(coder, symbols, 9)
 
 
 @every_coder

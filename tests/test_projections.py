@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -126,3 +127,32 @@ def test_impossible_settings_name_themselves() -> None:
         KMeans(2, codebook_dtype="float7")
     with pytest.raises(ValueError, match=r"sparsity is a fraction in \[0, 1\], got 95"):
         TopK(95).project(torch.ones(3))
+
+
+def test_repeated_values_are_still_clustered_exactly() -> None:
+    values = torch.tensor([1.0, 1.0001, 1.0002, 1000.0]).repeat(8000)
+    projected = KMeans(3).project(values)
+    assert projected.unique().numel() == 3
+    assert float((projected - values).square().sum()) < 8000 * 0.51e-8
+
+
+def test_projections_take_parameters() -> None:
+    layer = torch.nn.Linear(6, 4)
+    for projection in SINGLE + CHAINS:
+        assert not projection.project(layer.weight).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TopK(95), r"fraction in \[0, 1\], got 95"),
+        (lambda: KMeans(0), "at least 1 cluster"),
+        (lambda: KMeans(5000), "at most 4096"),
+        (lambda: KMeans(4, "int8"), "codebook_dtype is one of"),
+        (lambda: KMeans(2, "float16").encode(torch.tensor([1e5, 1.0, 2.0])), "cannot hold"),
+        (lambda: KMeans(2).encode(torch.tensor([1.0, float("nan")])), "diverge"),
+    ],
+)
+def test_impossible_projections_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,326 @@
+"""The callbacks in Trainers as people have them: precisions, optimizers, processes, resumes."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_callbacks import WEIGHTS, Net, Recorder, fit, loader, sparsity, trainer
+
+from pressfit.callbacks import (
+    CompressedCheckpoint,
+    CompressionMonitor,
+    GradualPruning,
+    Plan,
+    WeightSharing,
+)
+from pressfit.compressors import CRITERIA, load, same_bits
+
+
+def assert_compressed(module: nn.Module, pruned: float, clusters: int, *names: str) -> None:
+    assert sparsity(module, *names) == pytest.approx(pruned, abs=2e-3)
+    for name in names:
+        weight = module.get_parameter(name)
+        assert weight[weight != 0].unique().numel() <= clusters
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_every_precision_ends_compressed(precision: str, tmp_path: Path) -> None:
+    checkpoint = CompressedCheckpoint(tmp_path)
+    module = fit(tmp_path, GradualPruning(0.8), WeightSharing(6), checkpoint, precision=precision)
+    assert_compressed(module, 0.8, 6, *WEIGHTS)
+    assert checkpoint.path is not None
+    stored = load(checkpoint.path)
+    assert all(same_bits(stored[name], tensor) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD], ids=lambda o: o.__name__)
+def test_steps_that_the_gradient_scaler_skips(
+    criterion: str, optimizer: Any, tmp_path: Path
+) -> None:
+    # So large that the first steps overflow.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=10**6)
+    precision = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    recorder = Recorder()
+    module = fit(
+        tmp_path,
+        GradualPruning(0.8, criterion=criterion),
+        WeightSharing(6, start=0.5, stop=0.9),
+        recorder,
+        module=Net(optimizer),
+        max_epochs=8,
+        plugins=[precision],
+    )
+    assert scaler.get_scale() < 2.0**30  # steps were skipped
+    assert torch.equal(recorder.seen[0], recorder.seen[1])
+    assert_compressed(module, 0.8, 6, *WEIGHTS)
+
+
+class Adversaries(Net):
+    """Two optimizers, stepped by hand, each with a part of the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], _: int) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers():
+            loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(part.parameters(), lr=0.01) for part in (self.body, self.head)]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_two_optimizers_stepped_by_hand(criterion: str, tmp_path: Path) -> None:
+    pruning = GradualPruning(0.8, criterion=criterion)
+    module = fit(tmp_path, pruning, WeightSharing(6), module=Adversaries())
+    assert_compressed(module, 0.8, 6, *WEIGHTS)
+    assert pruning.plan is not None
+    assert pruning.plan.step == 40  # batches, not steps of either
+
+
+def test_max_steps_counts_every_optimizer_and_windows_follow(tmp_path: Path) -> None:
+    pruning = GradualPruning(0.8, stop=0.5)
+    fit(tmp_path, pruning, module=Adversaries(), max_steps=40, max_epochs=-1)
+    assert pruning.span == (0, 10)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_layer_that_idles_at_first(criterion: str, tmp_path: Path) -> None:
+    class Idle(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare = nn.Linear(10, 10)
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits = super().forward(images)
+            return self.spare(logits) if self.current_epoch >= 2 else logits
+
+    module = fit(
+        tmp_path, GradualPruning(0.8, criterion=criterion, stop=0.9), max_epochs=6, module=Idle()
+    )
+    assert sparsity(module, *WEIGHTS, "spare.weight") == pytest.approx(0.8, abs=2e-3)
+
+
+def test_movement_is_the_sum_that_it_is_said_to_be(tmp_path: Path) -> None:
+    class Sum(pl.Callback):
+        total: Tensor | float = 0.0
+
+        def on_before_optimizer_step(self, _: Any, pl_module: pl.LightningModule, *a: Any) -> None:
+            weight = pl_module.get_parameter("head.weight")
+            assert weight.grad is not None
+            self.total = self.total - weight.detach() * weight.grad
+
+    pruning, check = GradualPruning(0.5, criterion="movement"), Sum()
+    fit(tmp_path, check, pruning, module=Net(torch.optim.SGD), max_epochs=2)
+    torch.testing.assert_close(pruning.statistics["head.weight"]["movement"], check.total)
+
+
+def test_parameters_in_no_optimizer_are_named_and_not_counted(tmp_path: Path) -> None:
+    class Frozen(Net):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.head.parameters(), lr=0.01)
+
+    with pytest.warns(UserWarning, match=r"no optimizer holds body\.0\.weight"):
+        module = fit(tmp_path, GradualPruning(0.8), module=Frozen())
+    assert sparsity(module, "head.weight") == pytest.approx(0.8, abs=2e-3)
+    assert sparsity(module, "body.0.weight") == 0
+
+
+def test_layers_made_in_setup_and_configure_model_are_compressed(tmp_path: Path) -> None:
+    class Late(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.head
+
+        def setup(self, stage: str) -> None:
+            self.head = nn.Linear(40, 20)
+
+        def configure_model(self) -> None:
+            if not hasattr(self, "tail"):
+                self.tail = nn.Linear(20, 10)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.tail(self.head(self.body(images)))
+
+    module = fit(tmp_path, GradualPruning(0.8), module=Late())
+    assert sparsity(module, *WEIGHTS, "tail.weight") == pytest.approx(0.8, abs=2e-3)
+
+
+def test_data_without_length_need_steps_and_say_so(tmp_path: Path) -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(loader())
+
+    def stream(*callbacks: pl.Callback) -> Net:
+        module = Net()
+        trainer(tmp_path, *callbacks).fit(module, DataLoader(Stream(), batch_size=None))
+        return module
+
+    with pytest.raises(MisconfigurationException, match="set max_steps or max_epochs, or give"):
+        stream(GradualPruning(0.8))
+    module = stream(GradualPruning(0.8, stop_step=20))
+    assert sparsity(module, *WEIGHTS) == pytest.approx(0.8, abs=2e-3)
+
+
+def checkpointed(root: Path, *callbacks: pl.Callback, **kwargs: Any) -> Path:
+    saver = ModelCheckpoint(root, "half")
+    fit(root, *callbacks, saver, enable_checkpointing=True, **kwargs)
+    return root / "half.ckpt"
+
+
+def test_a_longer_training_does_not_bring_pruned_weights_back(tmp_path: Path) -> None:
+    path = checkpointed(tmp_path, GradualPruning(0.8), max_epochs=4)
+    recorder, module = Recorder(), Net()
+    callbacks = [GradualPruning(0.8), recorder]
+    trainer(tmp_path, *callbacks, max_epochs=8).fit(module, loader(), ckpt_path=path)
+    assert len(recorder.seen) == 40
+    assert len(set(recorder.sparsities())) == 1
+    assert sparsity(module, *WEIGHTS) == pytest.approx(0.8, abs=2e-3)
+
+
+def test_a_dense_run_is_resumed_into_compression(tmp_path: Path) -> None:
+    path = checkpointed(tmp_path, max_epochs=4)
+    pruning, module = GradualPruning(0.8, start=0.5, stop=0.8), Net()
+    trainer(tmp_path, pruning, max_epochs=8).fit(module, loader(), ckpt_path=path)
+    assert pruning.span == (40, 64)
+    assert sparsity(module, *WEIGHTS) == pytest.approx(0.8, abs=2e-3)
+
+
+def test_latents_stay_when_training_ends(tmp_path: Path) -> None:
+    sharing = WeightSharing(4, start=0.0, stop=0.5)
+
+    class Latest(pl.Callback):
+        weight = latent = torch.empty(0)
+
+        def on_train_epoch_end(self, _: Any, pl_module: pl.LightningModule) -> None:
+            assert sharing.plan is not None
+            self.weight = pl_module.get_parameter("head.weight").detach().clone()
+            self.latent = sharing.plan.latents()["head.weight"].clone()
+
+    latest = Latest()
+    module = fit(tmp_path, sharing, latest)
+    assert sharing.plan is not None
+    assert torch.equal(sharing.plan.latents()["head.weight"], latest.latent)
+    assert torch.equal(module.head.weight, latest.weight)
+    assert latest.latent.unique().numel() > 300
+
+
+@pytest.mark.parametrize("averaging", [StochasticWeightAveraging(swa_lrs=0.01)])
+def test_averages_of_compressed_weights_are_refused(averaging: Any, tmp_path: Path) -> None:
+    for callbacks in ([averaging, GradualPruning()], [GradualPruning(), averaging]):
+        with pytest.raises(MisconfigurationException, match="train without it, or without"):
+            fit(tmp_path, *callbacks)
+
+
+def test_a_preview_leaves_no_trace() -> None:
+    module, pruning = Net(), GradualPruning(criterion="activation", exclude="body.1")
+    pruning.masks["head.weight"] = torch.ones(1)
+    print(Plan([pruning], module))
+    assert not module.head._forward_pre_hooks
+    assert list(pruning.masks) == ["head.weight"]
+
+
+def test_an_exception_removes_all_hooks(tmp_path: Path) -> None:
+    class Failing(pl.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            if args[-1] == 3:
+                raise RuntimeError("power cut")
+
+    module = Net()
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(tmp_path, GradualPruning(criterion="activation"), Failing(), module=module)
+    assert not module.head._forward_pre_hooks
+
+
+def test_tied_weights_answer_to_all_names_and_count_once(tmp_path: Path) -> None:
+    class Tied(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twin = nn.Linear(40, 10)
+            self.twin.weight = self.head.weight
+
+        def forward(self, images: Tensor) -> Tensor:
+            features = self.body(images)
+            return self.head(features) + self.twin(features)
+
+    checkpoint, monitor = CompressedCheckpoint(tmp_path), CompressionMonitor()
+    module = Tied()
+    fit(tmp_path, GradualPruning(0.5, include="twin.weight"), monitor, checkpoint, module=module)
+    assert sparsity(module, "head.weight") == pytest.approx(0.5, abs=2e-3)
+    assert checkpoint.report is not None
+    runner = trainer(tmp_path)
+    assert monitor.metrics(runner, module)["compression/bytes"] == pytest.approx(
+        checkpoint.report.total, rel=0.02
+    )
+
+
+@pytest.mark.parametrize("kind", ["state", "noise", "inputs"])
+def test_what_cannot_be_replayed_does_not_fail_a_finished_training(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Odd(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            if kind == "inputs":
+                images.mul_(0.5)
+            if kind == "noise":
+                images = images + torch.rand_like(images)
+            logits = super().forward(images)
+            if kind == "state":
+                self.latest = logits
+            return logits
+
+    fit(tmp_path, GradualPruning(0.5), CompressedCheckpoint(tmp_path), module=Odd())
+    printed = capsys.readouterr().out
+    assert "restores every tensor bit for bit" in printed
+    told = "predictions were not compared (" if kind == "state" else "examples are identical"
+    assert told in printed
+
+
+DISTRIBUTED = """
+import sys, torch, lightning.pytorch as pl
+sys.path.insert(0, sys.argv[1])
+from test_callbacks import *
+from pressfit.callbacks import *
+pl.seed_everything(int(__import__("os").environ.get("LOCAL_RANK", 0)))
+module, root = Net(), Path(sys.argv[2])
+callbacks = [GradualPruning(0.8, criterion=sys.argv[3]), WeightSharing(6), CompressedCheckpoint()]
+runner = pl.Trainer(max_epochs=4, accelerator="cpu", devices=2, strategy="ddp", callbacks=callbacks,
+    logger=CSVLogger(root), enable_checkpointing=False, enable_progress_bar=False,
+    enable_model_summary=False)
+runner.fit(module, loader(shuffle=True))
+torch.save([module.state_dict(), str(callbacks[2].path)], root / f"rank{runner.global_rank}.pt")
+"""
+
+
+@pytest.mark.parametrize("criterion", ["adam", "activation"])
+def test_two_processes_make_the_same_choices(criterion: str, tmp_path: Path) -> None:
+    """Each sees other data and starts from another seed; the file is written once."""
+    import subprocess
+
+    script = tmp_path / "script.py"
+    script.write_text(DISTRIBUTED)
+    command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path), criterion]
+    subprocess.run(command, check=True, timeout=300)
+    (first, path), (second, other) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert path == other
+    for name, tensor in load(path).items():
+        if "running" not in name:  # batch-norm's averages are each process's own
+            assert same_bits(first[name], second[name]), name
+        assert same_bits(tensor, first[name]), name
+    assert sum(int((first[name] == 0).sum()) for name in WEIGHTS) == round(0.8 * 2960)
