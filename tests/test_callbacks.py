@@ -13,9 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from pressfit.callbacks import (
     CompressedCheckpoint,
@@ -26,82 +24,19 @@ from pressfit.callbacks import (
     WeightSharing,
 )
 from pressfit.compressors import CRITERIA, Iterative, OneShot, inspect, load, restore, same_bits
-
-DIGITS = load_digits()
-IMAGES = torch.tensor(DIGITS.data, dtype=torch.float32) / 16
-LABELS = torch.tensor(DIGITS.target)
-
-
-class Net(pl.LightningModule):
-    """What a user has: nothing in it knows of compression."""
-
-    def __init__(self, optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(64, 40), nn.BatchNorm1d(40), nn.ReLU())
-        self.head = nn.Linear(40, 10)
-        self.make_optimizer = optimizer
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.body(images))
-
-    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: list[Tensor], _: int) -> None:
-        self.log("val/error", (self(batch[0]).argmax(1) != batch[1]).float().mean())
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.make_optimizer(self.parameters(), lr=0.01)
-
-
-def loader(shuffle: bool = False) -> DataLoader[Any]:
-    return DataLoader(TensorDataset(IMAGES[:640], LABELS[:640]), 64, shuffle=shuffle)
-
-
-def validation() -> DataLoader[Any]:
-    return DataLoader(TensorDataset(IMAGES[640:1000], LABELS[640:1000]), 360)
-
-
-def trainer(root: Path, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
-    defaults: dict[str, Any] = {
-        "max_epochs": 4,
-        "default_root_dir": root,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "accelerator": "cpu",
-    }
-    return pl.Trainer(callbacks=list(callbacks), **(defaults | kwargs))
-
-
-def fit(root: Path, *callbacks: pl.Callback, module: Net | None = None, **kwargs: Any) -> Net:
-    pl.seed_everything(0)
-    module = module or Net()
-    trainer(root, *callbacks, **kwargs).fit(module, loader())
-    return module
-
-
-class Recorder(pl.Callback):
-    """What the next forward pass sees after every step."""
-
-    def __init__(self, name: str = "body.0.weight") -> None:
-        self.name = name
-        self.seen: list[Tensor] = []
-
-    def on_train_batch_end(self, _: Any, pl_module: pl.LightningModule, *args: Any) -> None:
-        self.seen.append(pl_module.get_parameter(self.name).detach().clone())
-
-    def sparsities(self) -> list[float]:
-        return [float((weight == 0).float().mean()) for weight in self.seen]
-
-
-def sparsity(module: nn.Module, *names: str) -> float:
-    weights = torch.cat([module.get_parameter(name).flatten() for name in names])
-    return float((weights == 0).float().mean())
-
-
-WEIGHTS = ("body.0.weight", "head.weight")
+from training import (
+    IMAGES,
+    LABELS,
+    WEIGHTS,
+    Idle,
+    Net,
+    Recorder,
+    fit,
+    loader,
+    sparsity,
+    trainer,
+    validation,
+)
 
 
 def test_a_run_ends_in_a_small_file_that_restores_the_network(
@@ -450,15 +385,6 @@ def test_the_plan_prints_itself_without_training() -> None:
 
 def test_a_parameter_without_gradient_is_no_obstacle(tmp_path: Path) -> None:
     """Adam must not find a latent where it expects an empty state."""
-
-    class Idle(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.spare = nn.Linear(10, 10)
-
-        def forward(self, images: Tensor) -> Tensor:
-            logits = super().forward(images)
-            return self.spare(logits) if self.current_epoch >= 2 else logits
 
     module = fit(tmp_path, WeightSharing(4, start=0.0, stop=0.5), module=Idle())
     assert module.spare.weight.unique().numel() <= 4

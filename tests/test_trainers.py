@@ -1,5 +1,6 @@
 """The callbacks in Trainers as people have them: precisions, optimizers, processes, resumes."""
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,6 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-sys.path.insert(0, str(Path(__file__).parent))
-from test_callbacks import WEIGHTS, Net, Recorder, fit, loader, sparsity, trainer
-
 from pressfit.callbacks import (
     CompressedCheckpoint,
     CompressionMonitor,
@@ -25,6 +23,7 @@ from pressfit.callbacks import (
     WeightSharing,
 )
 from pressfit.compressors import CRITERIA, load, same_bits
+from training import WEIGHTS, Idle, Net, Recorder, fit, loader, sparsity, trainer
 
 
 def assert_compressed(module: nn.Module, pruned: float, clusters: int, *names: str) -> None:
@@ -102,15 +101,6 @@ def test_max_steps_counts_every_optimizer_and_windows_follow(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_a_layer_that_idles_at_first(criterion: str, tmp_path: Path) -> None:
-    class Idle(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.spare = nn.Linear(10, 10)
-
-        def forward(self, images: Tensor) -> Tensor:
-            logits = super().forward(images)
-            return self.spare(logits) if self.current_epoch >= 2 else logits
-
     module = fit(
         tmp_path, GradualPruning(0.8, criterion=criterion, stop=0.9), max_epochs=6, module=Idle()
     )
@@ -295,7 +285,8 @@ def test_what_cannot_be_replayed_does_not_fail_a_finished_training(
 DISTRIBUTED = """
 import sys, torch, lightning.pytorch as pl
 sys.path.insert(0, sys.argv[1])
-from test_callbacks import *
+from training import *
+from lightning.pytorch.loggers import CSVLogger
 from pressfit.callbacks import *
 pl.seed_everything(int(__import__("os").environ.get("LOCAL_RANK", 0)))
 module, root = Net(), Path(sys.argv[2])
@@ -311,8 +302,6 @@ torch.save([module.state_dict(), str(callbacks[2].path)], root / f"rank{runner.g
 @pytest.mark.parametrize("criterion", ["adam", "activation"])
 def test_two_processes_make_the_same_choices(criterion: str, tmp_path: Path) -> None:
     """Each sees other data and starts from another seed; the file is written once."""
-    import subprocess
-
     script = tmp_path / "script.py"
     script.write_text(DISTRIBUTED)
     command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path), criterion]
