@@ -91,7 +91,9 @@ def _draw_curve(
     axes.set_axisbelow(True)
     for axis, text in ((axes.xaxis, _size), (axes.yaxis, "{:.3g} %".format)):
         scale = 100 if axis is axes.yaxis else 1
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_locator(
+            LogLocator(subs=(1, 2, 5) if axis is axes.xaxis else (1, 1.5, 2, 3, 5))
+        )
         axis.set_major_formatter(
             FuncFormatter(lambda value, _, text=text, scale=scale: text(scale * value))
         )
