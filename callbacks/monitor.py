@@ -54,7 +54,9 @@ class CompressionMonitor(pl.Callback):
         methods = [callback for callback in trainer.callbacks if isinstance(callback, Method)]  # type: ignore[attr-defined]
         weights = {name: p for method in methods for name, p in method.selection.chosen.items()}
         weights = weights or dict(select(pl_module).chosen)
-        zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+        zeros = {
+            name: weight.numel() - int(weight.count_nonzero()) for name, weight in weights.items()
+        }
         found["sparsity"] = sum(zeros.values()) / sum(w.numel() for w in weights.values())
         if methods and methods[0].plan is not None:
             found["distance"] = methods[0].plan.distance()

@@ -50,7 +50,7 @@ def support(scores: Tensor, keep: int) -> Tensor:
     surplus = int(mask.count_nonzero()) - keep
     if surplus:
         ties = flat == threshold
-        mask &= ~ties | (ties.cumsum(0) <= ties.sum() - surplus)
+        mask &= ~ties | (ties.cumsum(0) <= ties.count_nonzero() - surplus)
     return mask.view(scores.shape)
 
 

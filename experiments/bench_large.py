@@ -68,7 +68,10 @@ def measure(millions: float) -> Measured:
         encode_memory = _peak() - before
         before = _reset_peak()
         middle = time.perf_counter()
-        equal = [same_bits(tensors[entry.name], tensor) for entry, tensor in read(path)]
+        equal = []
+        for entry, tensor in read(path):
+            equal.append(same_bits(tensors[entry.name], tensor))
+            del tensor  # one at a time
         end = time.perf_counter()
         decode_memory = _peak() - before
     if len(equal) != TENSORS or not all(equal):
