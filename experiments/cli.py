@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             options = _parser().parse_args(words or ["--help"])
             options.run(options)
+    except BrokenPipeError:  # the reader of a pipe, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except _MISTAKES as error:
         if traceback:
             raise
