@@ -28,10 +28,11 @@ class WeightSharing(Method):
     and clipping as they are.
 
     Weights move to their centroids gradually, ``w = u + s (c - u)`` with the strength ``s`` on the
-    schedule, full at the end of the window: a network that is clustered at once loses more than
-    it recovers. Every ``every`` steps of the window the latents are assigned anew. Zeros stay zero
-    and are no cluster, so pruning comes first. First and last layers share too, as in the paper,
-    which uses 32 to 256 clusters; ``overrides={"conv1": 64}`` gives a layer its own number.
+    schedule, full at the end of the window; ``schedule=OneShot()`` clusters at once, as the paper
+    does, from which a LeNet-300-100 on MNIST recovers as well. Every ``every`` steps of the window
+    the latents are assigned anew. Zeros stay zero and are no cluster, so pruning comes first. First
+    and last layers share too, as in the paper, which uses 32 to 256 clusters;
+    ``overrides={"conv1": 64}`` gives a layer its own number.
 
     Args:
         clusters: Number ``k`` of distinct non-zero values per tensor; any number, not only powers
