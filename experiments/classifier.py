@@ -38,7 +38,6 @@ class Classifier(pl.LightningModule):
         optimizer: Makes the optimizer, given the parameters.
         warmup: Fraction of training in which the learning rate rises.
         floor: Fraction of the learning rate that is left at the end.
-        label_smoothing: Probability that is spread over all classes.
         classes: Number of classes.
     """
 
@@ -48,13 +47,11 @@ class Classifier(pl.LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         warmup: float = 0.02,
         floor: float = 0.02,
-        label_smoothing: float = 0.0,
         classes: int = 10,
     ) -> None:
         super().__init__()
         self.net, self.optimizer = net, optimizer
         self.warmup, self.floor = warmup, floor
-        self.label_smoothing = label_smoothing
         # With micro averaging this is the fraction of wrong answers.
         self.error = MulticlassHammingDistance(classes, average="micro")
 
@@ -65,7 +62,7 @@ class Classifier(pl.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         images, labels = batch
         logits = self(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(logits, labels)
         self.log("train/loss", loss, on_step=False, on_epoch=True)
         return loss
 
