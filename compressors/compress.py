@@ -10,7 +10,7 @@ from torch import nn
 from pressfit.compressors.artifact import load
 from pressfit.compressors.codes import Code
 from pressfit.compressors.projections import Projection
-from pressfit.compressors.select import match, select
+from pressfit.compressors.select import Selection, match, select
 
 __all__ = ["compress", "restore"]
 
@@ -47,7 +47,9 @@ def compress(
         >>> int(net.weight.count_nonzero()), list(codes)
         (5, ['weight'])
     """
-    chosen = select(module, include, exclude).chosen
+    selection = select(module, include, exclude)
+    # Nothing is waited for: what is frozen now is left out.
+    chosen = Selection(selection.chosen, selection.skipped).checked().chosen
     by_pattern = {"*": plan} if isinstance(plan, Projection) else plan
     codes = {}
     for name, projection in match(by_pattern, list(chosen)).items():

@@ -1,11 +1,13 @@
 """Selection: which parameters of a module a method acts on, and why the others are left out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["LAYERS", "Selection", "match", "select"]
 
@@ -34,10 +36,31 @@ class Selection:
     Args:
         chosen: The selected parameters in the module's order; tied ones under their first name.
         skipped: Reason by name for all the others.
+        waiting: Those of them that are skipped only as long as they are frozen or uninitialised.
     """
 
     chosen: Mapping[str, nn.Parameter]
     skipped: Mapping[str, str]
+    waiting: Mapping[str, nn.Parameter] = field(default_factory=dict)
+
+    def without(self, reasons: Mapping[str, str]) -> "Selection":
+        """Leave out more parameters, each for a reason of its own.
+
+        Raises:
+            ValueError: Nothing remains.
+        """
+        chosen = {name: p for name, p in self.chosen.items() if name not in reasons}
+        return Selection(chosen, {**self.skipped, **reasons}, self.waiting).checked()
+
+    def checked(self) -> "Selection":
+        """The selection itself, or an error if it is empty and nothing is waited for."""
+        if not self.chosen and not self.waiting:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
+            raise ValueError(
+                f"nothing to compress ({reasons or 'the module has no parameters'}): name "
+                "parameters with include=[...]"
+            )
+        return self
 
 
 def select(
@@ -78,7 +101,7 @@ def select(
         if not any(matches(parameter, pattern) for parameter in names):
             raise ValueError(
                 f"pattern {pattern!r} matches no parameter of {type(module).__name__}; "
-                f"there are: {', '.join(parameters) or 'none'}"
+                f"{_nearest(pattern, list(parameters))}"
             )
     weights = {
         f"{prefix}.{name}" if prefix else name
@@ -87,7 +110,7 @@ def select(
         if (isinstance(layer, LAYERS) and name == "weight")
         or (isinstance(layer, nn.MultiheadAttention) and name in _ATTENTION)
     }
-    chosen, skipped = {}, {}
+    chosen, skipped, waiting = {}, {}, {}
     for name, parameter in parameters.items():
         if included is not None and not any(matches(parameter, p) for p in included):
             skipped[name] = "not included"
@@ -97,19 +120,15 @@ def select(
             skipped[name] = "excluded"
         elif not parameter.is_floating_point():
             skipped[name] = f"its dtype is {parameter.dtype}"
+        elif is_lazy(parameter):
+            skipped[name], waiting[name] = "not initialised yet", parameter
         elif not parameter.requires_grad:
-            skipped[name] = "frozen: requires_grad is False"
+            skipped[name], waiting[name] = "frozen: requires_grad is False", parameter
         elif not parameter.numel():
             skipped[name] = "it is empty"
         else:
             chosen[name] = parameter
-    if not chosen:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
-        raise ValueError(
-            f"nothing to compress in {type(module).__name__} ({reasons or 'it has no parameters'}):"
-            " name parameters with include=[...]"
-        )
-    return Selection(chosen, skipped)
+    return Selection(chosen, skipped, waiting).checked()
 
 
 def match(overrides: Mapping[str, T], names: Sequence[str]) -> dict[str, T]:
@@ -127,7 +146,8 @@ def match(overrides: Mapping[str, T], names: Sequence[str]) -> dict[str, T]:
         matching = [name for name in names if _matches(name, pattern)]
         if not matching:
             raise ValueError(
-                f"override {pattern!r} matches none of the selected parameters: {', '.join(names)}"
+                f"override {pattern!r} matches none of the selected parameters; "
+                f"{_nearest(pattern, names)}"
             )
         found.update(dict.fromkeys(matching, value))
     return {name: found[name] for name in names if name in found}
@@ -141,3 +161,10 @@ def _patterns(patterns: str | Sequence[str] | None) -> list[str] | None:
     if patterns is None:
         return None
     return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def _nearest(pattern: str, names: Sequence[str]) -> str:
+    """The few names that may have been meant."""
+    near = get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
+    more = len(names) - len(near)
+    return f"did you mean {' or '.join(near) or 'another module'}? ({more} more)"
