@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from pressfit.callbacks.method import Method
+from pressfit.callbacks.method import methods_of
 from pressfit.compressors.artifact import load, save
 from pressfit.compressors.codes import same_bits
 from pressfit.compressors.compress import restore
@@ -112,7 +112,7 @@ class CompressedCheckpoint(pl.Callback):
             )
         # Whole, with the user's own hyper-parameters: this process has written the file itself.
         checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-        for method in (c for c in trainer.callbacks if isinstance(c, Method)):  # type: ignore[attr-defined]
+        for method in methods_of(trainer):
             last = method.plan.windows[method][1] if method.plan else 0
             if checkpoint["global_step"] < last:
                 pl.utilities.rank_zero_warn(

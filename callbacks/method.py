@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from pressfit.callbacks.plan import Plan
 from pressfit.compressors.select import Selection, select
 
-__all__ = ["Method"]
+__all__ = ["Method", "methods_of", "plan_of"]
 
 
 class Method(pl.Callback):
@@ -70,6 +70,14 @@ class Method(pl.Callback):
         self.span: tuple[int, int] | None = None
         self.saved: dict[str, Any] | None = None
 
+    def _overrides(self, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+        if overrides is not None and not isinstance(overrides, Mapping):
+            raise MisconfigurationException(
+                f"{type(self).__name__}: overrides maps patterns of names to values, as in "
+                f"{{'fc': 0.5}}, and got {overrides!r}"
+            )
+        return dict(overrides or {})
+
     @property
     def straight_through(self) -> bool:
         """Whether the optimizer moves a latent weight and the gradient is taken at the projection;
@@ -87,12 +95,21 @@ class Method(pl.Callback):
 
     @abstractmethod
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
-        """Choose anew what :meth:`project_` holds fixed, for all weights together."""
+        """Choose anew what :meth:`project_` holds fixed, for all weights together; under sharding
+        looking one up gathers all of it, on every process."""
 
     @abstractmethod
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
-        """Project one weight in place; at a strength below 1 it may stop short of it, and a weight
-        for which nothing was chosen yet stays as it is."""
+        """Project this process's part of one weight in place; at a strength below 1 it may stop
+        short of it, and a weight for which nothing was chosen yet stays as it is."""
+
+    def project_average_(self, name: str, average: Tensor, strength: float) -> None:
+        """Project an average of the weight in place, without learning anything from it."""
+        self.project_(name, average, strength)
+
+    @abstractmethod
+    def holds(self, name: str) -> bool:
+        """Whether something was chosen for a weight."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -120,9 +137,14 @@ class Method(pl.Callback):
     def unhook(self) -> None:
         """Remove what :meth:`hook` placed."""
 
-    def observe(self, name: str, parameter: nn.Parameter, state: Mapping[str, Any]) -> None:
-        """Update statistics before an optimizer step, from the parameter as the forward pass saw
-        it and its gradient; ``state`` is the optimizer's own."""
+    def observe(
+        self, name: str, weight: Tensor, gradient: Tensor | None, state: Mapping[str, Any]
+    ) -> None:
+        """Update statistics before an optimizer step, from this process's part of a weight as the
+        forward pass saw it, and of its gradient; ``state`` is the optimizer's own."""
+
+    def skip(self) -> None:
+        """Drop what was staged for a step that is not taken."""
 
     def window(self, horizon: float) -> tuple[int, int]:
         """First and last step of the window, for training of ``horizon`` optimizer steps."""
@@ -164,11 +186,12 @@ class Method(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # By now the module has all of its parameters, and the optimizers exist.
-        methods = [callback for callback in trainer.callbacks if isinstance(callback, Method)]  # type: ignore[attr-defined]
+        methods = methods_of(trainer)
         if methods[0] is not self:
             return
         plan = Plan(methods, pl_module)
-        plan.step = self.plan.step if self.plan is not None else 0
+        if self.plan is not None:
+            plan.step, plan.held = self.plan.step, self.plan.held
         for method in methods:
             method.plan = plan
             if method.saved is not None:
@@ -183,19 +206,25 @@ class Method(pl.Callback):
                 horizon = horizon / optimizers
             if self.plan.step == 0:  # a checkpoint that was written without compression
                 self.plan.step = trainer.global_step // optimizers
-            self.plan.begin(horizon if horizon > 0 else float("inf"))
+            warnings = self.plan.begin(horizon if horizon > 0 else float("inf"))
             pl.utilities.rank_zero_info(str(self.plan))
             if orphans := self.plan.orphans():
                 pl.utilities.rank_zero_warn(
                     f"no optimizer holds {', '.join(orphans)}: they are not compressed unless "
                     "they join one; name them in exclude=[...] if that is meant"
                 )
+            for warning in warnings:
+                pl.utilities.rank_zero_warn(warning)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        if self._drives and self.plan is not None:
+            self.plan.open()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         if self._drives and self.plan is not None:
-            self.plan.restore_(optimizer)
+            self.plan.restore_(optimizer, getattr(trainer.precision_plugin, "scaler", None))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         if self._drives and self.plan is not None:
@@ -222,6 +251,7 @@ class Method(pl.Callback):
             return {}
         return {
             "step": self.plan.step,
+            "held": self.plan.held,
             "chosen_at": self.chosen_at,
             "span": self.span,
             "choices": self.choices(),
@@ -234,23 +264,34 @@ class Method(pl.Callback):
             self.saved = state_dict
             return
         self.saved = None
-        self.plan.step = state_dict["step"]
+        self.plan.step, self.plan.held = state_dict["step"], state_dict["held"]
         self.chosen_at, self.span = state_dict["chosen_at"], state_dict["span"]
         self.load_choices(state_dict["choices"], self.plan.module)
+
+
+def methods_of(trainer: pl.Trainer) -> list[Method]:
+    """A Trainer's compression methods, in order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, Method)]  # type: ignore[attr-defined]
+
+
+def plan_of(trainer: pl.Trainer) -> Plan | None:
+    """What a Trainer's compression methods follow, from the start of ``fit`` on."""
+    return next((method.plan for method in methods_of(trainer)), None)
 
 
 def _refuse_rivals(trainer: pl.Trainer) -> None:
     """What would undo compression without a word."""
     averages = {"StochasticWeightAveraging", "WeightAveraging"}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if averages.intersection(base.__name__ for base in type(callback).__mro__):
+        names = {base.__name__ for base in type(callback).__mro__}
+        if averages & names and "EMA" not in names:
             raise MisconfigurationException(
                 f"{type(callback).__name__} averages weights, and an average of sparse or shared "
-                "weights is neither: train without it, or without compression"
+                "weights is neither: use pressfit.callbacks.EMA, which projects the average"
             )
-    sharded = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
+    sharded = {"FSDPStrategy", "DeepSpeedStrategy"}
     if sharded.intersection(base.__name__ for base in type(trainer.strategy).__mro__):
         raise MisconfigurationException(
-            f"{type(trainer.strategy).__name__} shards parameters, which these callbacks do not "
-            "support yet: use one device or strategy='ddp'"
+            f"{type(trainer.strategy).__name__} flattens parameters into one, in which weights "
+            "cannot be told apart: use ModelParallelStrategy, which is FSDP2, or strategy='ddp'"
         )

@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from pressfit.callbacks.method import Method
+from pressfit.callbacks.method import methods_of
 from pressfit.compressors.artifact import estimate
 from pressfit.compressors.codes import Lookup, Sparse, exact
 from pressfit.compressors.select import select
@@ -51,7 +51,7 @@ class CompressionMonitor(pl.Callback):
         size = estimate(codes)
         dense = sum(code.shape.numel() * code.dtype.itemsize for code in unique.values())
         found: dict[str, Any] = {"bytes": float(size), "ratio": dense / size}
-        methods = [callback for callback in trainer.callbacks if isinstance(callback, Method)]  # type: ignore[attr-defined]
+        methods = methods_of(trainer)
         weights = {name: p for method in methods for name, p in method.selection.chosen.items()}
         weights = weights or dict(select(pl_module).chosen)
         zeros = {

@@ -14,14 +14,19 @@ optimizer's state, so that Lightning's checkpoints hold them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from pressfit.callbacks.sharding import local, whole
+from pressfit.compressors.allocation import Lazy
 
 if TYPE_CHECKING:
     from pressfit.callbacks.method import Method
@@ -54,22 +59,28 @@ class Plan:
     ) -> None:
         self.methods, self.module = tuple(methods), module
         self.step = 0
+        self.held = 0
+        self.holding = False
         self.windows: dict[Method, tuple[int, int]] = {}
-        for method in self.methods:
-            method.attach(module)
-        self.names = {
-            parameter: name
-            for method in self.methods
-            for name, parameter in method.selection.chosen.items()
-        }
-        self._check()
+        self.names: dict[nn.Parameter, str] = {}
         self._optimizers: list[Optimizer] = []
         self._restored: list[Optimizer] = []
         self._members: dict[Optimizer, tuple[list[int], dict[str, nn.Parameter]]] = {}
-        self._stepping = False
+        self._open = self._stepping = self._scaled = False
         self._hooks: list[RemovableHandle] = []
+        self._select()
         if horizon is not None:
             self.begin(horizon)
+
+    @property
+    def clock(self) -> int:
+        """Steps that count for the windows: all but those during which the schedule was held."""
+        return self.step - self.held
+
+    @property
+    def complete(self) -> bool:
+        """Whether every method has reached its full strength."""
+        return all(self.clock >= last for _, last in self.windows.values())
 
     def __str__(self) -> str:
         lines = ["Compression plan"]
@@ -97,8 +108,9 @@ class Plan:
         """The methods that act on a parameter, in order."""
         return [method for method in self.methods if name in method.selection.chosen]
 
-    def begin(self, horizon: float) -> None:
-        """Fix every method's window, for a training of ``horizon`` optimizer steps.
+    def begin(self, horizon: float) -> list[str]:
+        """Fix every method's window, for a training of ``horizon`` optimizer steps; returns a
+        warning for each one that training will not see the end of.
 
         A method that has begun keeps the window it has: what is pruned would return otherwise.
         """
@@ -106,10 +118,23 @@ class Plan:
             if method.chosen_at is None or method.span is None:
                 method.span = method.window(horizon)
             self.windows[method] = method.span
+        return [
+            f"{type(method).__name__}: its window ends at step {last:,}, after training does at "
+            f"step {horizon:,.0f}: it will not reach its full strength; train longer, or set "
+            f"stop_step={horizon:.0f} at most"
+            for method, (_, last) in self.windows.items()
+            if last > horizon
+        ]
 
     def hook(self, optimizers: Iterable[Optimizer]) -> None:
-        """Project after every update of these optimizers, until :meth:`unhook`."""
+        """Project after every update of these optimizers, until :meth:`unhook`.
+
+        Raises:
+            MisconfigurationException: An optimizer of a kind that projection cannot follow.
+        """
         self._optimizers = list(optimizers)
+        for optimizer in self._optimizers:
+            _refuse(optimizer)
         self._hooks = [
             optimizer.register_step_post_hook(self._after_step) for optimizer in self._optimizers
         ]
@@ -130,27 +155,55 @@ class Plan:
             method.unhook()
 
     @torch.no_grad()
-    def restore_(self, optimizer: Optimizer) -> None:
+    def restore_(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> None:
         """Give the optimizer back the latents of its parameters, once statistics have seen both the
-        projected weights and their gradients."""
+        projected weights and their gradients. A step that ``scaler`` will skip leaves no trace."""
+        self._stepping, self._scaled = True, scaler is not None
+        self._welcome()
+        if self._scaled and not _finite(optimizer):
+            for method in self.methods:
+                method.skip()
+            return
+        if optimizer in self._restored:
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} computes the loss more than once in a step, at weights "
+                "of its own that are not compressed: use an optimizer that computes it once"
+            )
+        # Fused optimizers get scaled gradients, and unscale them by themselves.
+        fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+        scale = scaler.get_scale() if scaler is not None and fused else 1.0
         parameters = self._parameters(optimizer)
         for method in self.methods:
             if method.observes:
                 for name, parameter in parameters.items():
                     if name in method.selection.chosen:
-                        method.observe(name, parameter, optimizer.state.get(parameter, {}))
-        for parameter in parameters.values():
-            latent = optimizer.state.get(parameter, {}).get(LATENT)
-            if latent is not None:
-                parameter.copy_(latent)
+                        gradient = _gradient(parameter, scale)
+                        state = optimizer.state.get(parameter, {})
+                        method.observe(name, local(parameter), gradient, state)
+        for name, latent in self._latents(optimizer):
+            local(parameters[name]).copy_(local(latent))
         self._restored.append(optimizer)
-        self._stepping = True
+
+    def open(self) -> None:
+        """Start a batch."""
+        self._open = True
 
     def advance(self) -> None:
-        """End a batch: count it if it stepped. A gradient scaler may have skipped the update."""
+        """End a batch, and count it if it stepped.
+
+        Raises:
+            MisconfigurationException: An optimizer stepped without calling its hooks.
+        """
+        if self._restored and not self._scaled:  # a scaler may leave out a step
+            raise MisconfigurationException(
+                f"{type(self._restored[0]).__name__} does not call the hooks of its step, so that "
+                "no projection can follow it: use an optimizer that derives from torch's Optimizer "
+                "and calls its __init__"
+            )
         self.settle()
         self.step += self._stepping
-        self._stepping = False
+        self.held += self._stepping and self.holding
+        self._open = self._stepping = False
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -160,29 +213,47 @@ class Plan:
 
     @torch.no_grad()
     def finish(self) -> list[str]:
-        """Leave every parameter projected; returns a warning for each method cut short."""
+        """Leave every parameter projected; returns a warning for all that fell short."""
         self.settle()
-        for optimizer in self._optimizers:
-            for name, parameter in self._parameters(optimizer).items():
-                # What no step ever touched; the others are projected, and their latents stay.
-                if LATENT not in optimizer.state.get(parameter, {}):
-                    for method in self.chain(name):
-                        if method.chosen_at is not None:
-                            method.project_(name, parameter, self._strength(method, self.step))
-        return [
+        warnings = [
             f"{type(method).__name__}: training ended at step {self.step:,}, before the window "
-            f"{first:,} to {last:,} did; it has not reached its full strength"
+            f"{first:,} to {last + self.held:,} did; it has not reached its full strength"
             for method, (first, last) in self.windows.items()
-            if self.step < last
+            if self.clock < last
         ]
+        for optimizer in self._optimizers:
+            latents = {name for name, _ in self._latents(optimizer)}
+            for name, parameter in self._parameters(optimizer).items():
+                for method in self.chain(name):
+                    if method.chosen_at is None:
+                        continue
+                    if not method.holds(name):
+                        warnings.append(
+                            f"{type(method).__name__} left out {name}: no gradient ever reached it"
+                        )
+                    elif name not in latents:  # no step ever touched it
+                        strength = self._strength(method, self.clock)
+                        method.project_(name, local(parameter), strength)
+                if not whole(parameter).count_nonzero():
+                    warnings.append(
+                        f"no weight of {name} is left, and what follows it sees constants: give it "
+                        "a sparsity of its own with overrides, or prune by allocation='lamp'"
+                    )
+        return warnings
+
+    @torch.no_grad()
+    def project_average_(self, name: str, average: Tensor) -> None:
+        """Project an average of a parameter's latents as the parameter itself is projected."""
+        for method in self.chain(name):
+            if method.chosen_at is not None and method.holds(name):
+                method.project_average_(name, average, self._strength(method, self.clock))
 
     def latents(self) -> dict[str, Tensor]:
         """Latent weights by name, of the parameters that have one."""
         return {
-            name: optimizer.state[parameter][LATENT]
+            name: latent
             for optimizer in self._optimizers
-            for name, parameter in self._parameters(optimizer).items()
-            if LATENT in optimizer.state.get(parameter, {})
+            for name, latent in self._latents(optimizer)
         }
 
     def distance(self) -> float:
@@ -192,26 +263,61 @@ class Plan:
         """
         parameters = {name: parameter.detach() for parameter, name in self.names.items()}
         latents = self.latents()
-        gap = sum(float((u - parameters[name]).square().sum()) for name, u in latents.items())
-        norm = sum(float(u.square().sum()) for u in latents.values())
+        gap = sum(float(whole((u - parameters[n]).square().sum())) for n, u in latents.items())
+        norm = sum(float(whole(u.square().sum())) for u in latents.values())
         return float((gap / norm) ** 0.5) if norm else 0.0
+
+    def _select(self) -> None:
+        for method in self.methods:
+            method.attach(self.module)
+        self.names = {
+            parameter: name
+            for method in self.methods
+            for name, parameter in method.selection.chosen.items()
+        }
+        self._waiting = {
+            parameter for method in self.methods for parameter in method.selection.waiting.values()
+        }
+        self._members = {}
+        self._check()
+
+    def _welcome(self) -> None:
+        """Take in the parameters that were frozen or not initialised when the plan was made."""
+        if not any(
+            parameter.requires_grad and not is_lazy(parameter) for parameter in self._waiting
+        ):
+            return
+        for method in self.methods:
+            method.unhook()
+        self._select()
+        for method in self.methods:
+            method.hook()
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # Without a restore this is a step outside of Lightning's loop, which is none of ours.
         if optimizer in self._restored:
             self._restored.remove(optimizer)
             self._project_(optimizer, choose=True)
+        elif self._open and not self._scaled:
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} stepped without Lightning, at weights that are "
+                "compressed: get it from self.optimizers(), and not with use_pl_optimizer=False"
+            )
+        elif not self.windows:
+            # A step before training: a sharded checkpoint is about to be read, and it is read only
+            # into what is there already.
+            self._seed(optimizer)
 
     def _project_(self, optimizer: Optimizer, choose: bool) -> None:
         """Project the parameters of one optimizer, which hold what the first method sees."""
-        step = self.step + 1 if choose else self.step
+        step = self.clock + (choose and not self.holding)
         parameters = self._parameters(optimizer)
         saved: set[str] = set()
         anew = False
         for method in self.methods:
             mine = [name for name in method.selection.chosen if name in parameters]
-            if not mine or (method.chosen_at is None and not (choose and self._due(method, step))):
+            due = choose and self._due(method, step, {name: parameters[name] for name in mine})
+            if not mine or (method.chosen_at is None and not due):
                 continue
             if method.straight_through:
                 for name in [name for name in mine if name not in saved]:
@@ -220,25 +326,28 @@ class Plan:
                 mine = [name for name in mine if name in saved]
             # What an earlier method of the chain chose anew changes what this one sees.
             strength = self._strength(method, step)
-            if choose and (anew or self._due(method, step)):
+            if due or (choose and anew):
                 anew = True
                 method.choose(self._seen(method, parameters), strength)
                 method.chosen_at = step
             for name in mine:
-                method.project_(name, parameters[name], strength)
+                method.project_(name, local(parameters[name]), strength)
 
     def _strength(self, method: Method, step: int) -> float:
         first, last = self.windows[method]
         return method.strength(min(1.0, (step - first) / max(1, last - first)))
 
-    def _due(self, method: Method, step: int) -> bool:
+    def _due(self, method: Method, step: int, parameters: Mapping[str, nn.Parameter]) -> bool:
         first, last = self.windows[method]
         if step <= first:
             return False
         if method.chosen_at is None:
             return True
         every = method.every or max(1, (last - first) // 100)
-        return method.chosen_at < last and (step - method.chosen_at >= every or step >= last)
+        if method.chosen_at < last and (step - method.chosen_at >= every or step >= last):
+            return True
+        # A parameter that joined the optimizer, or got its first gradient, since then.
+        return any(p.grad is not None and not method.holds(name) for name, p in parameters.items())
 
     def _save(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
         """Copy a parameter to its latent. Before its first update there is none to keep: many
@@ -247,19 +356,42 @@ class Plan:
         if not state and parameter.grad is None:
             return False
         if LATENT in state:
-            state[LATENT].copy_(parameter)
+            local(state[LATENT]).copy_(local(parameter))
         else:
             optimizer.state[parameter][LATENT] = parameter.detach().clone()
         return True
 
-    def _seen(self, method: Method, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All weights of a method; another optimizer's parameters as their latents."""
+    def _seed(self, optimizer: Optimizer) -> None:
+        for name, parameter in self._parameters(optimizer).items():
+            if any(method.straight_through for method in self.chain(name)):
+                self._save(optimizer, parameter)
+
+    def _seen(self, method: Method, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """All weights of a method, whole; another optimizer's parameters as their latents."""
         latents, orphans = self.latents(), set(self.orphans())
-        return {
+        seen = {
             name: parameters[name] if name in parameters else latents.get(name, parameter)
             for name, parameter in method.selection.chosen.items()
             if name not in orphans
         }
+        for name, weight in seen.items():
+            if not local(weight).isfinite().all():
+                raise FloatingPointError(
+                    f"{name} holds NaN or infinity at step {self.step + 1:,}, and "
+                    f"{type(method).__name__} cannot tell which of its weights matter: training "
+                    "diverged; lower the learning rate, or clip gradients"
+                )
+        return Lazy(seen, lambda name: whole(seen[name].detach()))
+
+    def _latents(self, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._parameters(optimizer).items():
+            latent = optimizer.state.get(parameter, {}).get(LATENT)
+            # Seeded ones count once a method that keeps them has begun.
+            if latent is not None and any(
+                method.straight_through and method.chosen_at is not None
+                for method in self.chain(name)
+            ):
+                yield name, latent
 
     def _parameters(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
         """The plan's parameters among those of an optimizer."""
@@ -303,3 +435,39 @@ def _words(method: Method) -> str:
         step, fraction = getattr(method, f"{name}_step"), getattr(method, name)
         bounds.append(f"step {step:,}" if step is not None else f"{fraction:g} of training")
     return f"from {bounds[0]} to {bounds[1]}"
+
+
+def _refuse(optimizer: Optimizer) -> None:
+    """Optimizers whose steps cannot be followed by a projection."""
+    name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise MisconfigurationException(
+            f"{name} searches along a line, computing the loss at weights that are not compressed: "
+            "use SGD, Adam or another optimizer that computes it once in a step"
+        )
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise MisconfigurationException(
+            f"{name} swaps the weights for averages of its own, which are not compressed: use the "
+            "optimizer that it is based on, with pressfit.callbacks.EMA for the average"
+        )
+
+
+def _finite(optimizer: Optimizer) -> bool:
+    """Whether the step will be taken: a gradient scaler skips it if any gradient is not finite."""
+    gradients = [
+        local(parameter.grad)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
+    values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    return bool(torch.stack([v.isfinite().all() for v in values]).all()) if values else True
+
+
+def _gradient(parameter: nn.Parameter, scale: float) -> Tensor | None:
+    """The gradient as it would be without a gradient scaler."""
+    if parameter.grad is None:
+        return None
+    gradient = local(parameter.grad)
+    gradient = gradient.to_dense() if gradient.is_sparse else gradient
+    return gradient if scale == 1.0 else gradient / scale

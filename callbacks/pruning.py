@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pressfit.callbacks.method import Method
-from pressfit.compressors.allocation import ALLOCATIONS, Lazy
+from pressfit.callbacks.sharding import gather, shard, whole
+from pressfit.compressors.allocation import ALLOCATIONS, BY_SHAPE, Lazy
 from pressfit.compressors.codes import INTEGERS
 from pressfit.compressors.criteria import CRITERIA
 from pressfit.compressors.prune import kept, support
@@ -80,11 +81,12 @@ class GradualPruning(Method):
         overrides: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(start, stop, start_step, stop_step, every, include, exclude)
-        self.overrides = dict(overrides or {})
+        self.overrides = self._overrides(overrides)
         for fraction in (sparsity, *self.overrides.values()):
             if not 0.0 <= fraction <= 1.0:
+                percent = f": for {fraction:g} % write {fraction / 100:g}" * (1 < fraction <= 100)
                 raise MisconfigurationException(
-                    f"GradualPruning: a sparsity is a fraction in [0, 1], got {fraction}"
+                    f"GradualPruning: a sparsity is a fraction in [0, 1], got {fraction}{percent}"
                 )
         for name, value, known in (
             ("criterion", criterion, list(CRITERIA)),
@@ -97,7 +99,7 @@ class GradualPruning(Method):
                 )
         self.sparsity, self.schedule = sparsity, schedule or Cubic()
         self.criterion, self.allocation, self.coupling = criterion, allocation, coupling
-        # All bits of a kept weight, none of a pruned one.
+        # All bits of a kept weight, none of a pruned one; of this process's part of it.
         self.masks: dict[str, Tensor] = {}
         self.statistics: dict[str, dict[str, Tensor]] = {}
         self._norms: dict[str, _InputNorm] = {}
@@ -121,7 +123,23 @@ class GradualPruning(Method):
 
     def attach(self, module: nn.Module) -> None:
         super().attach(module)
-        match(self.overrides, list(self.selection.chosen))
+        chosen = self.selection.chosen
+        own = match(self.overrides, list(chosen))
+        shared = {name: parameter for name, parameter in chosen.items() if name not in own}
+        final = {name: kept(chosen[name].numel(), fraction) for name, fraction in own.items()}
+        if self.allocation in BY_SHAPE:
+            final |= ALLOCATIONS[self.allocation](shared, self.sparsity)
+        elif shared and not kept(sum(p.numel() for p in shared.values()), self.sparsity):
+            final |= dict.fromkeys(shared, 0)
+        # A sparsity of exactly 1 is how a layer is switched off.
+        for name, keep in final.items():
+            target = own.get(name, self.sparsity)
+            if not keep and target < 1:
+                raise MisconfigurationException(
+                    f"GradualPruning: a sparsity of {target:g} leaves none of the "
+                    f"{chosen[name].numel():,} weights of {name}: lower it, exclude the parameter, "
+                    f"or give it its own with overrides={{{name!r}: ...}}"
+                )
         if "input_norm" in CRITERIA[self.criterion].statistics:
             self._norms = {name: _InputNorm(module, name) for name in self.selection.chosen}
 
@@ -136,25 +154,30 @@ class GradualPruning(Method):
     def reset(self) -> None:
         self.masks, self.statistics, self._adam = {}, {}, {}
 
-    def observe(self, name: str, parameter: nn.Parameter, state: Mapping[str, Any]) -> None:
+    def observe(
+        self, name: str, weight: Tensor, gradient: Tensor | None, state: Mapping[str, Any]
+    ) -> None:
         (statistic,) = CRITERIA[self.criterion].statistics
         mine = self.statistics.setdefault(name, {})
         if statistic == "squared_gradient" and "exp_avg_sq" in state:
             self._adam[name] = state["exp_avg_sq"]
             mine.clear()
-            return
-        # A gradient scaler skips steps whose gradients are not finite, and so do statistics.
-        gradient = parameter.grad
-        finite = gradient is not None and bool(gradient.isfinite().all())
-        if statistic == "input_norm":
-            self._norms[name].commit(mine, finite)
-        elif gradient is not None and finite:
+        elif statistic == "input_norm":
+            self._norms[name].commit(mine)
+        elif gradient is not None:
             average = mine.setdefault(statistic, torch.zeros_like(gradient))
             if statistic == "movement":
-                average.sub_(parameter.detach() * gradient)
+                average.sub_(weight.detach() * gradient)
             else:
                 term = gradient.square() if statistic == "squared_gradient" else gradient
                 average.lerp_(term, 1 - _DECAY)
+
+    def skip(self) -> None:
+        for norm in self._norms.values():
+            norm.squares = None
+
+    def holds(self, name: str) -> bool:
+        return name in self.masks
 
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
         # Gradients are the same on all processes, the inputs of layers are each one's own.
@@ -166,56 +189,79 @@ class GradualPruning(Method):
                     mine["input_norm"] = squares.div_(torch.distributed.get_world_size()).sqrt_()
         # What has seen no gradient yet waits for the next choice.
         needed = CRITERIA[self.criterion].statistics
-        ready = {
-            name: weight
-            for name, weight in weights.items()
+        ready = [
+            name
+            for name in weights
             if name in self._adam or self.statistics.get(name, {}).keys() >= {*needed}
-        }
-        scores = Lazy(ready, lambda name: self._score(name, ready[name]))
+        ]
         own = match(self.overrides, list(self.selection.chosen))
-        shared = {name: weight for name, weight in ready.items() if name not in own}
+        shared = [name for name in ready if name not in own]
         keep = ALLOCATIONS[self.allocation](
-            Lazy(shared, scores.__getitem__), self.sparsity * strength
+            Lazy(shared, lambda name: self._score(name, weights[name])), self.sparsity * strength
         )
-        for name, weight in ready.items():
+        for name in ready:
+            parameter = self.selection.chosen[name]
             if name in own:
-                keep[name] = kept(weight.numel(), own[name] * strength)
-            bits = INTEGERS[weight.dtype.itemsize]
-            try:
-                self.masks[name] = -support(scores[name], keep[name]).to(bits)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+                keep[name] = kept(parameter.numel(), own[name] * strength)
+            mask = support(self._score(name, weights[name]), keep[name])
+            self.masks[name] = _bits(shard(mask, parameter))
 
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
         # On the bits, since a product would leave -0 of negative weights.
         mask = self.masks.get(name)
         if mask is not None:
-            weight.view(mask.dtype).bitwise_and_(mask)
+            weight.view(INTEGERS[weight.dtype.itemsize]).bitwise_and_(mask)
 
     def choices(self) -> dict[str, Any]:
-        masks = {name: mask != 0 for name, mask in self.masks.items()}
-        return {"masks": masks, "statistics": self.statistics}
+        chosen = self.selection.chosen
+        masks = {name: gather(mask, chosen[name]) != 0 for name, mask in self.masks.items()}
+        statistics = {
+            name: {key: self._whole(name, key, tensor) for key, tensor in mine.items()}
+            for name, mine in self.statistics.items()
+        }
+        return {"masks": masks, "statistics": statistics}
 
     def load_choices(self, choices: dict[str, Any], module: nn.Module) -> None:
         parameters = dict(module.named_parameters())
         self.masks = {
-            name: -mask.to(parameters[name].device, INTEGERS[parameters[name].dtype.itemsize])
+            name: _bits(shard(mask.to(parameters[name].device), parameters[name]))
             for name, mask in choices["masks"].items()
         }
         self.statistics = {
-            name: {key: tensor.to(parameters[name].device) for key, tensor in mine.items()}
+            name: {
+                key: self._part(key, tensor.to(parameters[name].device), parameters[name])
+                for key, tensor in mine.items()
+            }
             for name, mine in choices["statistics"].items()
         }
 
     def _score(self, name: str, weight: Tensor) -> Tensor:
-        statistics = dict(self.statistics.get(name, {}))
+        statistics = {
+            key: self._whole(name, key, tensor)
+            for key, tensor in self.statistics.get(name, {}).items()
+        }
         if name in self._adam:
-            statistics["squared_gradient"] = self._adam[name]
+            statistics["squared_gradient"] = whole(self._adam[name])
         score = CRITERIA[self.criterion].score(weight, statistics)
         if name in self.masks and not self.straight_through:
             # What is pruned hard does not return, whatever one update made of it.
-            score = score.masked_fill(self.masks[name] == 0, -torch.inf)
+            mask = gather(self.masks[name], self.selection.chosen[name])
+            score = score.masked_fill(mask == 0, -torch.inf)
         return score
+
+    # Statistics lie where their weight does, but for norms of inputs: every process sees all
+    # features.
+
+    def _whole(self, name: str, key: str, tensor: Tensor) -> Tensor:
+        return tensor if key == "input_norm" else gather(tensor, self.selection.chosen[name])
+
+    def _part(self, key: str, tensor: Tensor, parameter: Tensor) -> Tensor:
+        return tensor if key == "input_norm" else shard(tensor, parameter)
+
+
+def _bits(mask: Tensor) -> Tensor:
+    """-1, which is all bits of an integer of any width, for true, and 0 for false."""
+    return mask.to(torch.int8).neg_()
 
 
 class _InputNorm:
@@ -247,11 +293,10 @@ class _InputNorm:
             squares = rows.square().sum(0)
             self.squares = squares if self.squares is None else self.squares + squares
 
-    def commit(self, statistics: dict[str, Tensor], finite: bool) -> None:
-        """Move what was staged since the last step, shaped like the weight's rows, into the norm;
-        drop it if the step is skipped."""
+    def commit(self, statistics: dict[str, Tensor]) -> None:
+        """Move what was staged since the last step, shaped like the weight's rows, into the norm."""
         staged, self.squares = self.squares, None
-        if staged is None or not finite:
+        if staged is None:
             return
         groups = getattr(self.layer, "groups", 1)
         weight = self.layer.weight

@@ -8,12 +8,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from pressfit.callbacks.method import Method
+from pressfit.callbacks.sharding import gather, local, reduce_, shard
 from pressfit.compressors.cluster import KMeans, assign, linear
 from pressfit.compressors.codes import matrix_shape
 from pressfit.compressors.schedules import Linear, Schedule
 from pressfit.compressors.select import match
 
 __all__ = ["WeightSharing"]
+
+# Index of a weight that is zero, and in no cluster.
+_ZERO = -1
+# Indexes are kept as narrow as they fit, and widened for so many weights at a time.
+_BLOCK = 2**20
 
 
 class WeightSharing(Method):
@@ -92,7 +98,7 @@ class WeightSharing(Method):
             )
         self.clusters, self.init, self.codebook_dtype = clusters, init, codebook_dtype
         self.schedule = schedule or Linear()
-        self.overrides = dict(overrides or {})
+        self.overrides = self._overrides(overrides)
         for count in (clusters, *self.overrides.values()):
             KMeans(count, codebook_dtype)  # raises for what no codebook can be
         self.clusterings: dict[str, dict[str, Tensor]] = {}
@@ -106,18 +112,28 @@ class WeightSharing(Method):
 
     def attach(self, module: nn.Module) -> None:
         super().attach(module)
-        match(self.overrides, list(self.selection.chosen))
+        chosen = self.selection.chosen
+        counts = dict.fromkeys(chosen, self.clusters) | match(self.overrides, list(chosen))
+        self.selection = self.selection.without(
+            {
+                name: f"{parameter.numel()} weights are too few for {counts[name]} clusters"
+                for name, parameter in chosen.items()
+                if parameter.numel() <= counts[name]
+            }
+        )
 
     def reset(self) -> None:
         self.clusterings = {}
 
+    def holds(self, name: str) -> bool:
+        return name in self.clusterings
+
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
         own = match(self.overrides, list(self.selection.chosen))
-        for name, weight in weights.items():
-            flat = weight.flatten()
-            # Where no weight is zero, no list of positions is needed.
-            positions = flat.nonzero().squeeze(1) if (flat == 0).any() else None
-            values = flat if positions is None else flat[positions]
+        for name in weights:
+            flat = weights[name].flatten()
+            mask = flat != 0
+            values = flat[mask]
             kmeans = KMeans(own.get(name, self.clusters), self.codebook_dtype)
             if self.init == "optimal" or values.numel() == 0:
                 codebook = kmeans.centroids(values)
@@ -125,13 +141,11 @@ class WeightSharing(Method):
                 codebook = self.clusterings[name]["codebook"].sort().values
             else:
                 codebook = linear(values, kmeans.clusters)
-            index = assign(values, codebook)
-            counts = torch.bincount(index, minlength=codebook.numel())
-            rows = matrix_shape(weight.shape)[0] if positions is None else 1
+            index = flat.new_full(flat.shape, _ZERO, dtype=torch.int16)
+            index[mask] = assign(values, codebook).to(index.dtype)
+            counts = torch.bincount(index[mask], minlength=codebook.numel())
             self.clusterings[name] = {
-                "positions": index[:0] if positions is None else positions,
-                # In rows, which are summed and looked up in parallel.
-                "index": index.view(rows, -1),
+                **self._layout(name, index),
                 # A cluster that lost its last weight stays where it was.
                 "rest": torch.where(counts > 0, 0, codebook),
                 "counts": counts.clamp_min(1),
@@ -139,34 +153,86 @@ class WeightSharing(Method):
             }
 
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
-        clustering = self.clusterings.get(name)
-        if clustering is None:
-            return
-        positions, index, codebook = (clustering[k] for k in ("positions", "index", "codebook"))
-        flat = weight.contiguous().view(-1)
-        whole = index.numel() == flat.numel()
-        values = (flat if whole else flat.index_select(0, positions)).view_as(index)
-        precision = torch.promote_types(values.dtype, torch.float32)
-        sums = torch.zeros(len(index), codebook.numel(), dtype=precision, device=values.device)
-        sums = sums.scatter_add_(1, index, values.to(precision)).sum(0)
-        means = (sums + clustering["rest"]) / clustering["counts"]
-        codebook.copy_(means.to(getattr(torch, self.codebook_dtype)))
-        levels = codebook.expand(len(index), -1)
-        if strength < 1.0:
-            values.lerp_(levels.gather(1, index), strength)
-        else:
-            torch.gather(levels, 1, index, out=values)
-        if not whole:
-            flat.index_copy_(0, positions, values.view(-1))
-        if not weight.is_contiguous():
-            weight.copy_(flat.view_as(weight))
+        if name in self.clusterings:
+            self.clusterings[name]["codebook"] = self._project_(name, weight, strength)
+
+    def project_average_(self, name: str, average: Tensor, strength: float) -> None:
+        self._project_(name, average, strength)
 
     def choices(self) -> dict[str, Any]:
-        return {"clusterings": self.clusterings}
+        clusterings = {
+            name: {
+                "index": self._index(name),
+                **{key: clustering[key] for key in ("rest", "counts", "codebook")},
+            }
+            for name, clustering in self.clusterings.items()
+        }
+        return {"clusterings": clusterings}
 
     def load_choices(self, choices: dict[str, Any], module: nn.Module) -> None:
-        devices = {name: parameter.device for name, parameter in module.named_parameters()}
-        self.clusterings = {
-            name: {key: tensor.to(devices[name]) for key, tensor in clustering.items()}
-            for name, clustering in choices["clusterings"].items()
+        for name, saved in choices["clusterings"].items():
+            device = module.get_parameter(name).device
+            clustering = {key: tensor.to(device) for key, tensor in saved.items()}
+            self.clusterings[name] = clustering | self._layout(name, clustering["index"])
+
+    def _project_(self, name: str, weight: Tensor, strength: float) -> Tensor:
+        """Move weights to the means of their clusters, which are returned."""
+        clustering = self.clusterings[name]
+        positions, index = clustering["positions"], clustering["index"]
+        rest, counts = clustering["rest"], clustering["counts"]
+        flat = weight.contiguous().view(-1)
+        all_shared = index.numel() == flat.numel()
+        values = (flat if all_shared else flat.index_select(0, positions)).view_as(index)
+        rows = max(1, _BLOCK // max(1, index.shape[1]))
+        blocks = list(zip(values.split(rows), index.split(rows), strict=True))
+
+        precision = torch.promote_types(values.dtype, torch.float32)
+        sums = torch.zeros(len(counts), dtype=precision, device=values.device)
+        for block, clusters in blocks:
+            # In rows, which are summed and looked up in parallel.
+            partial = sums.new_zeros(len(block), len(counts))
+            sums += partial.scatter_add_(1, clusters.long(), block.to(precision)).sum(0)
+        means = (reduce_(sums, self.selection.chosen[name]) + rest) / counts
+        codebook = means.to(getattr(torch, self.codebook_dtype)).to(weight.dtype)
+        for block, clusters in blocks:
+            levels = codebook.expand(len(block), -1)
+            if strength < 1.0:
+                block.lerp_(levels.gather(1, clusters.long()), strength)
+            else:
+                torch.gather(levels, 1, clusters.long(), out=block)
+        if not all_shared:
+            flat.index_copy_(0, positions.long(), values.view(-1))
+        if not weight.is_contiguous():
+            weight.copy_(flat.view_as(weight))
+        return codebook
+
+    def _layout(self, name: str, index: Tensor) -> dict[str, Tensor]:
+        """This process's part of a whole index: positions that are in a cluster, and which; no
+        positions where all are."""
+        parameter = self.selection.chosen[name]
+        part = shard(index.view(parameter.shape), parameter)
+        flat = part.flatten()
+        narrow = torch.uint8 if int(index.max()) < 256 else torch.int16
+        if bool((flat != _ZERO).all()):
+            return {
+                "positions": flat.new_empty(0),
+                "index": flat.to(narrow).view(matrix_shape(part.shape)),
+            }
+        positions = (flat != _ZERO).nonzero().squeeze(1)
+        short = torch.int32 if flat.numel() < 2**31 else torch.int64
+        return {
+            "positions": positions.to(short),
+            "index": flat[positions].to(narrow).view(1, -1),
         }
+
+    def _index(self, name: str) -> Tensor:
+        """The whole index, shaped like the weight."""
+        parameter = self.selection.chosen[name]
+        positions, index = (self.clusterings[name][key] for key in ("positions", "index"))
+        part = torch.full_like(local(parameter), _ZERO, dtype=torch.int16).contiguous()
+        flat = part.view(-1)
+        if index.numel() == flat.numel():
+            flat.copy_(index.view(-1))
+        else:
+            flat[positions.long()] = index.view(-1).to(flat.dtype)
+        return gather(part, parameter)

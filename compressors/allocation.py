@@ -6,14 +6,14 @@ never holds more than one tensor's scores: concatenated copies of all weights wo
 memory on large models.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from pressfit.compressors.prune import kept
 
-__all__ = ["ALLOCATIONS", "Allocation", "Lazy", "erk", "global_", "lamp", "uniform"]
+__all__ = ["ALLOCATIONS", "BY_SHAPE", "Allocation", "Lazy", "erk", "global_", "lamp", "uniform"]
 
 Allocation = Callable[[Mapping[str, Tensor], float], dict[str, int]]
 
@@ -30,7 +30,7 @@ class Lazy(Mapping[str, Tensor]):
         tensor([2.])
     """
 
-    def __init__(self, names: Mapping[str, object], compute: Callable[[str], Tensor]) -> None:
+    def __init__(self, names: Collection[str], compute: Callable[[str], Tensor]) -> None:
         self._names, self._compute = names, compute
 
     def __getitem__(self, name: str) -> Tensor:
@@ -138,6 +138,8 @@ ALLOCATIONS: dict[str, Allocation] = {
     "erk": erk,
     "lamp": lamp,
 }
+# Those that look at the shapes of scores alone, so that they are known before training.
+BY_SHAPE = frozenset({"uniform", "erk"})
 
 
 # Tensors of scores are arguments only, so that each is freed before the next one is looked up.

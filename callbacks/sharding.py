@@ -1,0 +1,48 @@
+"""Sharded parameters: the part of a tensor that this process holds, and the whole of it.
+
+FSDP2 turns parameters into DTensors. Methods choose (masks, clusters) from whole tensors, the same
+on every process, and act on local ones. Of a plain tensor all functions return it as it is.
+"""
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+__all__ = ["gather", "local", "reduce_", "shard", "whole"]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; every process has to take part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The part of a whole tensor that belongs to this process's part of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    mesh, placements = parameter.device_mesh, parameter.placements
+    # Every process has the whole: nothing needs to be sent.
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()
+
+
+def gather(part: Tensor, parameter: Tensor) -> Tensor:
+    """The whole of a tensor that :func:`shard` cut; every process has to take part."""
+    if not isinstance(parameter, DTensor):
+        return part
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(part, mesh, placements, shape=shape, stride=stride).full_tensor()
+
+
+def reduce_(sums: Tensor, parameter: Tensor) -> Tensor:
+    """Add up, in place, what each process summed over its part of a parameter."""
+    if isinstance(parameter, DTensor):
+        for dimension, placement in enumerate(parameter.placements):
+            if placement.is_shard():
+                dist.all_reduce(sums, group=parameter.device_mesh.get_group(dimension))
+    return sums
