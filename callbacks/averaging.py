@@ -1,0 +1,129 @@
+"""Exponential moving average of the weights, as compressed as the weights themselves."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+
+from pressfit.callbacks.method import plan_of
+
+__all__ = ["EMA"]
+
+
+class EMA(EMAWeightAveraging):
+    r"""Average the latent weights, ``a <- d a + (1 - d) u``, and use the projection of the average.
+
+    An average of sparse weights is not sparse, nor is one of shared weights shared. So the
+    *latents* ``u`` are averaged, and what is validated, saved in checkpoints and left when training
+    ends is ``P(a)``, projected with the masks and clusters that the weights have at that moment.
+
+    It is Lightning's ``EMAWeightAveraging``, and takes its arguments: ``decay``, ``use_buffers``,
+    ``update_every_n_steps``, ``update_starting_at_step``, ``update_starting_at_epoch`` and
+    ``device``. Until the first update the weights themselves are validated and saved. It may stand
+    anywhere in the Trainer's list.
+    """
+
+    # The averages whose projections stand in the module while it is validated.
+    _averages: dict[str, Tensor]
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise MisconfigurationException(
+                "EMA: ModelParallelStrategy shards parameters, and Lightning's averaging needs "
+                "them whole: train without EMA, or with strategy='ddp'"
+            )
+        self._averages = {}
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        super().on_train_batch_end(trainer, _Latent(pl_module), *args, **kwargs)  # type: ignore[arg-type]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, _Latent(pl_module))  # type: ignore[arg-type]
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._started:
+            super().on_save_checkpoint(trainer, pl_module, checkpoint)
+            averages = checkpoint["state_dict"]
+            for name, projection in _projections(pl_module, averages).items():
+                # Where Lightning looks for the average before it looks into the state dict.
+                checkpoint["averaging_state"][f"module.{name}"] = averages[name]
+                averages[name] = projection
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # One that was written before the first update, or without averaging, is the weights' own.
+        if "averaging_state" in checkpoint:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # The module holds the average now, and Lightning would swap it with it in every validation.
+        self._average_model = None
+
+    @property
+    def _started(self) -> bool:
+        return self._average_model is not None and bool(self._average_model.n_averaged > 0)
+
+    @torch.no_grad()
+    def _swap_models(self, pl_module: pl.LightningModule) -> None:
+        if not self._started:
+            return
+        assert self._average_model is not None
+        super()._swap_models(pl_module)
+        if self._averages:
+            for name, average in self._averages.items():
+                self._average_model.module.get_parameter(name).copy_(average)
+            self._averages = {}
+        else:
+            self._averages = _project_(pl_module)
+
+    def _copy_average_to_current(self, pl_module: pl.LightningModule) -> None:
+        if self._started:
+            super()._copy_average_to_current(pl_module)
+            _project_(pl_module)
+
+
+class _Latent:
+    """What Lightning averages of a module: its parameters, latents where there are any, and
+    buffers."""
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        plan = plan_of(module.trainer)
+        self.module, self.latents = module, plan.latents() if plan else {}
+
+    def parameters(self) -> Iterator[Tensor]:
+        return (self.latents.get(name, p) for name, p in self.module.named_parameters())
+
+    def buffers(self) -> Iterator[Tensor]:
+        return self.module.buffers()
+
+
+def _projections(module: pl.LightningModule, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Projections of averages, under all names of the parameters that methods act on."""
+    plan = plan_of(module.trainer)
+    projections = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if plan is not None and parameter in plan.names:
+            projections[name] = averages[name].detach().to(parameter.device, copy=True)
+            plan.project_average_(plan.names[parameter], projections[name])
+    return projections
+
+
+@torch.no_grad()
+def _project_(module: pl.LightningModule) -> dict[str, Tensor]:
+    """Project the averages that stand in a module, and return them as they were."""
+    averages = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    projections = _projections(module, averages)
+    for name, projection in projections.items():
+        module.get_parameter(name).copy_(projection)
+    return {name: averages[name] for name in projections}
