@@ -1,0 +1,181 @@
+"""Resuming to the bit: what a checkpoint of Lightning's leaves out, the random state and the place
+in the data."""
+
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, DistributedSampler
+
+__all__ = ["RandomState", "ResumableLoader"]
+
+
+class RandomState(pl.Callback):
+    """Save the state of all random number generators, of every process, in checkpoints.
+
+    Python's, NumPy's, torch's on the CPU and on every CUDA device. With a
+    :class:`ResumableLoader`, or other data that come in an order of their own, a resumed training
+    then equals the uninterrupted one bit for bit, dropout and augmentation included, as long as
+    they are drawn in the training process.
+
+    It also gives every ResumableLoader its place back, since Lightning forgets it where
+    ``configure_optimizers`` asks for ``estimated_stepping_batches``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved: dict[str, Any] | None = None
+        self.places: list[dict[str, int]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        states = [_state()]
+        if dist.is_available() and dist.is_initialized():
+            states *= dist.get_world_size()
+            dist.all_gather_object(states, _state())
+        return {"processes": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.saved = state_dict
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.places = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loaders = [x for x in tree_leaves(trainer.train_dataloader) if hasattr(x, "state_dict")]
+        for loader, place in zip(loaders, self.places, strict=False):
+            if isinstance(loader, ResumableLoader):
+                loader.load_state_dict(place)
+        self.places = []
+        if self.saved is None:
+            return
+        states, self.saved = self.saved["processes"], None
+        if len(states) != trainer.world_size:
+            pl.utilities.rank_zero_warn(
+                f"RandomState: the checkpoint is of {len(states)} processes, and this training has "
+                f"{trainer.world_size}: random numbers will differ"
+            )
+        else:
+            _set_state(states[trainer.global_rank])
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A DataLoader whose order depends on the seed and the epoch alone, and which goes on in the
+    middle of an epoch.
+
+    Lightning saves its state in checkpoints by itself, and tells it the epoch. On several processes
+    each takes every ``n``-th example, of an order that all agree upon. It draws nothing from the
+    global generators. What worker processes draw (augmentation, say) starts anew on resuming.
+
+    Args:
+        dataset: A dataset with a length.
+        batch_size: Examples in a batch.
+        shuffle: Another order in each epoch.
+        seed: Seed of the order, and of the worker processes.
+        kwargs: The other arguments of a DataLoader.
+
+    Raises:
+        TypeError: The dataset has no length.
+
+    Example:
+        >>> loader = ResumableLoader(range(6), batch_size=2, shuffle=True)
+        >>> next(iter(loader)), loader.state_dict()
+        (tensor([2, 5]), {'epoch': 0, 'batch': 1})
+        >>> loader.load_state_dict({"epoch": 0, "batch": 1})
+        >>> list(loader)
+        [tensor([3, 0]), tensor([1, 4])]
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if not hasattr(dataset, "__len__"):
+            raise TypeError(
+                f"ResumableLoader: {type(dataset).__name__} has no length, so that there is no "
+                "order of its own to go on in: use a DataLoader"
+            )
+        self.shuffle, self.seed = shuffle, seed
+        self.epoch = self.batch = 0
+        self.saved: dict[str, int] | None = None
+        # Lightning puts in a sampler of its own to overfit on few batches.
+        sampler = kwargs.pop("sampler", None) or _EpochSampler(dataset, shuffle=shuffle, seed=seed)
+        generator = torch.Generator()  # from which workers are seeded
+        super().__init__(dataset, batch_size, sampler=sampler, generator=generator, **kwargs)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # This runs at the first batch: by then Lightning has told the sampler the epoch.
+        saved, self.saved = self.saved, None
+        self.epoch, self.batch = getattr(self.sampler, "epoch", 0), 0
+        if saved is not None and saved["epoch"] == self.epoch:
+            self.batch = saved["batch"]
+        if isinstance(self.sampler, _EpochSampler):
+            self.sampler.start = self.batch * (self.batch_size or 1)
+        self.generator.manual_seed(self.seed + self.epoch)
+        for batch in super().__iter__():
+            self.batch += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, and number of batches taken of it."""
+        return {"epoch": self.epoch, "batch": self.batch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on behind that batch, if the next epoch to be read is that one."""
+        self.saved = state_dict
+
+
+class _EpochSampler(DistributedSampler[Any]):
+    """This process's examples of an epoch, from ``start`` on. Lightning leaves a sampler of this
+    class as it is, and processes are known only once it has started them."""
+
+    def __init__(self, dataset: Any, shuffle: bool, seed: int) -> None:
+        super().__init__(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)
+        self.start = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self._join()
+        return itertools.islice(super().__iter__(), self.start, None)
+
+    def __len__(self) -> int:
+        self._join()
+        return super().__len__()
+
+    def _join(self) -> None:
+        if dist.is_available() and dist.is_initialized():
+            epoch = self.epoch
+            super().__init__(self.dataset, shuffle=self.shuffle, seed=self.seed)
+            self.epoch = epoch
+
+
+def _state() -> dict[str, Any]:
+    """Plain numbers and tensors, which load without unpickling."""
+    version, python, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(python), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_state(state: dict[str, Any]) -> None:
+    version, python, gauss = state["python"]
+    random.setstate((version, tuple(python), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
