@@ -10,8 +10,11 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler
+
+from pressfit.callbacks.method import plan_of
 
 __all__ = ["RandomState", "ResumableLoader"]
 
@@ -26,12 +29,18 @@ class RandomState(pl.Callback):
 
     It also gives every ResumableLoader its place back, since Lightning forgets it where
     ``configure_optimizers`` asks for ``estimated_stepping_batches``.
+
+    Gradients that are being accumulated are in no checkpoint: one that is written between two
+    steps (a validation may do so) goes back to the weights of the step before and is not exact,
+    which is pointed out. ModelCheckpoint does so by itself at the first batch after a resume; that
+    is prevented.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.saved: dict[str, Any] | None = None
         self.places: list[dict[str, int]] = []
+        self.resumed = False
 
     def state_dict(self) -> dict[str, Any]:
         states = [_state()]
@@ -42,6 +51,22 @@ class RandomState(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.saved = state_dict
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        # Lightning forgets a batch in this sum when it resumes, and misplaces the windows of
+        # accumulation the next time it does.
+        current, total = progress["current"], progress["total"]
+        total["completed"] = total["processed"] - (current["processed"] - current["completed"])
+        gathered = current["ready"] % trainer.accumulate_grad_batches
+        if trainer.training and gathered and not progress["is_last_batch"]:
+            pl.utilities.rank_zero_warn(
+                f"RandomState: a checkpoint was written {gathered} batches behind step "
+                f"{trainer.global_step:,}, without the gradients accumulated since then: resuming "
+                "from it will not be exact; save every so many train steps"
+            )
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -54,6 +79,11 @@ class RandomState(pl.Callback):
             if isinstance(loader, ResumableLoader):
                 loader.load_state_dict(place)
         self.places = []
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                # It would take the step that it resumes from for one that it has not saved yet.
+                callback._last_global_step_saved = trainer.global_step
+        self.resumed = trainer.global_step > 0
         if self.saved is None:
             return
         states, self.saved = self.saved["processes"], None
@@ -64,6 +94,20 @@ class RandomState(pl.Callback):
             )
         else:
             _set_state(states[trainer.global_rank])
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if self.resumed:
+            # When it resumes from the last step of an epoch, Lightning forgets to count the epoch
+            # that begins, so that the next resume would skip the rest of it, and shifts the axis
+            # of the curves.
+            epochs = trainer.fit_loop.epoch_progress
+            if epochs.total.ready == epochs.total.processed:
+                epochs.increment_ready()
+                epochs.increment_started()
+            plan = plan_of(trainer)
+            if plan is not None:
+                trainer.fit_loop.epoch_loop._batches_that_stepped = plan.step
+        self.resumed = False
 
 
 class ResumableLoader(DataLoader[Any]):

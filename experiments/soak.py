@@ -45,7 +45,7 @@ from pressfit.compressors import CRITERIA, same_bits
 from pressfit.experiments.data import Digits
 from pressfit.experiments.models import MLP
 
-__all__ = ["differences", "draw", "main", "train"]
+__all__ = ["differences", "draw", "main", "outcome", "train"]
 
 Settings = dict[str, Any]
 
@@ -170,8 +170,8 @@ def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def _outcome(folder: Path) -> dict[str, Any]:
-    """All that a training leaves, but for the names of its own files."""
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a training leaves in ``final.ckpt`` and its logger's tables, but for paths."""
     checkpoint = torch.load(folder / "final.ckpt", weights_only=True)
     callbacks = {
         key: state
@@ -242,7 +242,7 @@ def main() -> None:
         if _start(settings, whole).wait():
             raise RuntimeError(f"{settings} failed in {whole}")
         now = _killed(settings, killed, chance, time.monotonic() - start)
-        expected, found = _outcome(whole), _outcome(killed)
+        expected, found = outcome(whole), outcome(killed)
         if different := list(differences(expected, found)):
             print(f"{settings}: {len(different)} differences: {', '.join(different[:20])}")
             print(f"{whole} {killed}")
