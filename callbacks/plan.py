@@ -95,7 +95,7 @@ class Plan:
         touched = set(self.names.values())
         skipped = {
             name: reason
-            for method in self.methods
+            for method in reversed(self.methods)  # of several reasons the first method's
             for name, reason in method.selection.skipped.items()
             if name not in touched
         }
@@ -135,9 +135,10 @@ class Plan:
         self._optimizers = list(optimizers)
         for optimizer in self._optimizers:
             _refuse(optimizer)
-        self._hooks = [
-            optimizer.register_step_post_hook(self._after_step) for optimizer in self._optimizers
-        ]
+            try:
+                self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+            except (AttributeError, TypeError) as error:  # its set-up left them out
+                raise _deaf(optimizer) from error
         for method in self.methods:
             method.hook()
 
@@ -195,11 +196,7 @@ class Plan:
             MisconfigurationException: An optimizer stepped without calling its hooks.
         """
         if self._restored and not self._scaled:  # a scaler may leave out a step
-            raise MisconfigurationException(
-                f"{type(self._restored[0]).__name__} does not call the hooks of its step, so that "
-                "no projection can follow it: use an optimizer that derives from torch's Optimizer "
-                "and calls its __init__"
-            )
+            raise _deaf(self._restored[0])
         self.settle()
         self.step += self._stepping
         self.held += self._stepping and self.holding
@@ -245,8 +242,7 @@ class Plan:
     def project_average_(self, name: str, average: Tensor) -> None:
         """Project an average of a parameter's latents as the parameter itself is projected."""
         for method in self.chain(name):
-            if method.chosen_at is not None and method.holds(name):
-                method.project_average_(name, average, self._strength(method, self.clock))
+            self._project_average_(method, name, average)
 
     def latents(self) -> dict[str, Tensor]:
         """Latent weights by name, of the parameters that have one."""
@@ -333,6 +329,10 @@ class Plan:
             for name in mine:
                 method.project_(name, local(parameters[name]), strength)
 
+    def _project_average_(self, method: Method, name: str, average: Tensor) -> None:
+        if method.chosen_at is not None and method.holds(name):
+            method.project_average_(name, average, self._strength(method, self.clock))
+
     def _strength(self, method: Method, step: int) -> float:
         first, last = self.windows[method]
         return method.strength(min(1.0, (step - first) / max(1, last - first)))
@@ -367,7 +367,7 @@ class Plan:
                 self._save(optimizer, parameter)
 
     def _seen(self, method: Method, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """All weights of a method, whole; another optimizer's parameters as their latents."""
+        """All weights of a method, whole, as the methods before it in their chains leave them."""
         latents, orphans = self.latents(), set(self.orphans())
         seen = {
             name: parameters[name] if name in parameters else latents.get(name, parameter)
@@ -381,7 +381,17 @@ class Plan:
                     f"{type(method).__name__} cannot tell which of its weights matter: training "
                     "diverged; lower the learning rate, or clip gradients"
                 )
-        return Lazy(seen, lambda name: whole(seen[name].detach()))
+
+        def weight(name: str) -> Tensor:
+            if name in parameters:
+                return whole(parameters[name].detach())
+            # Another optimizer's turn is over, or comes: its parameter is taken from the latent.
+            latent = seen[name].detach().clone()
+            for before in itertools.takewhile(lambda other: other is not method, self.chain(name)):
+                self._project_average_(before, name, local(latent))
+            return whole(latent)
+
+        return Lazy(seen, weight)
 
     def _latents(self, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._parameters(optimizer).items():
@@ -450,6 +460,13 @@ def _refuse(optimizer: Optimizer) -> None:
             f"{name} swaps the weights for averages of its own, which are not compressed: use the "
             "optimizer that it is based on, with pressfit.callbacks.EMA for the average"
         )
+
+
+def _deaf(optimizer: Optimizer) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"{type(optimizer).__name__} does not call the hooks of its step, so that no projection can "
+        "follow it: use an optimizer that derives from torch's Optimizer and calls its __init__"
+    )
 
 
 def _finite(optimizer: Optimizer) -> bool:
