@@ -214,9 +214,7 @@ def test_latents_stay_when_training_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize("averaging", [StochasticWeightAveraging(swa_lrs=0.01)])
 def test_averages_of_compressed_weights_are_refused(averaging: Any, tmp_path: Path) -> None:
     for callbacks in ([averaging, GradualPruning()], [GradualPruning(), averaging]):
-        with pytest.raises(
-            MisconfigurationException, match="use pressfit.callbacks.EMA, which projects"
-        ):
+        with pytest.raises(MisconfigurationException, match="use pressfit"):
             fit(tmp_path, *callbacks)
 
 

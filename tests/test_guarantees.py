@@ -1,0 +1,574 @@
+"""What every method guarantees in every Trainer; `docs/guarantees.md` lists it."""
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from cases import CASES, Case, every_case
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from pressfit.callbacks import (
+    EMA,
+    CompressedCheckpoint,
+    CompressionMonitor,
+    RandomState,
+    ResumableLoader,
+    methods_of,
+    plan_of,
+)
+from pressfit.compressors import restore
+from pressfit.experiments.soak import differences, outcome
+from training import IMAGES, LABELS, Net, Recorder, fit, loader, trainer, validation
+
+# The eight failures of Lightning's ModelPruning.
+
+
+@every_case
+def test_norms_and_names_are_left_alone(case: Case, tmp_path: Path) -> None:
+    module = fit(tmp_path, *case.make())
+    case.check(module)
+    assert list(module.state_dict()) == list(Net().state_dict())
+    assert module.body[1].weight.unique().numel() > 30
+    assert not any(hasattr(layer, "parametrizations") for layer in module.modules())
+
+
+@every_case
+def test_training_is_not_undone(case: Case, tmp_path: Path) -> None:
+    pl.seed_everything(0)
+    initial = Net()
+    module = fit(tmp_path, *case.make(), max_epochs=8).eval()
+    assert (module(IMAGES[:640]).argmax(1) == LABELS[:640]).float().mean() > 0.9
+    kept = module.head.weight != 0
+    assert not (module.head.weight == initial.head.weight)[kept].any()
+
+
+@every_case
+def test_copies_in_the_middle_of_training(case: Case, tmp_path: Path) -> None:
+    class Copier(pl.Callback):
+        copies: tuple[Net, ...] = ()
+
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+            if trainer.global_step == 25:
+                buffer = io.BytesIO()
+                pickle.dump(module, buffer)
+                buffer.seek(0)
+                self.copies = (copy.deepcopy(module).eval(), pickle.load(buffer).eval())
+                module.eval()
+                self.expected = module(IMAGES)
+                module.train()
+
+    copier = Copier()
+    callbacks = case.make()
+    case.check(fit(tmp_path, *callbacks, copier))
+    for made in copier.copies:
+        assert torch.equal(made(IMAGES), copier.expected)
+    assert len(copier.copies) == 2
+    assert all(isinstance(method, type(method)) for method in copy.deepcopy(callbacks))
+
+
+@every_case
+def test_a_second_fit_goes_on(case: Case, tmp_path: Path) -> None:
+    pl.seed_everything(0)
+    recorder, module = Recorder(), Net()
+    runner = trainer(tmp_path, *case.make(), recorder)
+    runner.fit(module, loader())
+    first = recorder.seen[-1]
+    runner.fit_loop.max_epochs = 6
+    runner.fit(module, loader())
+    case.check(module)
+    if case.sparsity:
+        assert all((weight == 0).sum() >= (first == 0).sum() - 200 for weight in recorder.seen[40:])
+
+
+@every_case
+def test_the_file_is_smaller_and_restores_the_plain_class(case: Case, tmp_path: Path) -> None:
+    checkpoint = CompressedCheckpoint(tmp_path)
+    module = fit(tmp_path, *case.make(), checkpoint)
+    assert checkpoint.path is not None
+    torch.save(module.state_dict(), tmp_path / "dense.pt")
+    ratio = (tmp_path / "dense.pt").stat().st_size / checkpoint.path.stat().st_size
+    assert ratio > 3
+    plain = restore(Net(), checkpoint.path)
+    assert not list(differences(dict(module.state_dict()), dict(plain.state_dict())))
+
+
+# Resume.
+
+
+class Noisy(Net):
+    """A network that draws random numbers."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(images, 0.1, self.training))
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        loss = super().training_step(batch, index)
+        self.log("train/loss", loss)
+        return loss
+
+
+def noisy_run(
+    folder: Path, callbacks: list[pl.Callback], path: Path | None = None, **kwargs: Any
+) -> dict[str, Any]:
+    """Train to the end, from a checkpoint or from the start, and tell all that comes of it."""
+    pl.seed_everything(0)
+    data = ResumableLoader(TensorDataset(IMAGES[:640], LABELS[:640]), 64, shuffle=True)
+    callbacks = [*callbacks, CompressionMonitor(), RandomState()]
+    runner = trainer(folder, *callbacks, logger=CSVLogger(folder), log_every_n_steps=1, **kwargs)
+    runner.fit(Noisy(), data, ckpt_path=path, weights_only=True)
+    runner.save_checkpoint(folder / "final.ckpt")
+    return outcome(folder)
+
+
+def resumed_equals_whole(
+    root: Path, case: Case, steps: list[int], *more: Any, **kwargs: Any
+) -> None:
+    """Resume from a checkpoint of each of these steps."""
+    saver = ModelCheckpoint(root, "{step}", every_n_train_steps=1, save_top_k=-1)
+    callbacks = [*case.make(), *(make() for make in more)]
+    whole = noisy_run(root / "whole", [*callbacks, saver], enable_checkpointing=True, **kwargs)
+    for step in steps:
+        callbacks = [*case.make(), *(make() for make in more)]
+        resumed = noisy_run(root / f"{step}", callbacks, root / f"step={step}.ckpt", **kwargs)
+        # Only what came after the checkpoint was logged again.
+        resumed["curves"] = whole["curves"] | resumed["curves"]
+        assert list(differences(whole, resumed)) == [], step
+
+
+@every_case
+def test_a_resumed_run_equals_the_uninterrupted_one(case: Case, tmp_path: Path) -> None:
+    """Before, in and behind the windows, at the ends and in the middle of epochs."""
+    resumed_equals_whole(tmp_path, case, [1, 4, 10, 17, 20, 25, 31, 39])
+
+
+@pytest.mark.slow
+@every_case
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_every_step_can_be_resumed_from(
+    case: Case, averaged: bool, precision: str, tmp_path: Path
+) -> None:
+    more = [lambda: EMA(decay=0.9)] if averaged else []
+    resumed_equals_whole(tmp_path, case, list(range(1, 40)), *more, precision=precision)
+
+
+def test_resumes_of_resumes(tmp_path: Path) -> None:
+    """From the ends of epochs and from their middle, with windows of accumulation across them."""
+    make, kwargs = CASES["pruning, sharing"].make, {"accumulate_grad_batches": 3, "max_epochs": 9}
+    whole = noisy_run(tmp_path / "whole", make(), **kwargs)
+    path = None
+    curves: dict[str, Any] = {}
+    for step in (4, 8, 10, 12, 15, 20, 21, 28):
+        folder = tmp_path / f"{step}"
+        saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        part = noisy_run(folder, [*make(), saver], path, enable_checkpointing=True, **kwargs)
+        curves |= part["curves"]
+        path = folder / f"step={step}.ckpt"
+    part = noisy_run(tmp_path / "last", make(), path, **kwargs)
+    part["curves"] = curves | part["curves"]
+    assert list(differences(whole, part)) == []
+
+
+@pytest.mark.parametrize("step", [3, 8, 12])
+def test_accumulated_gradients_begin_at_the_last_step(step: int, tmp_path: Path) -> None:
+    case = CASES["pruning, sharing"]
+    resumed_equals_whole(tmp_path, case, [step], accumulate_grad_batches=2)
+
+
+@every_case
+def test_checkpoints_load_into_the_plain_class(case: Case, tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, "last")
+    module = fit(tmp_path, *case.make(), saver, enable_checkpointing=True)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    plain = Net()
+    plain.load_state_dict(checkpoint["state_dict"])
+    case.check(plain)
+    again = Net.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert not list(differences(dict(again.state_dict()), dict(module.state_dict())))
+
+
+# Precision.
+
+
+def half(scale: float = 2.0**40) -> MixedPrecision:
+    """Half precision with a scaler, which Lightning uses on GPUs alone; the first steps overflow."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
+    return MixedPrecision("16-mixed", "cpu", scaler=scaler)
+
+
+@every_case
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+def test_every_precision_ends_compressed(case: Case, precision: str, tmp_path: Path) -> None:
+    module = fit(tmp_path, *case.make(), precision=precision)
+    case.check(module)
+    kinds = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
+    assert module.head.weight.dtype == kinds.get(precision, torch.float32)
+
+
+@every_case
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD], ids=lambda o: o.__name__)
+def test_steps_that_the_gradient_scaler_skips(case: Case, optimizer: Any, tmp_path: Path) -> None:
+    class Statistics(pl.Callback):
+        first: Any = None
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            if self.first is None:
+                self.first = copy.deepcopy([m.choices() for m in methods_of(trainer)])
+
+    recorder, statistics, methods = Recorder(), Statistics(), case.make()
+    precision = half()
+    module = fit(
+        tmp_path,
+        *methods,
+        recorder,
+        statistics,
+        module=Net(optimizer),
+        max_epochs=8,
+        plugins=[precision],
+    )
+    assert precision.scaler is not None
+    assert precision.scaler.get_scale() < 2.0**30
+    assert torch.equal(recorder.seen[0], recorder.seen[1])
+    # The skipped first step left nothing behind.
+    assert not any(tensors for choices in statistics.first for tensors in choices.values())
+    case.check(module)
+    assert methods[0].plan is not None
+    assert methods[0].plan.step == 80
+    assert module.head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("criterion", ["gradient", "hessian"])
+def test_fused_optimizers_unscale_by_themselves(criterion: str, tmp_path: Path) -> None:
+    """Statistics are those of the unscaled gradients all the same."""
+
+    def statistics(fused: bool) -> dict[str, Tensor]:
+        pl.seed_everything(0)
+        (pruning,) = methods = CASES[f"pruning by {criterion}"].make()
+        module = Net(lambda p, lr: torch.optim.SGD(p, lr, fused=fused))
+        fit(tmp_path, *methods, module=module, max_steps=3, plugins=[half(2.0**8)])
+        return pruning.choices()["statistics"]["head.weight"]
+
+    for key, tensor in statistics(fused=False).items():
+        torch.testing.assert_close(statistics(fused=True)[key], tensor, rtol=1e-3, atol=1e-7)
+
+
+# Averaging.
+
+
+@every_case
+@pytest.mark.parametrize("first", [True, False])
+def test_averages_are_compressed_wherever_they_are_seen(
+    case: Case, first: bool, tmp_path: Path
+) -> None:
+    class Validated(pl.Callback):
+        seen: tuple[Tensor, ...] = ()
+
+        def on_validation_batch_start(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+            self.seen = (*self.seen, module.head.weight.detach().clone())
+            if trainer.current_epoch == 3:
+                case.check(module)
+
+    validated, average = Validated(), EMA(decay=0.9)
+    saver = ModelCheckpoint(tmp_path, "last")
+    callbacks = [average, *case.make()] if first else [*case.make(), average]
+    pl.seed_everything(0)
+    recorder, module = Recorder("head.weight"), Net()
+    runner = trainer(tmp_path, *callbacks, recorder, validated, saver, enable_checkpointing=True)
+    runner.fit(module, loader(), validation())
+    case.check(module)
+    # What was validated is the average, not the weights.
+    assert not torch.equal(validated.seen[-1], recorder.seen[-1])
+    assert torch.equal(validated.seen[-1], module.head.weight)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    plain = Net()
+    plain.load_state_dict(checkpoint["state_dict"])
+    case.check(plain)
+    # And training went on with the weights.
+    plain.load_state_dict(checkpoint["current_model_state"])
+    assert torch.equal(plain.head.weight, recorder.seen[-1])
+
+
+def test_the_average_is_that_of_the_latents(tmp_path: Path) -> None:
+    class Manual(pl.Callback):
+        average: Tensor | None = None
+
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+            plan = plan_of(trainer)
+            assert plan is not None
+            latent = plan.latents().get("head.weight", module.head.weight).detach().clone()
+            self.average = latent if self.average is None else self.average.lerp(latent, 0.1)
+
+    manual, average = Manual(), EMA(decay=0.9)
+
+    class Keep(pl.Callback):
+        def on_train_end(self, *args: Any) -> None:
+            self.model = average._average_model
+
+    keep = Keep()
+    fit(tmp_path, *CASES["sharing"].make(), keep, average, manual)
+    assert keep.model is not None
+    torch.testing.assert_close(keep.model.module.head.weight, manual.average)
+
+
+@every_case
+def test_averaged_runs_resume(case: Case, tmp_path: Path) -> None:
+    resumed_equals_whole(tmp_path, case, [1, 17, 35], lambda: EMA(decay=0.9))
+
+
+def test_without_methods_it_is_lightning_s_own(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    ours, theirs = fit(tmp_path, EMA(decay=0.9)), fit(tmp_path, EMAWeightAveraging(decay=0.9))
+    assert not list(differences(dict(ours.state_dict()), dict(theirs.state_dict())))
+
+
+def test_validation_after_training_does_not_bring_the_average_back(tmp_path: Path) -> None:
+    pl.seed_everything(0)
+    runner = trainer(tmp_path, *CASES["sharing"].make(), EMA(decay=0.9))
+    runner.fit(Net(), loader(), validation())
+    other = Net()
+    before = copy.deepcopy(other.state_dict())
+    runner.validate(other, validation(), verbose=False)
+    assert not list(differences(dict(before), dict(other.state_dict())))
+
+
+# Optimizers and loops.
+
+
+def lion(parameters: Any, lr: float) -> torch.optim.Optimizer:
+    lion_pytorch = pytest.importorskip("lion_pytorch")
+    made: torch.optim.Optimizer = lion_pytorch.Lion(parameters, lr=lr / 10)
+    return made
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "SGD": torch.optim.SGD,
+    "SGD with momentum": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, nesterov=True),
+    "SGD fused": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, fused=True),
+    "Adam foreach": lambda p, lr: torch.optim.Adam(p, lr, foreach=True),
+    "Adam amsgrad": lambda p, lr: torch.optim.Adam(p, lr, amsgrad=True),
+    "AdamW": torch.optim.AdamW,
+    "AdamW foreach": lambda p, lr: torch.optim.AdamW(p, lr, foreach=True),
+    "AdamW fused": lambda p, lr: torch.optim.AdamW(p, lr, fused=True),
+    "RMSprop": torch.optim.RMSprop,
+    "Adagrad": torch.optim.Adagrad,
+    "Rprop": torch.optim.Rprop,
+    "NAdam": torch.optim.NAdam,
+    "Adafactor": torch.optim.Adafactor,
+    "Lion, of another package": lion,
+}
+
+
+@every_case
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+def test_every_optimizer_ends_compressed(case: Case, optimizer: Any, tmp_path: Path) -> None:
+    case.check(fit(tmp_path, *case.make(), module=Net(optimizer)))
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Wraps an optimizer as some packages do, without torch's own set-up."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        self.inner = torch.optim.SGD(parameters, lr)
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+        self.defaults: dict[str, Any] = {}
+
+
+class Replaced(torch.optim.SGD):
+    """Puts a step of its own into the instance."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, lr)
+        self.step = self.bare  # type: ignore[assignment]
+
+    def bare(self, closure: Any = None) -> Any:
+        closure()
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.sub_(parameter.grad, alpha=0.01)
+
+
+class Twice(torch.optim.SGD):
+    """Looks at the loss twice in a step, as sharpness-aware minimisation does."""
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        return super().step(closure)
+
+
+def schedule_free(parameters: Any, lr: float) -> torch.optim.Optimizer:
+    schedulefree = pytest.importorskip("schedulefree")
+    made: torch.optim.Optimizer = schedulefree.SGDScheduleFree(parameters, lr=lr)
+    return made
+
+
+@every_case
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (lambda p, lr: torch.optim.LBFGS(p, lr), "LBFGS searches along a line.*use SGD, Adam"),
+        (schedule_free, "swaps the weights for averages of its own.*with pressfit.callbacks.EMA"),
+        (Twice, "Twice computes the loss more than once in a step"),
+        (Lookahead, "Lookahead does not call the hooks of its step"),
+        (Replaced, "Replaced does not call the hooks of its step"),
+    ],
+    ids=["line search", "schedule-free", "twice", "no hooks", "hooks missed"],
+)
+def test_optimizers_that_cannot_work_are_refused(
+    case: Case, optimizer: Any, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, *case.make(), module=Net(optimizer), max_epochs=1)
+
+
+class Adversaries(Net):
+    """Two optimizers, stepped by hand, each with a part of the network, as in a GAN."""
+
+    def __init__(self, use_pl_optimizer: bool = True) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.use_pl_optimizer = use_pl_optimizer
+
+    def training_step(self, batch: list[Tensor], _: int) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers(use_pl_optimizer=self.use_pl_optimizer):
+            loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(part.parameters(), lr=0.01) for part in (self.body, self.head)]
+
+
+@every_case
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_two_optimizers_stepped_by_hand(case: Case, precision: str, tmp_path: Path) -> None:
+    methods = case.make()
+    plugins = [half()] if precision == "16-mixed" else None
+    module = fit(tmp_path, *methods, module=Adversaries(), plugins=plugins, max_epochs=8)
+    case.check(module)
+    assert methods[0].plan is not None
+    assert methods[0].plan.step == 80  # batches, not steps of either
+
+
+@every_case
+def test_steps_behind_lightning_s_back_are_pointed_out(case: Case, tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"get it from self\.optimizers\(\)"):
+        fit(tmp_path, *case.make(), module=Adversaries(use_pl_optimizer=False))
+
+
+class Grouped(Net):
+    """Parameter groups, and a learning rate that follows a schedule."""
+
+    def __init__(self, schedule: str) -> None:
+        super().__init__()
+        self.schedule = schedule
+
+    def configure_optimizers(self) -> Any:
+        groups = [
+            {"params": self.body.parameters(), "lr": 0.02},
+            {"params": [*self.head.parameters()]},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=0.01)
+        schedulers = torch.optim.lr_scheduler
+        if self.schedule == "plateau":
+            plateau = schedulers.ReduceLROnPlateau(optimizer, patience=0)
+            config = {"scheduler": plateau, "monitor": "val/error"}
+        else:
+            cycle = schedulers.OneCycleLR(optimizer, [0.02, 0.01], total_steps=40)
+            config = {"scheduler": cycle, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+@every_case
+@pytest.mark.parametrize("schedule", ["plateau", "cycle"])
+@pytest.mark.parametrize("clip", ["norm", "value"])
+def test_groups_schedules_clipping_and_accumulation(
+    case: Case, schedule: str, clip: str, tmp_path: Path
+) -> None:
+    pl.seed_everything(0)
+    module = Grouped(schedule)
+    runner = trainer(
+        tmp_path,
+        *case.make(),
+        gradient_clip_val=0.1,
+        gradient_clip_algorithm=clip,
+        accumulate_grad_batches=1 if schedule == "cycle" else 2,
+        max_epochs=4,
+    )
+    runner.fit(module, loader(), validation())
+    case.check(module)
+
+
+@every_case
+def test_frozen_parameters_are_listed_and_left_alone(
+    case: Case, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = Net()
+    module.body.requires_grad_(False)
+    before = module.body[0].weight.clone()
+    methods = case.make()
+    with caplog.at_level("INFO"):
+        fit(tmp_path, *methods, module=module)
+    assert torch.equal(module.body[0].weight, before)
+    case.check(module, "head.weight")
+    assert "left out (frozen: requires_grad is False): body.0.weight" in caplog.text
+
+
+class Unfreeze(BaseFinetuning):
+    """Trains the head alone at first."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__()
+        self.epoch = epoch
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.body)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == self.epoch:
+            self.unfreeze_and_add_param_group(pl_module.body, optimizer, lr=0.01)
+
+
+class Tunable(Net):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.Adam(trained, lr=0.01)
+
+
+@every_case
+@pytest.mark.parametrize("epoch", [1, 5], ids=["within the window", "behind the window"])
+@pytest.mark.parametrize("first", [True, False])
+def test_parameters_that_join_the_optimizer_later(
+    case: Case, epoch: int, first: bool, tmp_path: Path
+) -> None:
+    methods: list[pl.Callback] = [*case.make()]
+    callbacks = [Unfreeze(epoch), *methods] if first else [*methods, Unfreeze(epoch)]
+    module = Tunable()
+    before = module.body[0].weight.clone()
+    fit(tmp_path, *callbacks, module=module, max_epochs=6)
+    case.check(module)
+    assert not torch.equal(
+        module.body[0].weight[module.body[0].weight != 0], before[module.body[0].weight != 0]
+    )
+
+
+@every_case
+def test_lazy_modules(case: Case, tmp_path: Path) -> None:
+    class Lazy(Net):
+        def __init__(self) -> None:
+            super().__init__(torch.optim.SGD)
+            self.head = nn.LazyLinear(10)  # type: ignore[assignment]
+
+    # Initialised by the first forward pass, in the middle of fit.
+    case.check(fit(tmp_path, *case.make(), module=Lazy()))
