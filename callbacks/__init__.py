@@ -2,7 +2,7 @@
 
 from pressfit.callbacks.averaging import EMA
 from pressfit.callbacks.checkpoint import CompressedCheckpoint
-from pressfit.callbacks.method import Method
+from pressfit.callbacks.method import Method, methods_of, plan_of
 from pressfit.callbacks.monitor import CompressionMonitor
 from pressfit.callbacks.plan import Plan
 from pressfit.callbacks.pruning import GradualPruning
@@ -19,4 +19,6 @@ __all__ = [
     "RandomState",
     "ResumableLoader",
     "WeightSharing",
+    "methods_of",
+    "plan_of",
 ]
