@@ -2,17 +2,21 @@
 
 import copy
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from pressfit.callbacks.method import methods_of
+from pressfit.callbacks.sharding import whole
 from pressfit.compressors.artifact import load, save
 from pressfit.compressors.codes import same_bits
 from pressfit.compressors.compress import restore
@@ -65,7 +69,24 @@ class CompressedCheckpoint(pl.Callback):
                 "the Trainer; add one, or write weights='last'"
             )
 
+        sharded = isinstance(trainer.strategy, ModelParallelStrategy)
+        if stage == "fit" and self.weights == "best" and sharded:
+            raise MisconfigurationException(
+                "CompressedCheckpoint: the best weights of a sharded training lie in several files: "
+                "write weights='last'"
+            )
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = self._folder(trainer)
+        if trainer.is_global_zero:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+            except OSError as error:
+                raise MisconfigurationException(
+                    f"CompressedCheckpoint: nothing can be written into {folder} ({error}): name "
+                    "another folder with dirpath=..."
+                ) from error
         for name, value in pl_module.state_dict().items():
             if not isinstance(value, Tensor):
                 raise MisconfigurationException(
@@ -86,21 +107,45 @@ class CompressedCheckpoint(pl.Callback):
         self._stop_recording()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # On every process: the logger's folder is agreed upon among them.
-        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
-        self.path = Path(trainer.strategy.broadcast(folder)) / self.filename
+        # On every process: sharded tensors are gathered from all.
+        tensors = {name: whole(t) for name, t in self._tensors(trainer, pl_module).items()}
+        folder = self._folder(trainer)
         if trainer.is_global_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            tensors = self._tensors(trainer, pl_module)
             size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-            save(self.path, tensors, self.coder)
+            self.path = self._save(folder, tensors, trainer)
             _verify(self.path, tensors, size)
             with trainer.precision_plugin.forward_context():
                 compared = self._compare(pl_module, tensors)
             self.report = inspect(self.path, size)
             print(f"\n{self.report.table()}")
             print(f"{self.path} restores every tensor bit for bit; {compared}")
-        trainer.strategy.barrier()
+        self.path = trainer.strategy.broadcast(self.path)
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        """Where the file goes; every process has to ask, since the logger's folder is agreed upon."""
+        folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+        return trainer.strategy.broadcast(folder)
+
+    def _save(self, folder: Path, tensors: dict[str, Tensor], trainer: pl.Trainer) -> Path:
+        """Write the file; where that fails, beside the checkpoints, or wherever it can be written:
+        a long training is not to be lost for a full disk."""
+        beside = getattr(trainer.checkpoint_callback, "dirpath", None)
+        others = [beside, trainer.default_root_dir, Path.cwd(), tempfile.gettempdir()]
+        problems = []
+        for candidate in dict.fromkeys([folder, *(Path(other) for other in others if other)]):
+            try:
+                candidate.mkdir(parents=True, exist_ok=True)
+                save(candidate / self.filename, tensors, self.coder)
+            except OSError as error:
+                problems.append(f"{candidate} cannot be written into ({error})")
+                continue
+            if problems:
+                pl.utilities.rank_zero_warn(
+                    f"CompressedCheckpoint: {'; '.join(problems)}: the file is "
+                    f"{candidate / self.filename}"
+                )
+            return candidate / self.filename
+        raise OSError(f"CompressedCheckpoint: {'; '.join(problems)}: free some space")
 
     def _tensors(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
         if self.weights == "last":
@@ -131,8 +176,9 @@ class CompressedCheckpoint(pl.Callback):
             if any(True for _ in module.parameters()):
 
                 def keep(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                    # Distributed strategies send training_step through a forward of their own.
-                    if "forward" not in vars(module):
+                    # Distributed strategies send training_step through a forward of their own, and
+                    # a compiler would trace what it need not.
+                    if "forward" not in vars(module) and not torch.compiler.is_compiling():
                         self._calls.setdefault(name, tree_map(_copied, (args, kwargs)))
 
                 self._hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
@@ -146,6 +192,8 @@ class CompressedCheckpoint(pl.Callback):
         assert self.path is not None
         calls, self._calls = self._calls, {}
         examples = 0
+        if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
+            return "predictions were not compared, since no process has the whole module"
         try:
             trained, restored = copy.deepcopy(pl_module).eval(), copy.deepcopy(pl_module).eval()
             trained.load_state_dict(tensors)

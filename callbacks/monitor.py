@@ -5,6 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from pressfit.callbacks.method import methods_of
+from pressfit.callbacks.sharding import whole
 from pressfit.compressors.artifact import estimate
 from pressfit.compressors.codes import Lookup, Sparse, exact
 from pressfit.compressors.select import select
@@ -37,6 +38,13 @@ class CompressionMonitor(pl.Callback):
             raise ValueError(f"every_n_epochs is at least 1, got {every_n_epochs}")
         self.every_n_epochs = every_n_epochs
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and not trainer.loggers:
+            pl.utilities.rank_zero_warn(
+                "CompressionMonitor: the Trainer has no logger, so that its curves only show in "
+                "trainer.callback_metrics: give it one, logger=CSVLogger('logs') for example"
+            )
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             pl_module.log_dict(self.metrics(trainer, pl_module))
@@ -46,7 +54,7 @@ class CompressionMonitor(pl.Callback):
         """The table above, for the module as it is."""
         state = pl_module.state_dict(keep_vars=True)
         # Tied tensors share one code, and count once.
-        unique = {id(tensor): exact(tensor) for tensor in state.values()}
+        unique = {id(tensor): exact(whole(tensor.detach())) for tensor in state.values()}
         codes = {name: unique[id(tensor)] for name, tensor in state.items()}
         size = estimate(codes)
         dense = sum(code.shape.numel() * code.dtype.itemsize for code in unique.values())
@@ -55,7 +63,8 @@ class CompressionMonitor(pl.Callback):
         weights = {name: p for method in methods for name, p in method.selection.chosen.items()}
         weights = weights or dict(select(pl_module).chosen)
         zeros = {
-            name: weight.numel() - int(weight.count_nonzero()) for name, weight in weights.items()
+            name: weight.numel() - int(whole(weight.detach()).count_nonzero())
+            for name, weight in weights.items()
         }
         found["sparsity"] = sum(zeros.values()) / sum(w.numel() for w in weights.values())
         if methods and methods[0].plan is not None:

@@ -21,6 +21,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -294,15 +295,14 @@ class Plan:
         if optimizer in self._restored:
             self._restored.remove(optimizer)
             self._project_(optimizer, choose=True)
+            self._seed(optimizer)
         elif self._open and not self._scaled:
             raise MisconfigurationException(
                 f"{type(optimizer).__name__} stepped without Lightning, at weights that are "
                 "compressed: get it from self.optimizers(), and not with use_pl_optimizer=False"
             )
         elif not self.windows:
-            # A step before training: a sharded checkpoint is about to be read, and it is read only
-            # into what is there already.
-            self._seed(optimizer)
+            self._seed(optimizer)  # a step before training: a checkpoint is about to be read
 
     def _project_(self, optimizer: Optimizer, choose: bool) -> None:
         """Project the parameters of one optimizer, which hold what the first method sees."""
@@ -362,8 +362,12 @@ class Plan:
         return True
 
     def _seed(self, optimizer: Optimizer) -> None:
+        """Give sharded parameters their latents early: sharded checkpoints are read into what is
+        there already, and into nothing else."""
         for name, parameter in self._parameters(optimizer).items():
-            if any(method.straight_through for method in self.chain(name)):
+            kept = any(method.straight_through for method in self.chain(name))
+            absent = LATENT not in optimizer.state.get(parameter, {})
+            if isinstance(parameter, DTensor) and kept and absent:
                 self._save(optimizer, parameter)
 
     def _seen(self, method: Method, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -374,8 +378,8 @@ class Plan:
             for name, parameter in method.selection.chosen.items()
             if name not in orphans
         }
-        for name, weight in seen.items():
-            if not local(weight).isfinite().all():
+        for name, tensor in seen.items():
+            if not local(tensor).isfinite().all():
                 raise FloatingPointError(
                     f"{name} holds NaN or infinity at step {self.step + 1:,}, and "
                     f"{type(method).__name__} cannot tell which of its weights matter: training "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pressfit.callbacks.method import Method
-from pressfit.callbacks.sharding import gather, shard, whole
+from pressfit.callbacks.sharding import gather, shard, stack, unstack, whole
 from pressfit.compressors.allocation import ALLOCATIONS, BY_SHAPE, Lazy
 from pressfit.compressors.codes import INTEGERS
 from pressfit.compressors.criteria import CRITERIA
@@ -216,7 +216,11 @@ class GradualPruning(Method):
         chosen = self.selection.chosen
         masks = {name: gather(mask, chosen[name]) != 0 for name, mask in self.masks.items()}
         statistics = {
-            name: {key: self._whole(name, key, tensor) for key, tensor in mine.items()}
+            name: {
+                # Each process has seen other inputs since they were last put together.
+                key: stack(tensor) if key == "input_norm" else gather(tensor, chosen[name])
+                for key, tensor in mine.items()
+            }
             for name, mine in self.statistics.items()
         }
         return {"masks": masks, "statistics": statistics}
@@ -229,7 +233,9 @@ class GradualPruning(Method):
         }
         self.statistics = {
             name: {
-                key: self._part(key, tensor.to(parameters[name].device), parameters[name])
+                key: _own(tensor.to(parameters[name].device))
+                if key == "input_norm"
+                else shard(tensor.to(parameters[name].device), parameters[name])
                 for key, tensor in mine.items()
             }
             for name, mine in choices["statistics"].items()
@@ -237,7 +243,7 @@ class GradualPruning(Method):
 
     def _score(self, name: str, weight: Tensor) -> Tensor:
         statistics = {
-            key: self._whole(name, key, tensor)
+            key: tensor if key == "input_norm" else gather(tensor, self.selection.chosen[name])
             for key, tensor in self.statistics.get(name, {}).items()
         }
         if name in self._adam:
@@ -249,14 +255,11 @@ class GradualPruning(Method):
             score = score.masked_fill(mask == 0, -torch.inf)
         return score
 
-    # Statistics lie where their weight does, but for norms of inputs: every process sees all
-    # features.
 
-    def _whole(self, name: str, key: str, tensor: Tensor) -> Tensor:
-        return tensor if key == "input_norm" else gather(tensor, self.selection.chosen[name])
-
-    def _part(self, key: str, tensor: Tensor, parameter: Tensor) -> Tensor:
-        return tensor if key == "input_norm" else shard(tensor, parameter)
+def _own(norms: Tensor) -> Tensor:
+    """This process's norms; all others' too if there are more or fewer processes now."""
+    own = unstack(norms)
+    return own if own is not None else norms.square().mean(0).sqrt()
 
 
 def _bits(mask: Tensor) -> Tensor:

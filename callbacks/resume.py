@@ -101,7 +101,7 @@ class RandomState(pl.Callback):
             # that begins, so that the next resume would skip the rest of it, and shifts the axis
             # of the curves.
             epochs = trainer.fit_loop.epoch_progress
-            if epochs.total.ready == epochs.total.processed:
+            if epochs.total.ready == epochs.total.processed:  # type: ignore[attr-defined]
                 epochs.increment_ready()
                 epochs.increment_started()
             plan = plan_of(trainer)

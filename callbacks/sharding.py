@@ -4,11 +4,12 @@ FSDP2 turns parameters into DTensors. Methods choose (masks, clusters) from whol
 on every process, and act on local ones. Of a plain tensor all functions return it as it is.
 """
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["gather", "local", "reduce_", "shard", "whole"]
+__all__ = ["gather", "local", "reduce_", "shard", "stack", "unstack", "whole"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -46,3 +47,19 @@ def reduce_(sums: Tensor, parameter: Tensor) -> Tensor:
             if placement.is_shard():
                 dist.all_reduce(sums, group=parameter.device_mesh.get_group(dimension))
     return sums
+
+
+def stack(tensor: Tensor) -> Tensor:
+    """What every process has of its own, one behind the other."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts)
+
+
+def unstack(parts: Tensor) -> Tensor | None:
+    """This process's part of what :func:`stack` gathered, if there were as many processes."""
+    known = dist.is_available() and dist.is_initialized()
+    world, rank = (dist.get_world_size(), dist.get_rank()) if known else (1, 0)
+    return parts[rank] if len(parts) == world else None

@@ -235,4 +235,5 @@ class WeightSharing(Method):
             flat.copy_(index.view(-1))
         else:
             flat[positions.long()] = index.view(-1).to(flat.dtype)
-        return gather(part, parameter)
+        # 16-bit integers cannot be sent by every backend.
+        return gather(part.int(), parameter).short()
