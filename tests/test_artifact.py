@@ -201,7 +201,7 @@ FORGED = {
         "w", (2**20,), torch.float32, "shared", floats=2**20, positions=0, values=0
     ),
     "an impossible shape": Entry("w", (2**40, 2**40), torch.float32, "dense"),
-    "'d' has an impossible shape": Entry("d", (1,) * 65, torch.float32, "dense", floats=1),
+    "'d' has 65 dimensions": Entry("d", (1,) * 65, torch.float32, "dense", floats=1),
     "only stored dense": Entry("w", (50,), torch.uint16, "sparse", torch.uint16, floats=5),
     "wrong number of values": Entry("w", (50,), torch.float32, "dense", floats=5),
     "more values than weights": Entry("w", (5,), torch.float32, "sparse", floats=50),

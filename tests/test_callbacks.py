@@ -217,34 +217,6 @@ def test_gradient_accumulation_counts_optimizer_steps(tmp_path: Path) -> None:
     assert recorder.sparsities()[17] < recorder.sparsities()[19] == recorder.sparsities()[-1]
 
 
-@pytest.mark.parametrize("epochs", [1, 3, 5, 7])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_resumed_run_equals_the_uninterrupted_one(
-    epochs: int, accumulate: int, tmp_path: Path
-) -> None:
-    """Before, inside and after the windows of pruning and of sharing."""
-
-    def callbacks() -> list[pl.Callback]:
-        return [
-            GradualPruning(0.8, "hessian", stop=0.5, coupling="straight_through"),
-            WeightSharing(8, start=0.4),
-            WeightSharing(4, include="*.bias", start=0.4),
-        ]
-
-    kwargs: dict[str, Any] = {"max_epochs": 8, "accumulate_grad_batches": accumulate}
-    whole = fit(tmp_path, *callbacks(), **kwargs)
-    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    fit(tmp_path, *callbacks(), saver, enable_checkpointing=True, **kwargs)
-    path = tmp_path / f"epoch={epochs - 1}.ckpt"
-    assert torch.load(path, weights_only=True)["global_step"] == epochs * 10 // accumulate
-    resumed = Net()
-    trainer(tmp_path, *callbacks(), **kwargs).fit(
-        resumed, loader(), ckpt_path=path, weights_only=True
-    )
-    for name, tensor in whole.state_dict().items():
-        assert same_bits(resumed.state_dict()[name], tensor), name
-
-
 def test_a_second_fit_goes_on_and_a_new_trainer_starts_anew(tmp_path: Path) -> None:
     pruning = GradualPruning(0.9, stop_step=20)
     pl.seed_everything(0)

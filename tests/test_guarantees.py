@@ -28,7 +28,7 @@ from pressfit.callbacks import (
 )
 from pressfit.compressors import restore
 from pressfit.experiments.soak import differences, outcome
-from training import IMAGES, LABELS, Net, Recorder, fit, loader, trainer, validation
+from training import IMAGES, LABELS, Adversaries, Net, Recorder, fit, loader, trainer, validation
 
 # The eight failures of Lightning's ModelPruning.
 
@@ -429,25 +429,6 @@ def test_optimizers_that_cannot_work_are_refused(
 ) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         fit(tmp_path, *case.make(), module=Net(optimizer), max_epochs=1)
-
-
-class Adversaries(Net):
-    """Two optimizers, stepped by hand, each with a part of the network, as in a GAN."""
-
-    def __init__(self, use_pl_optimizer: bool = True) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.use_pl_optimizer = use_pl_optimizer
-
-    def training_step(self, batch: list[Tensor], _: int) -> None:  # type: ignore[override]
-        for optimizer in self.optimizers(use_pl_optimizer=self.use_pl_optimizer):
-            loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()
-
-    def configure_optimizers(self) -> Any:
-        return [torch.optim.Adam(part.parameters(), lr=0.01) for part in (self.body, self.head)]
 
 
 @every_case

@@ -1,7 +1,5 @@
 """The callbacks in Trainers as people have them: precisions, optimizers, processes, resumes."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
-from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -22,75 +19,8 @@ from pressfit.callbacks import (
     Plan,
     WeightSharing,
 )
-from pressfit.compressors import CRITERIA, load, same_bits
-from training import WEIGHTS, Idle, Net, Recorder, fit, loader, sparsity, trainer
-
-
-def assert_compressed(module: nn.Module, pruned: float, clusters: int, *names: str) -> None:
-    assert sparsity(module, *names) == pytest.approx(pruned, abs=2e-3)
-    for name in names:
-        weight = module.get_parameter(name)
-        assert weight[weight != 0].unique().numel() <= clusters
-
-
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-def test_every_precision_ends_compressed(precision: str, tmp_path: Path) -> None:
-    checkpoint = CompressedCheckpoint(tmp_path)
-    module = fit(tmp_path, GradualPruning(0.8), WeightSharing(6), checkpoint, precision=precision)
-    assert_compressed(module, 0.8, 6, *WEIGHTS)
-    assert checkpoint.path is not None
-    stored = load(checkpoint.path)
-    assert all(same_bits(stored[name], tensor) for name, tensor in module.state_dict().items())
-
-
-@pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD], ids=lambda o: o.__name__)
-def test_steps_that_the_gradient_scaler_skips(
-    criterion: str, optimizer: Any, tmp_path: Path
-) -> None:
-    # So large that the first steps overflow.
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=10**6)
-    precision = MixedPrecision("16-mixed", "cpu", scaler=scaler)
-    recorder = Recorder()
-    module = fit(
-        tmp_path,
-        GradualPruning(0.8, criterion=criterion),
-        WeightSharing(6, start=0.5, stop=0.9),
-        recorder,
-        module=Net(optimizer),
-        max_epochs=8,
-        plugins=[precision],
-    )
-    assert scaler.get_scale() < 2.0**30  # steps were skipped
-    assert torch.equal(recorder.seen[0], recorder.seen[1])
-    assert_compressed(module, 0.8, 6, *WEIGHTS)
-
-
-class Adversaries(Net):
-    """Two optimizers, stepped by hand, each with a part of the network."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: list[Tensor], _: int) -> None:  # type: ignore[override]
-        for optimizer in self.optimizers():
-            loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()
-
-    def configure_optimizers(self) -> Any:
-        return [torch.optim.Adam(part.parameters(), lr=0.01) for part in (self.body, self.head)]
-
-
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_two_optimizers_stepped_by_hand(criterion: str, tmp_path: Path) -> None:
-    pruning = GradualPruning(0.8, criterion=criterion)
-    module = fit(tmp_path, pruning, WeightSharing(6), module=Adversaries())
-    assert_compressed(module, 0.8, 6, *WEIGHTS)
-    assert pruning.plan is not None
-    assert pruning.plan.step == 40  # batches, not steps of either
+from pressfit.compressors import CRITERIA
+from training import WEIGHTS, Adversaries, Idle, Net, Recorder, fit, loader, sparsity, trainer
 
 
 def test_max_steps_counts_every_optimizer_and_windows_follow(tmp_path: Path) -> None:
@@ -280,36 +210,3 @@ def test_what_cannot_be_replayed_does_not_fail_a_finished_training(
     assert "restores every tensor bit for bit" in printed
     told = "predictions were not compared (" if kind == "state" else "examples are identical"
     assert told in printed
-
-
-DISTRIBUTED = """
-import sys, torch, lightning.pytorch as pl
-sys.path.insert(0, sys.argv[1])
-from training import *
-from lightning.pytorch.loggers import CSVLogger
-from pressfit.callbacks import *
-pl.seed_everything(int(__import__("os").environ.get("LOCAL_RANK", 0)))
-module, root = Net(), Path(sys.argv[2])
-callbacks = [GradualPruning(0.8, criterion=sys.argv[3]), WeightSharing(6), CompressedCheckpoint()]
-runner = pl.Trainer(max_epochs=4, accelerator="cpu", devices=2, strategy="ddp", callbacks=callbacks,
-    logger=CSVLogger(root), enable_checkpointing=False, enable_progress_bar=False,
-    enable_model_summary=False)
-runner.fit(module, loader(shuffle=True))
-torch.save([module.state_dict(), str(callbacks[2].path)], root / f"rank{runner.global_rank}.pt")
-"""
-
-
-@pytest.mark.parametrize("criterion", ["adam", "activation"])
-def test_two_processes_make_the_same_choices(criterion: str, tmp_path: Path) -> None:
-    """Each sees other data and starts from another seed; the file is written once."""
-    script = tmp_path / "script.py"
-    script.write_text(DISTRIBUTED)
-    command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path), criterion]
-    subprocess.run(command, check=True, timeout=300)
-    (first, path), (second, other) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-    assert path == other
-    for name, tensor in load(path).items():
-        if "running" not in name:  # batch-norm's averages are each process's own
-            assert same_bits(first[name], second[name]), name
-        assert same_bits(tensor, first[name]), name
-    assert sum(int((first[name] == 0).sum()) for name in WEIGHTS) == round(0.8 * 2960)

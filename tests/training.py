@@ -49,6 +49,25 @@ class Idle(Net):
         return self.spare(logits) if self.current_epoch >= 2 else logits
 
 
+class Adversaries(Net):
+    """Two optimizers, stepped by hand, each with a part of the network, as in a GAN."""
+
+    def __init__(self, use_pl_optimizer: bool = True) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.use_pl_optimizer = use_pl_optimizer
+
+    def training_step(self, batch: list[Tensor], _: int) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers(use_pl_optimizer=self.use_pl_optimizer):
+            loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(part.parameters(), lr=0.01) for part in (self.body, self.head)]
+
+
 def loader(shuffle: bool = False) -> DataLoader[Any]:
     return DataLoader(TensorDataset(IMAGES[:640], LABELS[:640]), 64, shuffle=shuffle)
 
