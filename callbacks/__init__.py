@@ -1,7 +1,13 @@
 """Lightning callbacks that compress a network while it trains."""
 
 from pressfit.callbacks.averaging import EMA
+from pressfit.callbacks.best import (
+    EarlyStoppingOnceCompressed,
+    ModelCheckpointOnceCompressed,
+    ParetoCheckpoint,
+)
 from pressfit.callbacks.checkpoint import CompressedCheckpoint
+from pressfit.callbacks.guard import AccuracyGuard
 from pressfit.callbacks.method import Method, methods_of, plan_of
 from pressfit.callbacks.monitor import CompressionMonitor
 from pressfit.callbacks.plan import Plan
@@ -11,10 +17,14 @@ from pressfit.callbacks.sharing import WeightSharing
 
 __all__ = [
     "EMA",
+    "AccuracyGuard",
     "CompressedCheckpoint",
     "CompressionMonitor",
+    "EarlyStoppingOnceCompressed",
     "GradualPruning",
     "Method",
+    "ModelCheckpointOnceCompressed",
+    "ParetoCheckpoint",
     "Plan",
     "RandomState",
     "ResumableLoader",

@@ -70,6 +70,14 @@ class EMA(EMAWeightAveraging):
         # The module holds the average now, and Lightning would swap it with it in every validation.
         self._average_model = None
 
+    def weights(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
+        """The state dict of what is validated: the projection of the average."""
+        if not self._started:
+            return pl_module.state_dict()
+        assert self._average_model is not None
+        averages = self._average_model.module.state_dict()
+        return {**averages, **_projections(pl_module, averages)}
+
     @property
     def _started(self) -> bool:
         return self._average_model is not None and bool(self._average_model.n_averaged > 0)

@@ -58,7 +58,7 @@ class CompressedCheckpoint(pl.Callback):
         self.weights, self.coder = weights, coder
         self.path: Path | None = None
         self.report: Report | None = None
-        self._calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._recorders: dict[str, _Recorder] = {}
         self._hooks: list[RemovableHandle] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -94,17 +94,28 @@ class CompressedCheckpoint(pl.Callback):
                     "and only tensors can be stored"
                 )
 
+        # Once for all, since a compiler would compile anew if hooks came and went.
+        for name, module in [("", pl_module), *pl_module.named_children()]:
+            if any(True for _ in module.parameters()):
+                recorder = self._recorders[name] = _Recorder()
+                self._hooks.append(module.register_forward_pre_hook(recorder, with_kwargs=True))
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx == 0:
-            self._record(pl_module)
+            for recorder in self._recorders.values():
+                recorder.listening, recorder.call = True, None
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._stop_recording()
+        for recorder in self._recorders.values():
+            recorder.listening = False
 
     def on_exception(self, *args: Any, **kwargs: Any) -> None:
-        self._stop_recording()
+        self._unhook()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._unhook()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # On every process: sharded tensors are gathered from all.
@@ -162,35 +173,21 @@ class CompressedCheckpoint(pl.Callback):
             if checkpoint["global_step"] < last:
                 pl.utilities.rank_zero_warn(
                     f"the best weights are from step {checkpoint['global_step']:,}, before "
-                    f"{type(method).__name__} reached its full strength at step {last:,}: monitor a "
-                    "metric that counts only from there on"
+                    f"{type(method).__name__} reached its full strength at step {last:,}: use "
+                    "ModelCheckpointOnceCompressed"
                 )
         tensors: dict[str, Tensor] = checkpoint["state_dict"]
         return tensors
 
-    def _record(self, pl_module: pl.LightningModule) -> None:
-        """Keep the inputs of the outermost modules that this batch calls."""
-        self._stop_recording()
-        self._calls = {}
-        for name, module in [("", pl_module), *pl_module.named_children()]:
-            if any(True for _ in module.parameters()):
-
-                def keep(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                    # Distributed strategies send training_step through a forward of their own, and
-                    # a compiler would trace what it need not.
-                    if "forward" not in vars(module) and not torch.compiler.is_compiling():
-                        self._calls.setdefault(name, tree_map(_copied, (args, kwargs)))
-
-                self._hooks.append(module.register_forward_pre_hook(keep, with_kwargs=True))
-
-    def _stop_recording(self) -> None:
+    def _unhook(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
 
     def _compare(self, pl_module: pl.LightningModule, tensors: dict[str, Tensor]) -> str:
         """Compare the predictions of the trained module with those of one restored from the file."""
         assert self.path is not None
-        calls, self._calls = self._calls, {}
+        calls = {name: recorder.call for name, recorder in self._recorders.items()}
+        self._recorders = {}
         examples = 0
         if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
             return "predictions were not compared, since no process has the whole module"
@@ -201,6 +198,8 @@ class CompressedCheckpoint(pl.Callback):
                 parameter.data.zero_()
             restore(restored, self.path)
             for name, call in calls.items():
+                if call is None:
+                    continue
                 expected = _replay(trained.get_submodule(name), call)
                 found = _replay(restored.get_submodule(name), call)
                 if not all(same_bits(a, b) for a, b in zip(expected, found, strict=True)):
@@ -214,7 +213,25 @@ class CompressedCheckpoint(pl.Callback):
         return f"predictions on {examples} examples are identical" if examples else "no batch seen"
 
 
-def _replay(module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Recorder:
+    """Keeps the inputs of the first call of a module, while it listens."""
+
+    def __init__(self) -> None:
+        self.listening = False
+        self.call: Call | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        # Distributed strategies send training_step through a forward of their own.
+        if self.listening and self.call is None and "forward" not in vars(module):
+            self.call = tree_map(_copied, (args, kwargs))
+
+
+def _replay(module: nn.Module, call: Call) -> list[Tensor]:
     args, kwargs = tree_map(_copied, call)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)

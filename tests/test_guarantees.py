@@ -553,3 +553,52 @@ def test_lazy_modules(case: Case, tmp_path: Path) -> None:
 
     # Initialised by the first forward pass, in the middle of fit.
     case.check(fit(tmp_path, *case.make(), module=Lazy()))
+
+
+# Compilers.
+
+
+class Counter:
+    """A compiler's back end that counts graphs and their calls, and changes nothing."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: Any, _: Any) -> Any:
+        self.graphs += 1
+        return graph.forward
+
+
+def graphs(root: Path, what: str, *callbacks: pl.Callback) -> tuple[int, int]:
+    """Train compiled, with validation; number of graphs, and of breaks between them."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    counter = Counter()
+    pl.seed_everything(0)
+    module: Any = Net()
+    if what == "module":
+        module = torch.compile(module, backend=counter)
+    else:
+        module.training_step = torch.compile(module.training_step, backend=counter)
+    runner = trainer(root, *callbacks)
+    runner.fit(module, loader(), validation())
+    return counter.graphs, sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+@every_case
+@pytest.mark.parametrize("what", ["module", "training_step"])
+def test_compiled_modules_are_not_compiled_more_often(
+    case: Case, what: str, tmp_path: Path
+) -> None:
+    plain = graphs(tmp_path, what)
+    assert graphs(tmp_path, what, *case.make(), EMA(decay=0.9)) == plain
+    assert graphs(tmp_path, what, *case.make(), CompressedCheckpoint(tmp_path)) == plain
+
+
+@every_case
+def test_compiled_modules_end_compressed(case: Case, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    pl.seed_everything(0)
+    module: Any = torch.compile(Net(), backend="eager")
+    trainer(tmp_path, *case.make()).fit(module, loader(), validation())
+    case.check(getattr(module, "_orig_mod", module))

@@ -1,0 +1,93 @@
+"""An accuracy guard: compression waits while the network recovers."""
+
+import math
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from pressfit.callbacks.method import plan_of
+
+__all__ = ["AccuracyGuard"]
+
+
+class AccuracyGuard(pl.Callback):
+    """Hold all schedules while a metric is worse than its best by more than a tolerance.
+
+    After each validation the metric is compared with the best one so far. While it is worse by more
+    than ``tolerance`` the windows of methods that have begun stand still: nothing more is pruned or moved towards its
+    cluster, and training goes on at the strength that has been reached. They go on when the
+    metric is back within the tolerance. The steps in between push the rest of the windows back, so
+    that a training may end before they do; it says so then.
+
+    ``compression/held`` is logged, 1 while schedules stand still. What was decided is saved in
+    checkpoints, and the same on all processes.
+
+    Args:
+        monitor: Name of the metric of the validation.
+        tolerance: Most that it may be worse than the best, in its own units: 0.02 is two
+            percentage points of an error that is a fraction.
+        mode: ``"min"`` if it is an error, ``"max"`` if it is an accuracy.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val/error",
+        tolerance: float = 0.02,
+        mode: Literal["min", "max"] = "min",
+    ) -> None:
+        super().__init__()
+        if mode not in ("min", "max"):
+            raise MisconfigurationException(f"AccuracyGuard: mode is min or max, got {mode!r}")
+        if not tolerance >= 0:
+            raise MisconfigurationException(
+                f"AccuracyGuard: a tolerance is no less than 0, got {tolerance}"
+            )
+        self.monitor, self.tolerance, self.mode = monitor, tolerance, mode
+        self.best = math.inf
+        self.holding = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and not trainer.global_step:
+            self.best, self.holding = math.inf, False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        plan = plan_of(trainer)
+        if plan is None:
+            raise MisconfigurationException(
+                "AccuracyGuard: there is no compression to hold; add a method to the Trainer"
+            )
+        plan.holding = self.holding
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        plan = plan_of(trainer)
+        if trainer.sanity_checking or trainer.state.fn != "fit" or plan is None:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise MisconfigurationException(
+                f"AccuracyGuard: validation logged no {self.monitor!r}, only "
+                f"{', '.join(trainer.callback_metrics) or 'nothing'}: name one with monitor=..."
+            )
+        sign = 1 if self.mode == "min" else -1
+        metric = sign * float(trainer.callback_metrics[self.monitor])
+        self.best = min(self.best, metric)
+        # A metric that is no number holds, too; and each process may have its own metric.
+        begun = any(method.chosen_at is not None for method in plan.methods)
+        worse = begun and not metric - self.best <= self.tolerance
+        worse = trainer.strategy.reduce_boolean_decision(worse, all=False)
+        if worse != self.holding and not plan.complete:
+            what = "held" if worse else "going on"
+            pl.utilities.rank_zero_info(
+                f"AccuracyGuard: {self.monitor} is {sign * metric:.4g}, its best {sign * self.best:.4g}: "
+                f"compression is {what} at step {plan.step:,}"
+            )
+        self.holding = plan.holding = worse
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.log("compression/held", float(self.holding))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "holding": self.holding}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.holding = state_dict["best"], state_dict["holding"]
