@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Callable
 from csv import DictReader
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -19,7 +17,6 @@ from pressfit.callbacks import (
     CompressedCheckpoint,
     CompressionMonitor,
     GradualPruning,
-    Method,
     Plan,
     WeightSharing,
 )
@@ -299,50 +296,6 @@ def test_best_weights_from_before_full_strength_are_pointed_out(tmp_path: Path) 
 def test_training_that_ends_early_is_pointed_out(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="GradualPruning: training ended at step 3, before"):
         fit(tmp_path, GradualPruning(0.9, stop_step=30), max_steps=3)
-
-
-@pytest.mark.parametrize(
-    ("callbacks", "message"),
-    [
-        ([WeightSharing(), GradualPruning()], "list GradualPruning first"),
-        ([GradualPruning(), GradualPruning(exclude="head")], "both act on body.0.weight"),
-        ([GradualPruning(include="body.7.weight")], "'body.7.weight' matches no parameter of Net"),
-        ([GradualPruning(overrides={"tail": 0.5})], "override 'tail' matches none"),
-        (
-            [GradualPruning(criterion="activation", include="body.1.weight")],
-            "belongs to a BatchNorm1d: exclude it, or choose another criterion",
-        ),
-    ],
-)
-def test_what_makes_no_sense_is_refused(
-    callbacks: list[Method], message: str, tmp_path: Path
-) -> None:
-    with pytest.raises((MisconfigurationException, ValueError), match=message):
-        fit(tmp_path, *callbacks)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: GradualPruning(95), "fraction in \\[0, 1\\], got 95"),
-        (lambda: GradualPruning(criterion="size"), "unknown criterion 'size'.*magnitude"),
-        (lambda: GradualPruning(allocation="fair"), "unknown allocation 'fair'.*lamp"),
-        (lambda: GradualPruning(start=500), "for optimizer steps write start_step=500"),
-        (lambda: GradualPruning(every=0), "every=0 is no number"),
-        (lambda: WeightSharing(0), "at least 1 cluster"),
-        (lambda: WeightSharing(init="random"), "unknown init 'random'"),  # type: ignore[arg-type]
-        (lambda: CompressedCheckpoint(weights="first"), "'last' or 'best'"),  # type: ignore[arg-type]
-        (lambda: CompressionMonitor(0), "at least 1"),
-    ],
-)
-def test_impossible_settings_name_the_remedy(make: Callable[[], Any], message: str) -> None:
-    with pytest.raises((MisconfigurationException, ValueError), match=message):
-        make()
-
-
-def test_fractions_of_an_endless_training_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="set max_steps or max_epochs, or give"):
-        fit(tmp_path, GradualPruning(), max_epochs=-1)
 
 
 def test_the_plan_prints_itself_without_training() -> None:

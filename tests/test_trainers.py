@@ -1,16 +1,13 @@
 """The callbacks in Trainers as people have them: precisions, optimizers, processes, resumes."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from pressfit.callbacks import (
     CompressedCheckpoint,
@@ -82,22 +79,6 @@ def test_layers_made_in_setup_and_configure_model_are_compressed(tmp_path: Path)
     assert sparsity(module, *WEIGHTS, "tail.weight") == pytest.approx(0.8, abs=2e-3)
 
 
-def test_data_without_length_need_steps_and_say_so(tmp_path: Path) -> None:
-    class Stream(IterableDataset[Any]):
-        def __iter__(self) -> Iterator[Any]:
-            return iter(loader())
-
-    def stream(*callbacks: pl.Callback) -> Net:
-        module = Net()
-        trainer(tmp_path, *callbacks).fit(module, DataLoader(Stream(), batch_size=None))
-        return module
-
-    with pytest.raises(MisconfigurationException, match="set max_steps or max_epochs, or give"):
-        stream(GradualPruning(0.8))
-    module = stream(GradualPruning(0.8, stop_step=20))
-    assert sparsity(module, *WEIGHTS) == pytest.approx(0.8, abs=2e-3)
-
-
 def checkpointed(root: Path, *callbacks: pl.Callback, **kwargs: Any) -> Path:
     saver = ModelCheckpoint(root, "half")
     fit(root, *callbacks, saver, enable_checkpointing=True, **kwargs)
@@ -139,13 +120,6 @@ def test_latents_stay_when_training_ends(tmp_path: Path) -> None:
     assert torch.equal(sharing.plan.latents()["head.weight"], latest.latent)
     assert torch.equal(module.head.weight, latest.weight)
     assert latest.latent.unique().numel() > 300
-
-
-@pytest.mark.parametrize("averaging", [StochasticWeightAveraging(swa_lrs=0.01)])
-def test_averages_of_compressed_weights_are_refused(averaging: Any, tmp_path: Path) -> None:
-    for callbacks in ([averaging, GradualPruning()], [GradualPruning(), averaging]):
-        with pytest.raises(MisconfigurationException, match="use pressfit"):
-            fit(tmp_path, *callbacks)
 
 
 def test_a_preview_leaves_no_trace() -> None:

@@ -1,0 +1,231 @@
+"""Mistakes get an answer: what, where, and the remedy."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from cases import Case, every_case
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from pressfit.callbacks import (
+    AccuracyGuard,
+    CompressedCheckpoint,
+    CompressionMonitor,
+    GradualPruning,
+    Method,
+    ParetoCheckpoint,
+    Plan,
+    ResumableLoader,
+    WeightSharing,
+)
+from pressfit.compressors import TopK, compress, restore
+from training import Net, fit, loader, trainer, validation
+
+SETTINGS: list[tuple[Callable[[], Any], str]] = [
+    (lambda: GradualPruning(95), r"fraction in \[0, 1\], got 95: for 95 % write 0.95"),
+    (lambda: GradualPruning(-0.1), r"a sparsity is a fraction in \[0, 1\], got -0.1"),
+    (lambda: GradualPruning(overrides={"fc": 80}), "got 80: for 80 % write 0.8"),
+    (lambda: GradualPruning(overrides="fc=0.8"), "overrides maps patterns of names to values"),  # type: ignore[arg-type]
+    (lambda: GradualPruning(criterion="size"), "unknown criterion 'size'.*magnitude"),
+    (lambda: GradualPruning(allocation="fair"), "unknown allocation 'fair'.*lamp"),
+    (lambda: GradualPruning(coupling="soft"), "unknown coupling 'soft'.*hard"),  # type: ignore[arg-type]
+    (lambda: GradualPruning(start=500), "for optimizer steps write start_step=500"),
+    (lambda: GradualPruning(stop=70), "stop=70 is no fraction of training"),
+    (lambda: GradualPruning(every=0), "every=0 is no number of optimizer steps"),
+    (lambda: GradualPruning(stop_step=-3), "stop_step=-3 is no number of optimizer steps"),
+    (lambda: WeightSharing(0), "at least 1 cluster"),
+    (lambda: WeightSharing(init="random"), "unknown init 'random', choose linear or optimal"),  # type: ignore[arg-type]
+    (lambda: WeightSharing(codebook_dtype="int8"), "codebook_dtype is one of float32"),
+    (lambda: WeightSharing(overrides=[("fc", 3)]), "overrides maps patterns"),  # type: ignore[arg-type]
+    (lambda: CompressedCheckpoint(weights="first"), "'last' or 'best', got 'first'"),  # type: ignore[arg-type]
+    (lambda: CompressionMonitor(0), "every_n_epochs is at least 1, got 0"),
+    (lambda: AccuracyGuard(tolerance=-1), "a tolerance is no less than 0, got -1"),
+    (lambda: AccuracyGuard(mode="least"), "mode is min or max, got 'least'"),  # type: ignore[arg-type]
+    (lambda: ParetoCheckpoint("x", mode="least"), "mode is min or max, got 'least'"),  # type: ignore[arg-type]
+    (lambda: ResumableLoader(iter([])), "has no length.*use a DataLoader"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), SETTINGS)
+def test_settings(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises((MisconfigurationException, ValueError, TypeError), match=message):
+        make()
+
+
+PLANS: list[tuple[list[Method], str]] = [
+    ([WeightSharing(), GradualPruning()], "second undoes the first: list GradualPruning first"),
+    ([GradualPruning(), GradualPruning(exclude="head")], "both act on body.0.weight: leave it out"),
+    (
+        [WeightSharing(), WeightSharing(include="head.weight")],
+        "both act on head.weight: leave it out of one of them with exclude='head.weight'",
+    ),
+    (
+        [GradualPruning(include="body.0.wieght")],
+        r"'body.0.wieght' matches no parameter of Net; did you mean body.0.weight or",
+    ),
+    ([WeightSharing(exclude="haed")], r"'haed' matches no parameter of Net; did you mean head"),
+    (
+        [GradualPruning(overrides={"had.weight": 0.5})],
+        "override 'had.weight' matches none of the selected parameters; did you mean head.weight",
+    ),
+    (
+        [GradualPruning(criterion="activation", include="body.1.weight")],
+        "belongs to a BatchNorm1d: exclude it, or choose another criterion",
+    ),
+    (
+        [GradualPruning(0.96, allocation="uniform", include=["head.weight", "head.bias"])],
+        "a sparsity of 0.96 leaves none of the 10 weights of head.bias: lower it, exclude",
+    ),
+    ([GradualPruning(0.9999)], "a sparsity of 0.9999 leaves none of the 2,560 weights of body"),
+    ([GradualPruning(overrides={"head": 0.9999})], "leaves none of the 400 weights of head.weight"),
+    (
+        [WeightSharing(16, include="*.bias", exclude="body")],
+        r"nothing to compress \(.*head.bias: 10 weights are too few for 16 clusters",
+    ),
+    ([GradualPruning(start=0.8, stop=0.5)], "its window ends at step 20, before it starts at step"),
+]
+
+
+@pytest.mark.parametrize(("methods", "message"), PLANS)
+def test_plans(methods: list[Method], message: str, tmp_path: Path) -> None:
+    """Said before training starts."""
+
+    class Untouched(pl.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            raise AssertionError("training has started")
+
+    with pytest.raises((MisconfigurationException, ValueError), match=message):
+        fit(tmp_path, *methods, Untouched())
+
+
+def test_layers_too_small_are_listed() -> None:
+    text = str(Plan([WeightSharing(16, include=["head"])], Net(), horizon=100))
+    assert "left out (10 weights are too few for 16 clusters): head.bias" in text
+
+
+def test_frozen_modules_have_nothing_to_compress_afterwards() -> None:
+    with pytest.raises(ValueError, match=r"nothing to compress.*frozen: requires_grad is False"):
+        compress(nn.Linear(3, 3).requires_grad_(False), TopK(0.5))
+
+
+@every_case
+def test_a_schedule_that_ends_after_training(case: Case, tmp_path: Path) -> None:
+    methods = case.make()
+    for method in methods:
+        method.start_step, method.stop_step = 0, 1000
+    with pytest.warns(
+        UserWarning, match="its window ends at step 1,000, after training does at step"
+    ):
+        fit(tmp_path, *methods, max_epochs=1)
+
+
+@every_case
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(case: Case, value: float, tmp_path: Path) -> None:
+    class Diverge(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+            if trainer.global_step == 21:
+                module.head.weight.data[3, 4] = value
+
+    methods = case.make()
+    for method in methods:
+        method.start, method.stop, method.every = 0.0, 1.0, 1
+    message = r"weight holds NaN or infinity at step 22.*lower the learning rate, or clip"
+    with pytest.raises(FloatingPointError, match=message):
+        fit(tmp_path, Diverge(), *methods, module=Net(torch.optim.SGD))
+
+
+def test_a_folder_that_cannot_be_written_into(tmp_path: Path) -> None:
+    """Said before ten hours of training, not behind them."""
+    (tmp_path / "file").write_text("")
+    message = r"nothing can be written into .*file/folder .*: name another folder with dirpath"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, GradualPruning(), CompressedCheckpoint(tmp_path / "file" / "folder"))
+
+
+def test_a_folder_that_goes_away_while_training(tmp_path: Path) -> None:
+    class Remove(pl.Callback):
+        def on_train_end(self, *args: Any) -> None:
+            (tmp_path / "files").rmdir()
+            (tmp_path / "files").write_text("")
+
+    checkpoint = CompressedCheckpoint(tmp_path / "files")
+    with pytest.warns(
+        UserWarning, match=r"files cannot be written into .*: the file is .*pressfit"
+    ):
+        module = fit(tmp_path, GradualPruning(), Remove(), checkpoint)
+    assert checkpoint.path == tmp_path / "model.pressfit"
+    assert torch.equal(restore(Net(), checkpoint.path).head.weight, module.head.weight)
+
+
+FULL = """
+import resource, signal, sys
+sys.path.insert(0, sys.argv[1])
+from training import *
+from pressfit.callbacks import CompressedCheckpoint, GradualPruning
+class Full(pl.Callback):
+    def on_train_end(self, *args):  # files may not grow any more
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+fit(Path(sys.argv[2]), GradualPruning(), Full(), CompressedCheckpoint())
+"""
+
+
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    """Every folder is named, none holds half a file."""
+    command = [sys.executable, "-c", FULL, str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "File too large" in done.stderr
+    assert "free some space" in done.stderr
+    assert not list(tmp_path.glob("**/*.pressfit*"))
+
+
+def test_a_logger_that_is_absent(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="the Trainer has no logger.*logger=CSVLogger"):
+        fit(tmp_path, GradualPruning(), CompressionMonitor())
+
+
+def test_metrics_that_are_absent(tmp_path: Path) -> None:
+    for callback in (AccuracyGuard("val/loss"), ParetoCheckpoint(tmp_path, "val/loss")):
+        runner = trainer(tmp_path, GradualPruning(), callback)
+        with pytest.raises(MisconfigurationException, match="no 'val/loss', only val/error"):
+            runner.fit(Net(), loader(), validation())
+
+
+def test_a_guard_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="no compression to hold; add a method"):
+        fit(tmp_path, AccuracyGuard())
+
+
+def test_a_layer_that_dies_is_pointed_out(tmp_path: Path) -> None:
+    pruning = GradualPruning(0.9, overrides={"head": 1.0})
+    with pytest.warns(UserWarning, match=r"no weight of head\.weight is left"):
+        fit(tmp_path, pruning)
+
+
+def test_a_layer_without_gradients_is_pointed_out(tmp_path: Path) -> None:
+    class Spare(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare = nn.Linear(10, 10)
+
+    with pytest.warns(UserWarning, match=r"left out spare\.weight: no gradient ever reached it"):
+        fit(tmp_path, GradualPruning(0.8, "gradient"), module=Spare())
+
+
+@every_case
+@pytest.mark.parametrize("first", [True, False])
+def test_stock_averages(case: Case, first: bool, tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+
+    for averaging in (EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=0.01)):
+        callbacks = [averaging, *case.make()] if first else [*case.make(), averaging]
+        with pytest.raises(MisconfigurationException, match=r"use pressfit\.callbacks\.EMA"):
+            fit(tmp_path, *callbacks)
