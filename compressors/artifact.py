@@ -17,10 +17,10 @@ import struct
 import tempfile
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor
 from pressfit.compressors.codes import (
     CODED,
     MAX_LEVELS,
+    NARROWER,
     Code,
     Dense,
     Lookup,
@@ -42,14 +43,18 @@ from pressfit.compressors.coding import CODERS, Coder, Streams
 __all__ = ["Entry", "entries", "estimate", "load", "payloads", "read", "save"]
 
 Symbols = NDArray[np.unsignedinteger]
+_T = TypeVar("_T")
 
 MAGIC = b"PFIT"
 VERSION = 1
 _HEADER = struct.Struct("<4sBB")
 _FOOTER = struct.Struct("<II")
 _BLOCK = 2**20
-# What no model needs is damage: more dimensions, more weights, or a directory of more redundancy.
-_MAX_DIMENSIONS, _MAX_WEIGHTS, _MAX_INFLATION = 64, 2**44, 64
+# What no model needs is damage: longer names, more dimensions, more weights, or a directory of more
+# redundancy.
+_MAX_NAME, _MAX_DIMENSIONS, _MAX_WEIGHTS, _MAX_INFLATION = 1024, 64, 2**44, 64
+# Bytes that the tensors of any file may take, and for each byte of a larger file.
+HARMLESS, _HONEST = 2**26, 10_000
 
 # Numbers in the file: append, never reorder.
 _CODERS = ("huffman", "ans", "context")
@@ -138,6 +143,7 @@ def save(
 
     Raises:
         TypeError: An entry is neither a tensor nor a code.
+        ValueError: A name is longer than 1,024 characters, or cannot be printed.
 
     Example:
         >>> import tempfile
@@ -205,7 +211,7 @@ def read(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[tup
         path: File that :func:`save` wrote.
         limit: Most bytes that the tensors may take together. A few bytes can describe any number
             of zeros, so the default refuses what no honest model needs: more than 10,000 times
-            the file's size, where that is above 256 MiB.
+            the file's size, where that is above 64 MiB.
 
     Raises:
         ValueError: The file is damaged, truncated, too large once decoded, or not a pressfit file.
@@ -221,21 +227,29 @@ def payloads(
     with open(path, "rb") as file:
         coder, entries, offsets = _directory(file, os.fspath(path))
         asked = sum(entry.numel * entry.dtype.itemsize for entry in entries)
-        honest = max(2**28, 10_000 * os.fstat(file.fileno()).st_size)
+        honest = max(HARMLESS, _HONEST * os.fstat(file.fileno()).st_size)
         allowed = honest if limit is None else limit
         if asked > allowed:
             raise ValueError(
                 f"{path} asks for {asked:,} bytes of memory, above the limit of {allowed:,}: "
                 f"pass limit={asked} if you trust it"
             )
-        for entry in entries:
-            target = entries[entry.alias] if entry.kind == "alias" else entry
-            file.seek(offsets[target.name])
+        tied = {entry.alias for entry in entries if entry.kind == "alias"}
+        # Decoded once, or a few bytes for each name could make the reader decode for hours.
+        decoded: dict[int, tuple[Symbols | None, Tensor]] = {}
+        for position, entry in enumerate(entries):
+            if entry.kind == "alias":
+                symbols, floats = decoded[entry.alias]
+                yield replace(entries[entry.alias], name=entry.name), symbols, floats.clone()
+                continue
+            file.seek(offsets[entry.name])
             try:
-                symbols, floats = _payload(file, target, coder)
-            except (ValueError, RuntimeError, OverflowError) as error:
+                symbols, floats = _payload(file, entry, coder)
+            except ValueError as error:
                 raise ValueError(f"{path} is damaged at tensor {entry.name!r}: {error}") from error
-            yield replace(target, name=entry.name), symbols, floats
+            if position in tied:
+                decoded[position] = symbols, floats
+            yield entry, symbols, floats
 
 
 def entries(path: str | os.PathLike[str]) -> tuple[str, tuple[Entry, ...]]:
@@ -253,6 +267,7 @@ def _write(file: BinaryIO, tensors: Mapping[str, Tensor | Code], coder: str) -> 
     for position, (name, value) in enumerate(tensors.items()):
         if not isinstance(value, Tensor | Code):
             raise TypeError(f"{name!r} is a {type(value).__name__}: only tensors can be stored")
+        _checked(name)
         if isinstance(value, Tensor) and value.numel():
             place = (value.data_ptr(), value.device, value.dtype, value.shape, value.stride())
             first, owner = seen.setdefault(place, (position, weakref.ref(value)))
@@ -317,6 +332,8 @@ def _encode(name: str, code: Code, coder: Coder) -> tuple[Entry, list[bytes | me
 def _payload(file: BinaryIO, entry: Entry, coder: str) -> tuple[Symbols | None, Tensor]:
     streams = Streams(file.read(entry.positions), file.read(entry.values))
     raw = bytearray(file.read(entry.float_bytes))
+    if entry.storage == torch.bool and raw.translate(None, b"\0\1"):
+        raise ValueError("a boolean is neither 0 nor 1")
     floats = torch.empty(0, dtype=entry.storage)
     if raw:
         floats = torch.frombuffer(raw, dtype=entry.storage)
@@ -358,7 +375,10 @@ def _directory(file: BinaryIO, path: str) -> tuple[str, list[Entry], dict[str, i
         raise ValueError(f"{path} is truncated")
     _, version, number = _HEADER.unpack(head)
     if version != VERSION:
-        raise ValueError(f"{path} has format version {version}, this pressfit reads {VERSION}")
+        remedy = "upgrade pressfit" if version > VERSION else "no pressfit wrote it, get it again"
+        raise ValueError(
+            f"{path} has format version {version}, this pressfit reads version {VERSION}: {remedy}"
+        )
     file.seek(size - _FOOTER.size)
     length, crc = _FOOTER.unpack(file.read(_FOOTER.size))
     if _crc(file, size - 4) != crc:
@@ -366,16 +386,16 @@ def _directory(file: BinaryIO, path: str) -> tuple[str, list[Entry], dict[str, i
     start = size - _FOOTER.size - length
     try:
         if start < _HEADER.size or number >= len(_CODERS):
-            raise ValueError("impossible header")
+            raise ValueError("its header is impossible")
         file.seek(start)
         inflate = zlib.decompressobj(-15, zdict=_NAMES)
         largest = _MAX_INFLATION * (length + 1024)
-        reader = _Reader(inflate.decompress(file.read(length), largest))
+        directory = inflate.decompress(file.read(length), largest)
         if not inflate.eof:
-            raise ValueError("directory does not end")
-        found = [_unpack(reader) for _ in range(reader.varint())]
+            raise ValueError("its directory does not end")
+        found = _unpack(directory)
         _check(found, start - _HEADER.size)
-    except (ValueError, IndexError, zlib.error, UnicodeDecodeError) as error:
+    except (ValueError, zlib.error) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     offsets, offset = {}, _HEADER.size
     for entry in found:
@@ -385,11 +405,13 @@ def _directory(file: BinaryIO, path: str) -> tuple[str, list[Entry], dict[str, i
 
 
 def _check(found: list[Entry], payload: int) -> None:
-    if len({entry.name for entry in found}) != len(found):
-        raise ValueError("a name stands twice")
     for entry in found:
-        if len(entry.shape) > _MAX_DIMENSIONS or entry.numel > _MAX_WEIGHTS:
+        # A side of zero must not excuse the others: torch multiplies them into strides.
+        if math.prod(max(1, side) for side in entry.shape) > _MAX_WEIGHTS:
             raise ValueError(f"{entry.name!r} has an impossible shape")
+        narrower = NARROWER.get(entry.dtype, ())
+        if entry.kind != "alias" and entry.storage not in (entry.dtype, *narrower):
+            raise ValueError(f"{entry.name!r} is {entry.dtype}, but stored as {entry.storage}")
         if entry.kind in ("sparse", "shared") and entry.dtype not in CODED:
             raise ValueError(f"{entry.name!r} is {entry.dtype}, which is only stored dense")
         if entry.kind == "shared" and entry.floats > MAX_LEVELS:
@@ -400,7 +422,8 @@ def _check(found: list[Entry], payload: int) -> None:
         coded = entry.positions + entry.values
         if entry.kind == "alias":
             target = found[entry.alias] if entry.alias < position else entry
-            if target.kind == "alias" or target.shape != entry.shape:
+            same = (target.shape, target.dtype) == (entry.shape, entry.dtype)
+            if target.kind == "alias" or not same:
                 raise ValueError(f"{entry.name!r} is tied to a tensor that is not there")
         elif entry.kind == "dense" and (coded or entry.floats != entry.numel):
             raise ValueError(f"{entry.name!r} has the wrong number of values")
@@ -437,41 +460,68 @@ def _pack(entry: Entry) -> bytes:
     return _varint(len(name)) + name + packed
 
 
-def _unpack(reader: "_Reader") -> Entry:
-    name = reader.take(reader.varint()).decode()
-    dtype = _DTYPES[reader.varint()]
-    shape = tuple(reader.varint() for _ in range(reader.varint()))
-    kind = _KINDS[reader.varint()]
-    if kind == "alias":
-        return Entry(name, shape, dtype, kind, alias=reader.varint())
-    storage, floats = _DTYPES[reader.varint()], reader.varint()
-    coded = (0, 0) if kind == "dense" else (reader.varint(), reader.varint())
-    return Entry(name, shape, dtype, kind, storage, floats, *coded)
+def _unpack(directory: bytes) -> list[Entry]:
+    reader = _Reader(directory)
+    found: dict[str, Entry] = {}
+    for _ in range(reader.varint()):
+        entry = reader.entry()
+        if entry.name in found:
+            raise ValueError(f"{entry.name!r} stands twice")
+        found[entry.name] = entry
+    return list(found.values())
+
+
+def _checked(name: str) -> str:
+    """The name, which may end up in a terminal."""
+    if len(name) > _MAX_NAME or not name.isprintable():
+        raise ValueError(
+            f"{name[:40]!r} cannot be the name of a tensor: only printable text of at most "
+            f"{_MAX_NAME} characters can"
+        )
+    return name
 
 
 class _Reader:
-    """Reads numbers and strings from a buffer; past its end is an IndexError."""
+    """Reads entries, and the numbers and strings in them, from an inflated directory."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.position = data, 0
 
+    def entry(self) -> Entry:
+        name = _checked(self.take(self.varint()).decode())
+        dtype = self.one_of(_DTYPES, "dtype")
+        dimensions = self.varint()
+        if dimensions > _MAX_DIMENSIONS:
+            raise ValueError(f"{name!r} has {dimensions} dimensions")
+        shape = tuple(self.varint() for _ in range(dimensions))
+        kind = self.one_of(_KINDS, "kind of tensor")
+        if kind == "alias":
+            return Entry(name, shape, dtype, kind, alias=self.varint())
+        storage, floats = self.one_of(_DTYPES, "dtype"), self.varint()
+        coded = (0, 0) if kind == "dense" else (self.varint(), self.varint())
+        return Entry(name, shape, dtype, kind, storage, floats, *coded)
+
     def take(self, length: int) -> bytes:
         end = self.position + length
         if end > len(self.data):
-            raise IndexError("directory ends early")
+            raise ValueError("its directory ends early")
         taken, self.position = self.data[self.position : end], end
         return taken
 
+    def one_of(self, known: Sequence[_T], what: str) -> _T:
+        number = self.varint()
+        if number >= len(known):
+            raise ValueError(f"{what} {number} is unknown")
+        return known[number]
+
     def varint(self) -> int:
-        value = shift = 0
-        while True:
+        value = 0
+        for shift in range(0, 64, 7):
             byte = self.take(1)[0]
             value |= (byte & 0x7F) << shift
-            shift += 7
             if byte < 0x80:
                 return value
-            if shift > 63:
-                raise ValueError("a number in the directory is too large")
+        raise ValueError("a number in its directory is too large")
 
 
 def _varint(value: int) -> bytes:

@@ -40,7 +40,9 @@ CODED = (
 ESTIMATE_SYMBOLS = 2**22
 
 _BLOCK = 2**20
-_NARROWER = {
+
+# By dtype: those that hold some of its values exactly, narrowest first.
+NARROWER = {
     torch.float64: (torch.bfloat16, torch.float16, torch.float32),
     torch.float32: (torch.bfloat16, torch.float16),
     torch.int64: (torch.int8, torch.int16, torch.int32),
@@ -104,7 +106,7 @@ class Dense(Code):
     @property
     def storage(self) -> torch.dtype:
         """Narrowest dtype that holds every value exactly."""
-        for narrow in _NARROWER.get(self.values.dtype, ()):
+        for narrow in NARROWER.get(self.values.dtype, ()):
             if same_bits(self.values.to(narrow).to(self.values.dtype), self.values):
                 return narrow
         return self.values.dtype

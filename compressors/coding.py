@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from pressfit.compressors import context
 
-__all__ = ["CODERS", "Coder", "Streams", "max_symbols"]
+__all__ = ["CODERS", "Coder", "Streams"]
 
 Symbols = NDArray[Any]  # 2-D, uint8 or uint16
 
@@ -40,25 +40,18 @@ _LARGEST = 2**16  # alphabet
 # First byte of the positions. A missing byte is a zero: a matrix without zeros costs nothing.
 _ALL, _NONE, _SOME = 0, 1, 2
 
+# The most weights that a byte may stand for, of a whole matrix, of a mask, and of kept values; as
+# many come free. A sure symbol costs an adaptive coder next to nothing, so that a few bytes could
+# keep a reader busy for hours. Streams are padded to these bounds, by less than a real network
+# needs anyway: a reader may refuse what promises more before it takes memory or time.
+IN_MATRIX, IN_MASK, IN_VALUES = 2**20, 2**12, 2**8
+
 
 class Streams(NamedTuple):
     """What a coder writes: where the kept weights are, and their values."""
 
     positions: bytes
     values: bytes
-
-
-def max_symbols(nbytes: int) -> int:
-    """The most weights that ``nbytes`` bytes may stand for: 2²⁰(n + 1).
-
-    A zero costs an adaptive coder next to nothing, and an empty row of any length one bit.
-    Streams are padded to this bound (a byte for a million weights), so that a reader may refuse
-    a header that promises more before it allocates anything.
-
-    >>> max_symbols(1)
-    2097152
-    """
-    return (nbytes + 1) * 2**20
 
 
 class Coder(ABC):
@@ -89,22 +82,26 @@ class Coder(ABC):
         symbols = np.ascontiguousarray(symbols)
         if symbols.size and int(symbols.max()) >= alphabet:
             raise ValueError(f"symbol {symbols.max()} is outside an alphabet of {alphabet}")
-        kept = np.count_nonzero(symbols)
+        kept = int(np.count_nonzero(symbols))
         if kept == symbols.size:
             positions = b""
         elif kept == 0:
             positions = bytes([_NONE])
         else:
-            positions = bytes([_SOME]) + self.encode_mask(symbols)
-        values = self.encode_values(symbols, alphabet) if kept and alphabet > 2 else b""
-        shortest = max(symbols.size - 1, 0) // max_symbols(0)  # see max_symbols
+            mask = bytes([_SOME]) + self.encode_mask(symbols)
+            positions = mask.ljust(_shortest(symbols.size, IN_MASK), b"\0")
+        values = b""
+        if kept and alphabet > 2:
+            values = self.encode_values(symbols, alphabet)
+            values = values.ljust(_shortest(kept, IN_VALUES), b"\0")
+        shortest = _shortest(symbols.size, IN_MATRIX)
         return Streams(positions.ljust(shortest - len(values), b"\0"), values)
 
     def decode(self, streams: Streams, shape: tuple[int, int], alphabet: int) -> Symbols:
         """The matrix that was coded; damaged streams give another one, or a ValueError."""
         positions, values = streams
         size = shape[0] * shape[1]
-        if size > max_symbols(len(positions) + len(values)):
+        if _shortest(size, IN_MATRIX) > len(positions) + len(values):
             raise ValueError(f"{size} weights cannot come from streams this short")
         symbols = np.zeros(shape, np.uint8 if alphabet <= 256 else np.uint16)
         mode = positions[0] if positions else _ALL
@@ -114,11 +111,21 @@ class Coder(ABC):
             raise ValueError("damaged positions")
         if mode == _ALL:
             symbols[:] = 1
+        elif _shortest(size, IN_MASK) > len(positions):
+            raise ValueError(f"a mask of {size} weights cannot come from a stream this short")
         else:
             self.decode_mask(positions[1:], symbols)
         if alphabet > 2:
+            kept = int(np.count_nonzero(symbols))
+            if _shortest(kept, IN_VALUES) > len(values):
+                raise ValueError(f"{kept} values cannot come from a stream this short")
             self.decode_values(values, symbols, alphabet)
         return symbols
+
+
+def _shortest(weights: int, in_byte: int) -> int:
+    """The fewest bytes for so many weights."""
+    return max(weights - 1, 0) // in_byte
 
 
 def _chunks(symbols: Symbols) -> Iterator[Symbols]:

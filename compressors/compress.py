@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from pressfit.compressors.artifact import load
+from pressfit.compressors.artifact import HARMLESS, load
 from pressfit.compressors.codes import Code
 from pressfit.compressors.projections import Projection
 from pressfit.compressors.select import Selection, match, select
@@ -80,7 +80,7 @@ def restore(module: Module, path: str | os.PathLike[str]) -> Module:
     expected = module.state_dict()
     # What the module itself takes is no more than its owner can afford; twice, for names it lacks.
     limit = 2 * sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
-    tensors = load(path, max(limit, 2**28))
+    tensors = load(path, max(limit, HARMLESS))
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     for name, tensor in tensors.items():
         if name not in expected:

@@ -16,6 +16,8 @@ __all__ = ["Report", "TensorReport", "inspect"]
 # fully connected layers; a longer gap needs a filler zero.
 _CONV_GAP, _LINEAR_GAP = 8, 5
 
+_BLOCK = 2**20
+
 
 @dataclass(frozen=True)
 class TensorReport:
@@ -191,10 +193,13 @@ def inspect(path: str | os.PathLike[str], limit: int | None = None) -> Report:
 
 def _report(entry: Entry, symbols: Symbols | None, floats: torch.Tensor) -> TensorReport:
     width = entry.dtype.itemsize
-    dense = entry.numel * width
-    kept, pruned, levels = int(floats.count_nonzero()), dense, 0
-    shared = dense
-    if symbols is not None:
+    dense = pruned = shared = entry.numel * width
+    levels = 0
+    if symbols is None:
+        # By bytes, since torch cannot count every dtype that it can hold.
+        weights = floats.view(torch.uint8).view(-1, entry.storage.itemsize)
+        kept = int(weights.any(dim=1).count_nonzero())
+    else:
         kept, pairs, gap = _relative(symbols, _CONV_GAP if len(entry.shape) > 2 else _LINEAR_GAP)
         pruned = min(dense, math.ceil(pairs * (8 * width + gap) / 8))
         shared = pruned
@@ -219,11 +224,18 @@ def _report(entry: Entry, symbols: Symbols | None, floats: torch.Tensor) -> Tens
 
 def _relative(symbols: Symbols, width: int) -> tuple[int, int, int]:
     """Non-zero symbols, stored pairs with the fillers of long gaps, and bits of each gap."""
-    positions = np.flatnonzero(symbols)
-    if positions.size == symbols.size:
-        return symbols.size, symbols.size, 0
-    gaps = np.diff(positions, prepend=-1) - 1
-    return positions.size, positions.size + int((gaps >> width).sum()), width
+    flat = symbols.reshape(-1)
+    kept = int(np.count_nonzero(flat))
+    if kept == flat.size:
+        return kept, kept, 0
+    pairs, last = kept, -1
+    # Block by block: a position takes eight times its symbol's memory.
+    for start in range(0, flat.size, _BLOCK):
+        positions = start + np.flatnonzero(flat[start : start + _BLOCK])
+        gaps = np.diff(positions, prepend=last) - 1
+        pairs += int((gaps >> width).sum())
+        last = positions[-1] if positions.size else last
+    return kept, pairs, width
 
 
 def _mean(per_weight: list[float], tensors: tuple[TensorReport, ...]) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pressfit.compressors import read, same_bits, save
 
-__all__ = ["Measured", "main", "measure"]
+__all__ = ["Measured", "main", "measure", "peak", "reset_peak"]
 
 TENSORS = 10
 
@@ -61,19 +61,19 @@ def measure(millions: float) -> Measured:
         save(path, warm)  # compiles
         list(read(path))
         tensors = model(millions)
-        before = _reset_peak()
+        before = reset_peak()
         start = time.perf_counter()
         size = save(path, tensors)
         encoded = time.perf_counter()
-        encode_memory = _peak() - before
-        before = _reset_peak()
+        encode_memory = peak() - before
+        before = reset_peak()
         middle = time.perf_counter()
         equal = []
         for entry, tensor in read(path):
             equal.append(same_bits(tensors[entry.name], tensor))
             del tensor  # one at a time
         end = time.perf_counter()
-        decode_memory = _peak() - before
+        decode_memory = peak() - before
     if len(equal) != TENSORS or not all(equal):
         raise RuntimeError("the file does not restore the model")
     largest = max(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -85,12 +85,14 @@ def _status(key: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
+    """Forget the peak so far, and return the bytes of memory now."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
-def _peak() -> int:
+def peak() -> int:
+    """The most bytes of memory since :func:`reset_peak`."""
     return _status("VmHWM")
 
 

@@ -1,0 +1,112 @@
+"""Files that somebody damaged or forged, and files of every format version there has been.
+
+The first are small editions of ``python -m pressfit.experiments.fuzz_file``. A new format version
+gets a golden file of each coder: ``python tests/test_hostile_files.py 2`` writes them for version 2,
+once, with the code that introduces it; add the number to ``VERSIONS``.
+"""
+
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pressfit.compressors import load, same_bits, save
+from pressfit.compressors.coding import CODERS
+from pressfit.experiments.fuzz_file import accepts, greedy, mutate, opened, sealed, seeds
+
+VERSIONS = (1,)
+GOLDEN = Path(__file__).with_name("golden")
+
+
+@given(st.sampled_from(seeds()), st.integers(0, 2**32))
+@settings(
+    max_examples=600, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_hostile_files_are_refused_in_one_line(tmp_path: Path, seed: bytes, dice: int) -> None:
+    path = tmp_path / "hostile"
+    path.write_bytes(mutate(seed, Random(dice)))
+    accepts(path)  # raises for what is neither taken nor refused as it should be
+
+
+@given(st.binary(max_size=300))
+@settings(
+    max_examples=200, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_noise_is_refused(tmp_path: Path, noise: bytes) -> None:
+    path = tmp_path / "noise"
+    path.write_bytes(noise)
+    assert not accepts(path)
+
+
+def test_honest_files_are_accepted(tmp_path: Path) -> None:
+    for seed in seeds():
+        path = tmp_path / "honest"
+        path.write_bytes(seed)
+        assert accepts(path)
+        parts = opened(seed)
+        assert parts is not None
+        assert sealed(parts) == seed
+
+
+def test_files_that_promise_all_they_may_are_read(tmp_path: Path) -> None:
+    for file in greedy(500):
+        path = tmp_path / "greedy"
+        path.write_bytes(file)
+        accepts(path, limit=None)
+
+
+def golden() -> dict[str, Tensor]:
+    """A tensor of every kind, by integer arithmetic alone."""
+    i = torch.arange(24 * 30).view(24, 30)
+    dense = (i * 7919 % 257 - 128) / 64
+    sparse = dense * (i * 104729 % 11 == 0)
+    shared = ((i * 7919 % 6 - 3) / 4) * (i % 3 == 0)
+    return {
+        "dense.weight": dense,
+        "sparse.weight": sparse,
+        "shared.weight": shared,
+        "tied.weight": shared,
+        "half": sparse.half(),
+        "brain": shared.bfloat16(),
+        "double": dense[:3].double() / 3,
+        "conv": sparse.view(6, 4, 5, 6),
+        "steps": torch.tensor(123456789),
+        "small": (i[:2] % 100).to(torch.int8),
+        "mask": i[:2] % 2 == 0,
+        "nothing": torch.empty(0, 3),
+    }
+
+
+@pytest.mark.parametrize("coder", CODERS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_files_of_every_version_are_read(version: int, coder: str) -> None:
+    found = load(GOLDEN / f"v{version}_{coder}.pressfit")
+    expected = golden()
+    assert list(found) == list(expected)
+    assert all(same_bits(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (VERSIONS[-1] + 1, f"has format version {VERSIONS[-1] + 1}, .*: upgrade pressfit"),
+        (0, "has format version 0, this pressfit reads version 1: no pressfit wrote it"),
+    ],
+)
+def test_other_versions_say_what_is_needed(version: int, message: str, tmp_path: Path) -> None:
+    content = bytearray((GOLDEN / "v1_ans.pressfit").read_bytes())
+    content[4] = version
+    (tmp_path / "other").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "other")
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for name in CODERS:
+        save(GOLDEN / f"v{int(sys.argv[1])}_{name}.pressfit", golden(), name)
