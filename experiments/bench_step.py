@@ -1,6 +1,6 @@
-"""Time of a training step with each method, against plain Lightning, on LeNet-300-100.
+"""Time of a training step with each method, against plain Lightning.
 
-python -m pressfit.experiments.bench_step [--rounds 15] [--threads 2]
+python -m pressfit.experiments.bench_step [--model lenet300] [--rounds 15] [--threads 2]
 
 One process fits the plain network and the compressed ones in turn, round after round, so that a
 busy machine slows all alike; what counts is the median over rounds of the ratio within a round.
@@ -23,19 +23,24 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from pressfit.callbacks import GradualPruning, WeightSharing
-from pressfit.experiments.models import LeNet300
+from pressfit.experiments.models import LeNet300, ResNet20
 
-__all__ = ["main", "step_seconds"]
+__all__ = ["Plain", "Repeat", "main", "step_seconds"]
 
-BATCH = 256
+# Network, shape of a batch, and steps to be measured.
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "lenet300": (LeNet300, (256, 1, 28, 28), 400),
+    "resnet20": (ResNet20, (64, 3, 32, 32), 30),
+}
+WARMUP = 0.25  # of the steps that are measured
 
 
 class Plain(pl.LightningModule):
     """What a user has: cross-entropy and Adam."""
 
-    def __init__(self) -> None:
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net = LeNet300()
+        self.net = net
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
@@ -47,9 +52,9 @@ class Plain(pl.LightningModule):
 class Repeat:
     """One batch, again and again: loading takes no time."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, shape: tuple[int, ...]) -> None:
         self.steps = steps
-        self.batch = (torch.rand(BATCH, 1, 28, 28), torch.randint(10, (BATCH,)))
+        self.batch = (torch.rand(shape), torch.randint(10, shape[:1]))
 
     def __len__(self) -> int:
         return self.steps
@@ -86,9 +91,11 @@ METHODS: dict[str, Callable[[], list[pl.Callback]]] = {
 }
 
 
-def step_seconds(callbacks: list[pl.Callback], steps: int = 500, warmup: int = 100) -> float:
-    """Seconds of a training step, the mean over all but the first ``warmup`` steps of an epoch."""
+def step_seconds(callbacks: list[pl.Callback], model: str) -> float:
+    """Seconds of a training step, the mean over all but an epoch's first steps."""
     # In the second epoch, since ModelPruning makes its masks at the end of the first.
+    make, shape, steps = MODELS[model]
+    warmup = int(WARMUP * steps)
     clock = Clock(warmup)
     trainer = pl.Trainer(
         max_epochs=2,
@@ -99,12 +106,13 @@ def step_seconds(callbacks: list[pl.Callback], steps: int = 500, warmup: int = 1
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Plain(), Repeat(steps))
-    return clock.seconds / (steps - warmup)
+    trainer.fit(Plain(make()), Repeat(warmup + steps, shape))
+    return clock.seconds / steps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="lenet300")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
@@ -114,8 +122,8 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
     for _ in range(options.rounds):
         for name, make in METHODS.items():
-            seconds[name].append(step_seconds(make()))
-    table = Table(title=f"LeNet-300-100, batch {BATCH}, {options.threads} threads")
+            seconds[name].append(step_seconds(make(), options.model))
+    table = Table(title=f"{options.model}, {options.threads} threads")
     for column in ("callbacks", "ms a step", "ratio", "quartiles"):
         table.add_column(column, justify="left" if column == "callbacks" else "right")
     plain = seconds["plain Lightning"]

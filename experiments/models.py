@@ -1,10 +1,11 @@
-"""The networks of the Deep Compression paper, and a multi-layer perceptron of any widths.
+"""The networks of the Deep Compression paper, a residual network, and a perceptron of any widths.
 
 ==========  ===============================  ==========  ==========
 network     layers                           parameters  bytes
 ==========  ===============================  ==========  ==========
 LeNet300    784-300-100-10                      266,610   1,066,440
 LeNet5      conv 20, conv 50, fc 500, fc 10     431,080   1,724,320
+ResNet20    3 stages of 3 residual blocks       269,722   1,078,888
 ==========  ===============================  ==========  ==========
 """
 
@@ -14,7 +15,7 @@ from itertools import pairwise
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-__all__ = ["MLP", "LeNet5", "LeNet300"]
+__all__ = ["MLP", "LeNet5", "LeNet300", "ResNet20"]
 
 
 class MLP(nn.Sequential):
@@ -71,6 +72,49 @@ class LeNet5(nn.Module):
         x = F.max_pool2d(self.conv2(x), 2)
         logits: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
         return logits
+
+
+class ResNet20(nn.Module):
+    """ResNet-20 for images of 32 x 32 pixels in three colours (He et al., 2016, section 4.2).
+
+    Three stages of 16, 32 and 64 channels with three blocks each; where the shape changes the
+    shortcut takes every second pixel and fills the new channels with zeros (option A).
+
+    Example:
+        >>> sum(p.numel() for p in ResNet20().parameters())
+        269722
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        widths = [16, *[16] * 3, *[32] * 3, *[64] * 3]
+        self.blocks = nn.Sequential(*(_Block(*pair) for pair in pairwise(widths)))
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.conv(images)))
+        logits: Tensor = self.fc(self.blocks(x).mean((2, 3)))
+        return logits
+
+
+class _Block(nn.Module):
+    """``relu(x + f(x))``; twice as many channels come with half the pixels in each direction."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.stride = outputs // inputs
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        missing = residual.shape[1] - x.shape[1]
+        return F.relu(residual + F.pad(shortcut, (0, 0, 0, 0, missing // 2, missing // 2)))
 
 
 def _checked(images: Tensor) -> Tensor:
