@@ -132,18 +132,21 @@ class WeightSharing(Method):
         own = match(self.overrides, list(self.selection.chosen))
         for name in weights:
             flat = weights[name].flatten()
-            mask = flat != 0
-            values = flat[mask]
+            blocks = flat.split(_BLOCK)
             kmeans = KMeans(own.get(name, self.clusters), self.codebook_dtype)
-            if self.init == "optimal" or values.numel() == 0:
-                codebook = kmeans.centroids(values)
+            if self.init == "optimal":
+                codebook = kmeans.centroids(flat[flat != 0])
             elif name in self.clusterings:
                 codebook = self.clusterings[name]["codebook"].sort().values
             else:
-                codebook = linear(values, kmeans.clusters)
-            index = flat.new_full(flat.shape, _ZERO, dtype=torch.int16)
-            index[mask] = assign(values, codebook).to(index.dtype)
-            counts = torch.bincount(index[mask], minlength=codebook.numel())
+                kept = (block[block != 0] for block in blocks)
+                bounds = [bound for block in kept if block.numel() for bound in block.aminmax()]
+                codebook = linear(torch.stack(bounds), kmeans.clusters) if bounds else flat[:0]
+            index = flat.new_empty(flat.shape, dtype=torch.int16)
+            counts = flat.new_zeros(codebook.shape, dtype=torch.int64)
+            for block, clusters in zip(blocks, index.split(_BLOCK), strict=True):
+                clusters.copy_(assign(block, codebook)).masked_fill_(block == 0, _ZERO)
+                counts += torch.bincount(clusters[clusters != _ZERO], minlength=len(codebook))
             self.clusterings[name] = {
                 **self._layout(name, index),
                 # A cluster that lost its last weight stays where it was.
