@@ -161,7 +161,7 @@ def test_help_helps() -> None:
     below = pressfit_("train", "--help")
     for part in (
         "experiment=deep_compression",
-        "callbacks: checkpoint, monitor, prune",
+        "callbacks: checkpoint, ema, guard, monitor",
         "data: digits, mnist",
     ):
         assert part in below.stdout
