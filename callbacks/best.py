@@ -6,30 +6,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from pressfit.callbacks.averaging import EMA
 from pressfit.callbacks.method import plan_of
+from pressfit.callbacks.metric import Metric
 from pressfit.callbacks.sharding import whole
 from pressfit.compressors.artifact import save
 
 __all__ = ["EarlyStoppingOnceCompressed", "ModelCheckpointOnceCompressed", "ParetoCheckpoint"]
 
 
-def _compressed(trainer: pl.Trainer) -> bool:
-    plan = plan_of(trainer)
-    return plan is None or plan.complete
-
-
-class ModelCheckpointOnceCompressed(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, which sees nothing of the training until every method has
-    reached its full strength.
-
-    A dense network has a lower error than the compressed one that it becomes: the best of all
-    epochs would come from before. It takes ModelCheckpoint's arguments; for resuming keep a plain
-    ModelCheckpoint beside it.
-    """
+class _OnceCompressed(pl.Callback):
+    """Hides a training from a callback until every method has reached its full strength."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         if _compressed(trainer):
@@ -44,17 +33,24 @@ class ModelCheckpointOnceCompressed(ModelCheckpoint):
             super().on_validation_end(trainer, pl_module)
 
 
-class EarlyStoppingOnceCompressed(EarlyStopping):
+class ModelCheckpointOnceCompressed(_OnceCompressed, ModelCheckpoint):
+    """Lightning's ModelCheckpoint, which sees nothing of the training until every method has
+    reached its full strength.
+
+    A dense network has a lower error than the compressed one that it becomes: the best of all
+    epochs would come from before. It takes ModelCheckpoint's arguments; for resuming keep a plain
+    ModelCheckpoint beside it.
+    """
+
+
+class EarlyStoppingOnceCompressed(_OnceCompressed, EarlyStopping):
     """Lightning's EarlyStopping, whose patience begins when every method has reached its full
     strength. It takes EarlyStopping's arguments."""
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if _compressed(trainer):
-            super().on_train_epoch_end(trainer, pl_module)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if _compressed(trainer):
-            super().on_validation_end(trainer, pl_module)
+def _compressed(trainer: pl.Trainer) -> bool:
+    plan = plan_of(trainer)
+    return plan is None or plan.complete
 
 
 class ParetoCheckpoint(pl.Callback):
@@ -83,19 +79,13 @@ class ParetoCheckpoint(pl.Callback):
         coder: str = "context",
     ) -> None:
         super().__init__()
-        if mode not in ("min", "max"):
-            raise MisconfigurationException(f"ParetoCheckpoint: mode is min or max, got {mode!r}")
-        self.dirpath, self.monitor, self.mode, self.coder = Path(dirpath), monitor, mode, coder
+        self.dirpath, self.metric, self.coder = Path(dirpath), Metric(monitor, mode), coder
         self.points: list[dict[str, Any]] = []
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+        metric = self.metric.validated(trainer)
+        if metric is None:
             return
-        if self.monitor not in trainer.callback_metrics:
-            raise MisconfigurationException(
-                f"ParetoCheckpoint: validation logged no {self.monitor!r}, only "
-                f"{', '.join(trainer.callback_metrics) or 'nothing'}: name one with monitor=..."
-            )
         average = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
         validated = average.weights(pl_module) if average else pl_module.state_dict()
         tensors = {name: whole(tensor) for name, tensor in validated.items()}
@@ -106,7 +96,7 @@ class ParetoCheckpoint(pl.Callback):
         point = {
             "step": trainer.global_step,
             "bytes": save(path, tensors, self.coder),
-            "metric": float(trainer.callback_metrics[self.monitor]),
+            "metric": metric,
             "path": path.name,
         }
         rivals = [*(rival for rival in self.points if rival["path"] != path.name), point]
@@ -122,8 +112,9 @@ class ParetoCheckpoint(pl.Callback):
 
     def _beats(self, first: dict[str, Any], second: dict[str, Any]) -> bool:
         """No worse in both, and better in one; of equal ones the earlier."""
-        sign = 1 if self.mode == "min" else -1
-        mine, other = ((p["bytes"], sign * p["metric"], p["step"]) for p in (first, second))
+        mine, other = (
+            (p["bytes"], self.metric.loss(p["metric"]), p["step"]) for p in (first, second)
+        )
         return mine[0] <= other[0] and mine[1] <= other[1] and mine < other
 
     def state_dict(self) -> dict[str, Any]:

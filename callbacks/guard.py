@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from pressfit.callbacks.method import plan_of
+from pressfit.callbacks.metric import Metric
 
 __all__ = ["AccuracyGuard"]
 
@@ -37,13 +38,11 @@ class AccuracyGuard(pl.Callback):
         mode: Literal["min", "max"] = "min",
     ) -> None:
         super().__init__()
-        if mode not in ("min", "max"):
-            raise MisconfigurationException(f"AccuracyGuard: mode is min or max, got {mode!r}")
         if not tolerance >= 0:
             raise MisconfigurationException(
                 f"AccuracyGuard: a tolerance is no less than 0, got {tolerance}"
             )
-        self.monitor, self.tolerance, self.mode = monitor, tolerance, mode
+        self.metric, self.tolerance = Metric(monitor, mode), tolerance
         self.best = math.inf
         self.holding = False
 
@@ -60,26 +59,20 @@ class AccuracyGuard(pl.Callback):
         plan.holding = self.holding
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        plan = plan_of(trainer)
-        if trainer.sanity_checking or trainer.state.fn != "fit" or plan is None:
+        plan, metric = plan_of(trainer), self.metric.validated(trainer)
+        if plan is None or metric is None:
             return
-        if self.monitor not in trainer.callback_metrics:
-            raise MisconfigurationException(
-                f"AccuracyGuard: validation logged no {self.monitor!r}, only "
-                f"{', '.join(trainer.callback_metrics) or 'nothing'}: name one with monitor=..."
-            )
-        sign = 1 if self.mode == "min" else -1
-        metric = sign * float(trainer.callback_metrics[self.monitor])
-        self.best = min(self.best, metric)
+        loss = self.metric.loss(metric)
+        self.best = min(self.best, loss)
         # A metric that is no number holds, too; and each process may have its own metric.
         begun = any(method.chosen_at is not None for method in plan.methods)
-        worse = begun and not metric - self.best <= self.tolerance
+        worse = begun and not loss - self.best <= self.tolerance
         worse = trainer.strategy.reduce_boolean_decision(worse, all=False)
         if worse != self.holding and not plan.complete:
             what = "held" if worse else "going on"
             pl.utilities.rank_zero_info(
-                f"AccuracyGuard: {self.monitor} is {sign * metric:.4g}, its best {sign * self.best:.4g}: "
-                f"compression is {what} at step {plan.step:,}"
+                f"AccuracyGuard: {self.metric.name} is {metric:.4g}, its best "
+                f"{self.metric.loss(self.best):.4g}: compression is {what} at step {plan.step:,}"
             )
         self.holding = plan.holding = worse
 

@@ -46,8 +46,11 @@ SETTINGS: list[tuple[Callable[[], Any], str]] = [
     (lambda: CompressedCheckpoint(weights="first"), "'last' or 'best', got 'first'"),  # type: ignore[arg-type]
     (lambda: CompressionMonitor(0), "every_n_epochs is at least 1, got 0"),
     (lambda: AccuracyGuard(tolerance=-1), "a tolerance is no less than 0, got -1"),
-    (lambda: AccuracyGuard(mode="least"), "mode is min or max, got 'least'"),  # type: ignore[arg-type]
-    (lambda: ParetoCheckpoint("x", mode="least"), "mode is min or max, got 'least'"),  # type: ignore[arg-type]
+    (lambda: AccuracyGuard(mode="least"), "the mode of 'val/error' is min or max, got 'least'"),  # type: ignore[arg-type]
+    (
+        lambda: ParetoCheckpoint("x", mode="least"),
+        "the mode of 'val/error' is min or max, got 'least'",
+    ),  # type: ignore[arg-type]
     (lambda: ResumableLoader(iter([])), "has no length.*use a DataLoader"),
 ]
 

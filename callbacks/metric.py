@@ -1,0 +1,47 @@
+"""A metric of the validation that callbacks decide by."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+__all__ = ["Metric"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Name of a logged metric, and whether it is an error (``"min"``) or an accuracy (``"max"``).
+
+    Example:
+        >>> Metric("val/accuracy", "max").loss(0.75)
+        -0.75
+    """
+
+    name: str
+    mode: Literal["min", "max"]
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("min", "max"):
+            raise MisconfigurationException(
+                f"the mode of {self.name!r} is min or max, got {self.mode!r}"
+            )
+
+    def loss(self, value: float) -> float:
+        """The value as what is better the smaller it is."""
+        return value if self.mode == "min" else -value
+
+    def validated(self, trainer: pl.Trainer) -> float | None:
+        """What the validation logged, or None if it is not one of a training.
+
+        Raises:
+            MisconfigurationException: It logged nothing of this name.
+        """
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return None
+        if self.name not in trainer.callback_metrics:
+            logged = ", ".join(trainer.callback_metrics) or "nothing"
+            raise MisconfigurationException(
+                f"the validation logged no {self.name!r}, only {logged}: name one with monitor=..."
+            )
+        return float(trainer.callback_metrics[self.name])
