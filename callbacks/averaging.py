@@ -130,8 +130,10 @@ def _projections(module: pl.LightningModule, averages: Mapping[str, Tensor]) -> 
 @torch.no_grad()
 def _project_(module: pl.LightningModule) -> dict[str, Tensor]:
     """Project the averages that stand in a module, and return them as they were."""
-    averages = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    projections = _projections(module, averages)
-    for name, projection in projections.items():
-        module.get_parameter(name).copy_(projection)
-    return {name: averages[name] for name in projections}
+    plan = plan_of(module.trainer)
+    averages = {}
+    for name, parameter in module.named_parameters():
+        if plan is not None and parameter in plan.names:
+            averages[name] = parameter.detach().clone()
+            plan.project_average_(name, parameter.detach())
+    return averages
