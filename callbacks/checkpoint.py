@@ -62,15 +62,14 @@ class CompressedCheckpoint(pl.Callback):
         self._hooks: list[RemovableHandle] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        monitor = getattr(trainer.checkpoint_callback, "monitor", None)
-        if stage == "fit" and self.weights == "best" and monitor is None:
+        if stage != "fit" or self.weights != "best":
+            return
+        if getattr(trainer.checkpoint_callback, "monitor", None) is None:
             raise MisconfigurationException(
                 "CompressedCheckpoint: the best weights need a ModelCheckpoint with a monitor in "
                 "the Trainer; add one, or write weights='last'"
             )
-
-        sharded = isinstance(trainer.strategy, ModelParallelStrategy)
-        if stage == "fit" and self.weights == "best" and sharded:
+        if isinstance(trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(
                 "CompressedCheckpoint: the best weights of a sharded training lie in several files: "
                 "write weights='last'"
@@ -93,7 +92,6 @@ class CompressedCheckpoint(pl.Callback):
                     f"CompressedCheckpoint: the state dict's {name} is a {type(value).__name__}, "
                     "and only tensors can be stored"
                 )
-
         # Once for all, since a compiler would compile anew if hooks came and went.
         for name, module in [("", pl_module), *pl_module.named_children()]:
             if any(True for _ in module.parameters()):
@@ -118,10 +116,12 @@ class CompressedCheckpoint(pl.Callback):
         self._unhook()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # On every process: sharded tensors are gathered from all.
-        tensors = {name: whole(t) for name, t in self._tensors(trainer, pl_module).items()}
+        # On every process: the folder is agreed upon, and sharded tensors are gathered from all.
         folder = self._folder(trainer)
+        tensors = {name: whole(tensor) for name, tensor in pl_module.state_dict().items()}
         if trainer.is_global_zero:
+            if self.weights == "best":
+                tensors = self._best(trainer)
             size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             self.path = self._save(folder, tensors, trainer)
             _verify(self.path, tensors, size)
@@ -158,9 +158,7 @@ class CompressedCheckpoint(pl.Callback):
             return candidate / self.filename
         raise OSError(f"CompressedCheckpoint: {'; '.join(problems)}: free some space")
 
-    def _tensors(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
-        if self.weights == "last":
-            return pl_module.state_dict()
+    def _best(self, trainer: pl.Trainer) -> dict[str, Tensor]:
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if not path:
             raise MisconfigurationException(
