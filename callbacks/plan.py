@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
@@ -284,11 +285,14 @@ class Plan:
             parameter.requires_grad and not is_lazy(parameter) for parameter in self._waiting
         ):
             return
+        known = set(self.names.values())
         for method in self.methods:
             method.unhook()
         self._select()
         for method in self.methods:
             method.hook()
+        joined = ", ".join(name for name in self.names.values() if name not in known)
+        rank_zero_info(f"joined the compression plan at step {self.step:,}: {joined}")
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -312,7 +316,7 @@ class Plan:
         anew = False
         for method in self.methods:
             mine = [name for name in method.selection.chosen if name in parameters]
-            due = choose and self._due(method, step, {name: parameters[name] for name in mine})
+            due = choose and (self._due(method, step) or self._late(method, step, parameters))
             if not mine or (method.chosen_at is None and not due):
                 continue
             if method.straight_through:
@@ -337,17 +341,22 @@ class Plan:
         first, last = self.windows[method]
         return method.strength(min(1.0, (step - first) / max(1, last - first)))
 
-    def _due(self, method: Method, step: int, parameters: Mapping[str, nn.Parameter]) -> bool:
+    def _due(self, method: Method, step: int) -> bool:
         first, last = self.windows[method]
         if step <= first:
             return False
         if method.chosen_at is None:
             return True
         every = method.every or max(1, (last - first) // 100)
-        if method.chosen_at < last and (step - method.chosen_at >= every or step >= last):
-            return True
-        # A parameter that joined the optimizer, or got its first gradient, since then.
-        return any(p.grad is not None and not method.holds(name) for name, p in parameters.items())
+        return method.chosen_at < last and (step - method.chosen_at >= every or step >= last)
+
+    def _late(self, method: Method, step: int, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Whether a parameter joined the optimizer, or got its first gradient, since the method
+        chose."""
+        return step > self.windows[method][0] and any(
+            name in parameters and parameters[name].grad is not None and not method.holds(name)
+            for name in method.selection.chosen
+        )
 
     def _save(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
         """Copy a parameter to its latent. Before its first update there is none to keep: many
@@ -365,9 +374,9 @@ class Plan:
         """Give sharded parameters their latents early: sharded checkpoints are read into what is
         there already, and into nothing else."""
         for name, parameter in self._parameters(optimizer).items():
-            kept = any(method.straight_through for method in self.chain(name))
-            absent = LATENT not in optimizer.state.get(parameter, {})
-            if isinstance(parameter, DTensor) and kept and absent:
+            if not isinstance(parameter, DTensor) or LATENT in optimizer.state.get(parameter, {}):
+                continue
+            if any(method.straight_through for method in self.chain(name)):
                 self._save(optimizer, parameter)
 
     def _seen(self, method: Method, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -476,13 +485,13 @@ def _deaf(optimizer: Optimizer) -> MisconfigurationException:
 def _finite(optimizer: Optimizer) -> bool:
     """Whether the step will be taken: a gradient scaler skips it if any gradient is not finite."""
     gradients = [
-        local(parameter.grad)
+        parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.grad is not None
     ]
-    values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-    return bool(torch.stack([v.isfinite().all() for v in values]).all()) if values else True
+    finite = [whole(gradient.isfinite().all()) for gradient in gradients]
+    return bool(torch.stack(finite).all()) if finite else True
 
 
 def _gradient(parameter: nn.Parameter, scale: float) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pressfit.callbacks.method import Method
-from pressfit.callbacks.sharding import gather, shard, stack, unstack, whole
+from pressfit.callbacks.sharding import gather, processes, shard, stack, unstack, whole
 from pressfit.compressors.allocation import ALLOCATIONS, BY_SHAPE, Lazy
 from pressfit.compressors.codes import INTEGERS
 from pressfit.compressors.criteria import CRITERIA
@@ -181,12 +181,12 @@ class GradualPruning(Method):
 
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
         # Gradients are the same on all processes, the inputs of layers are each one's own.
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for mine in self.statistics.values():
-                if "input_norm" in mine:
-                    squares = mine["input_norm"].square()
-                    torch.distributed.all_reduce(squares)
-                    mine["input_norm"] = squares.div_(torch.distributed.get_world_size()).sqrt_()
+        _, world = processes()
+        for mine in self.statistics.values():
+            if "input_norm" in mine and world > 1:
+                squares = mine["input_norm"].square()
+                torch.distributed.all_reduce(squares)
+                mine["input_norm"] = squares.div_(world).sqrt_()
         # What has seen no gradient yet waits for the next choice.
         needed = CRITERIA[self.criterion].statistics
         ready = [

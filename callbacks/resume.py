@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler
 
 from pressfit.callbacks.method import plan_of
+from pressfit.callbacks.sharding import processes
 
 __all__ = ["RandomState", "ResumableLoader"]
 
@@ -43,10 +44,10 @@ class RandomState(pl.Callback):
         self.resumed = False
 
     def state_dict(self) -> dict[str, Any]:
-        states = [_state()]
-        if dist.is_available() and dist.is_initialized():
-            states *= dist.get_world_size()
-            dist.all_gather_object(states, _state())
+        _, world = processes()
+        states = [_state()] * world
+        if world > 1:
+            dist.all_gather_object(states, states[0])
         return {"processes": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -197,10 +198,9 @@ class _EpochSampler(DistributedSampler[Any]):
         return super().__len__()
 
     def _join(self) -> None:
-        if dist.is_available() and dist.is_initialized():
-            epoch = self.epoch
-            super().__init__(self.dataset, shuffle=self.shuffle, seed=self.seed)
-            self.epoch = epoch
+        epoch, (rank, world) = self.epoch, processes()
+        super().__init__(self.dataset, world, rank, self.shuffle, self.seed)
+        self.epoch = epoch
 
 
 def _state() -> dict[str, Any]:

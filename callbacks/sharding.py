@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["gather", "local", "reduce_", "shard", "stack", "unstack", "whole"]
+__all__ = ["gather", "local", "processes", "reduce_", "shard", "stack", "unstack", "whole"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -49,17 +49,24 @@ def reduce_(sums: Tensor, parameter: Tensor) -> Tensor:
     return sums
 
 
+def processes() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
 def stack(tensor: Tensor) -> Tensor:
     """What every process has of its own, one behind the other."""
-    if not (dist.is_available() and dist.is_initialized()):
+    _, world = processes()
+    if world == 1:
         return tensor[None]
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    parts = [torch.empty_like(tensor) for _ in range(world)]
     dist.all_gather(parts, tensor.contiguous())
     return torch.stack(parts)
 
 
 def unstack(parts: Tensor) -> Tensor | None:
     """This process's part of what :func:`stack` gathered, if there were as many processes."""
-    known = dist.is_available() and dist.is_initialized()
-    world, rank = (dist.get_world_size(), dist.get_rank()) if known else (1, 0)
+    rank, world = processes()
     return parts[rank] if len(parts) == world else None

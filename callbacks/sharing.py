@@ -186,6 +186,8 @@ class WeightSharing(Method):
         flat = weight.contiguous().view(-1)
         all_shared = index.numel() == flat.numel()
         values = (flat if all_shared else flat.index_select(0, positions)).view_as(index)
+        if index.numel() <= _BLOCK:
+            index = index.long()  # once for both uses
         rows = max(1, _BLOCK // max(1, index.shape[1]))
         blocks = list(zip(values.split(rows), index.split(rows), strict=True))
 
