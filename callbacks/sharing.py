@@ -7,10 +7,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from pressfit.callbacks.centroids import move_, precision, sums
 from pressfit.callbacks.method import Method
 from pressfit.callbacks.sharding import gather, local, reduce_, shard
 from pressfit.compressors.cluster import KMeans, assign, linear
-from pressfit.compressors.codes import matrix_shape
 from pressfit.compressors.schedules import Linear, Schedule
 from pressfit.compressors.select import match
 
@@ -18,7 +18,7 @@ __all__ = ["WeightSharing"]
 
 # Index of a weight that is zero, and in no cluster.
 _ZERO = -1
-# Indexes are kept as narrow as they fit, and widened for so many weights at a time.
+# Weights that are assigned at a time.
 _BLOCK = 2**20
 
 
@@ -145,13 +145,15 @@ class WeightSharing(Method):
             index = flat.new_empty(flat.shape, dtype=torch.int16)
             counts = flat.new_zeros(codebook.shape, dtype=torch.int64)
             for block, clusters in zip(blocks, index.split(_BLOCK), strict=True):
-                clusters.copy_(assign(block, codebook)).masked_fill_(block == 0, _ZERO)
-                counts += torch.bincount(clusters[clusters != _ZERO], minlength=len(codebook))
+                nearest = assign(block, codebook).masked_fill_(block == 0, _ZERO)
+                counts += torch.bincount(nearest - _ZERO, minlength=1 + len(codebook))[1:]
+                clusters.copy_(nearest)
+            exact = precision(flat.device)
             self.clusterings[name] = {
                 **self._layout(name, index),
                 # A cluster that lost its last weight stays where it was.
-                "rest": torch.where(counts > 0, 0, codebook),
-                "counts": counts.clamp_min(1),
+                "rest": torch.where(counts > 0, 0, codebook).to(exact),
+                "counts": counts.clamp_min(1).to(exact),
                 "codebook": codebook,
             }
 
@@ -182,31 +184,12 @@ class WeightSharing(Method):
         """Move weights to the means of their clusters, which are returned."""
         clustering = self.clusterings[name]
         positions, index = clustering["positions"], clustering["index"]
-        rest, counts = clustering["rest"], clustering["counts"]
         flat = weight.contiguous().view(-1)
-        all_shared = index.numel() == flat.numel()
-        values = (flat if all_shared else flat.index_select(0, positions)).view_as(index)
-        if index.numel() <= _BLOCK:
-            index = index.long()  # once for both uses
-        rows = max(1, _BLOCK // max(1, index.shape[1]))
-        blocks = list(zip(values.split(rows), index.split(rows), strict=True))
-
-        precision = torch.promote_types(values.dtype, torch.float32)
-        sums = torch.zeros(len(counts), dtype=precision, device=values.device)
-        for block, clusters in blocks:
-            # In rows, which are summed and looked up in parallel.
-            partial = sums.new_zeros(len(block), len(counts))
-            sums += partial.scatter_add_(1, clusters.long(), block.to(precision)).sum(0)
-        means = (reduce_(sums, self.selection.chosen[name]) + rest) / counts
+        totals = sums(flat, positions, index, len(clustering["counts"]))
+        shared = reduce_(totals, self.selection.chosen[name])
+        means = torch.addcdiv(clustering["rest"], shared, clustering["counts"])
         codebook = means.to(getattr(torch, self.codebook_dtype)).to(weight.dtype)
-        for block, clusters in blocks:
-            levels = codebook.expand(len(block), -1)
-            if strength < 1.0:
-                block.lerp_(levels.gather(1, clusters.long()), strength)
-            else:
-                torch.gather(levels, 1, clusters.long(), out=block)
-        if not all_shared:
-            flat.index_copy_(0, positions.long(), values.view(-1))
+        move_(flat, positions, index, codebook, strength)
         if not weight.is_contiguous():
             weight.copy_(flat.view_as(weight))
         return codebook
@@ -218,17 +201,11 @@ class WeightSharing(Method):
         part = shard(index.view(parameter.shape), parameter)
         flat = part.flatten()
         narrow = torch.uint8 if int(index.max()) < 256 else torch.int16
-        if bool((flat != _ZERO).all()):
-            return {
-                "positions": flat.new_empty(0),
-                "index": flat.to(narrow).view(matrix_shape(part.shape)),
-            }
-        positions = (flat != _ZERO).nonzero().squeeze(1)
         short = torch.int32 if flat.numel() < 2**31 else torch.int64
-        return {
-            "positions": positions.to(short),
-            "index": flat[positions].to(narrow).view(1, -1),
-        }
+        if bool((flat != _ZERO).all()):
+            return {"positions": flat.new_empty(0, dtype=short), "index": flat.to(narrow)}
+        positions = (flat != _ZERO).nonzero().squeeze(1)
+        return {"positions": positions.to(short), "index": flat[positions].to(narrow)}
 
     def _index(self, name: str) -> Tensor:
         """The whole index, shaped like the weight."""
@@ -237,8 +214,8 @@ class WeightSharing(Method):
         part = torch.full_like(local(parameter), _ZERO, dtype=torch.int16).contiguous()
         flat = part.view(-1)
         if index.numel() == flat.numel():
-            flat.copy_(index.view(-1))
+            flat.copy_(index)
         else:
-            flat[positions.long()] = index.view(-1).to(flat.dtype)
+            flat[positions.long()] = index.to(flat.dtype)
         # 16-bit integers cannot be sent by every backend.
         return gather(part.int(), parameter).short()
