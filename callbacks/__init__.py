@@ -4,12 +4,12 @@ from pressfit.callbacks.averaging import EMA
 from pressfit.callbacks.best import (
     EarlyStoppingOnceCompressed,
     ModelCheckpointOnceCompressed,
-    ParetoCheckpoint,
 )
 from pressfit.callbacks.checkpoint import CompressedCheckpoint
 from pressfit.callbacks.guard import AccuracyGuard
 from pressfit.callbacks.method import Method, methods_of, plan_of
 from pressfit.callbacks.monitor import CompressionMonitor
+from pressfit.callbacks.pareto import ParetoCheckpoint
 from pressfit.callbacks.plan import Plan
 from pressfit.callbacks.pruning import GradualPruning
 from pressfit.callbacks.resume import RandomState, ResumableLoader

@@ -28,8 +28,11 @@ class EMA(EMAWeightAveraging):
     anywhere in the Trainer's list.
     """
 
+    projects = True  # what tells it from averages that undo compression
+
     # The averages whose projections stand in the module while it is validated.
     _averages: dict[str, Tensor]
+    _fitting = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -38,6 +41,9 @@ class EMA(EMAWeightAveraging):
                 "them whole: train without EMA, or with strategy='ddp'"
             )
         self._averages = {}
+        self._fitting = stage == "fit"
+        if self._fitting and not trainer.global_step:  # of another training
+            self._latest_update_step, self._latest_update_epoch = 0, -1
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(
@@ -47,6 +53,10 @@ class EMA(EMAWeightAveraging):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_end(trainer, _Latent(pl_module))  # type: ignore[arg-type]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._fitting:
+            super().load_state_dict(state_dict)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -63,8 +73,14 @@ class EMA(EMAWeightAveraging):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # One that was written before the first update, or without averaging, is the weights' own.
-        if "averaging_state" in checkpoint:
+        if self._average_model is not None and "averaging_state" in checkpoint:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if self._averages:  # in the middle of a validation, and a checkpoint may be about to follow
+            self._swap_models(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # The module holds the average now, and Lightning would swap it with it in every validation.

@@ -1,7 +1,8 @@
 """Weights to their centroids and back: what weight sharing computes in every training step.
 
-On the CPU each of the two is one compiled pass over the weights; elsewhere torch does it. Sums are in double precision and in a fixed order, so
-that a resumed run, and every other process, gets the same centroids to the last bit.
+On the CPU each of the two is one compiled pass over the weights; elsewhere torch does it. Sums are
+in double precision and in a fixed order, so that a resumed run, and every other process, gets the
+same centroids to the last bit.
 """
 
 import numba

@@ -9,20 +9,22 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
+from pressfit.callbacks.best import ModelCheckpointOnceCompressed
 from pressfit.callbacks.method import methods_of
 from pressfit.callbacks.sharding import whole
 from pressfit.compressors.artifact import load, save
-from pressfit.compressors.codes import same_bits
+from pressfit.compressors.codes import CODED, same_bits
 from pressfit.compressors.compress import restore
 from pressfit.compressors.report import Report, inspect
 
-__all__ = ["CompressedCheckpoint"]
+__all__ = ["CompressedCheckpoint", "check_writable"]
 
 
 class CompressedCheckpoint(pl.Callback):
@@ -34,7 +36,8 @@ class CompressedCheckpoint(pl.Callback):
     Args:
         dirpath: Folder of the file; by default the logger's, else the Trainer's root.
         filename: Name of the file.
-        weights: ``"last"``, or ``"best"`` by the Trainer's ``ModelCheckpoint``.
+        weights: ``"last"``, or ``"best"`` by the Trainer's ``ModelCheckpointOnceCompressed``, else
+            by its first ``ModelCheckpoint`` with a monitor.
         coder: Coder of the index streams: ``context``, ``ans`` or ``huffman``.
 
     Attributes:
@@ -64,28 +67,21 @@ class CompressedCheckpoint(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit" or self.weights != "best":
             return
-        if getattr(trainer.checkpoint_callback, "monitor", None) is None:
+        if _monitored(trainer) is None:
             raise MisconfigurationException(
                 "CompressedCheckpoint: the best weights need a ModelCheckpoint with a monitor in "
                 "the Trainer; add one, or write weights='last'"
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(
-                "CompressedCheckpoint: the best weights of a sharded training lie in several files: "
-                "write weights='last'"
+                "CompressedCheckpoint: the best weights of a sharded training lie in several "
+                "files: write weights='last'"
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = self._folder(trainer)
         if trainer.is_global_zero:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder).close()
-            except OSError as error:
-                raise MisconfigurationException(
-                    f"CompressedCheckpoint: nothing can be written into {folder} ({error}): name "
-                    "another folder with dirpath=..."
-                ) from error
+            check_writable(folder, self)
         for name, value in pl_module.state_dict().items():
             if not isinstance(value, Tensor):
                 raise MisconfigurationException(
@@ -121,7 +117,8 @@ class CompressedCheckpoint(pl.Callback):
         tensors = {name: whole(tensor) for name, tensor in pl_module.state_dict().items()}
         if trainer.is_global_zero:
             if self.weights == "best":
-                tensors = self._best(trainer)
+                tensors = self._best(trainer) or tensors
+            _warn_of_nan(tensors)
             size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             self.path = self._save(folder, tensors, trainer)
             _verify(self.path, tensors, size)
@@ -133,7 +130,7 @@ class CompressedCheckpoint(pl.Callback):
         self.path = trainer.strategy.broadcast(self.path)
 
     def _folder(self, trainer: pl.Trainer) -> Path:
-        """Where the file goes; every process has to ask, since the logger's folder is agreed upon."""
+        """Where the file goes; every process has to ask, since a logger's folder is agreed upon."""
         folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
         return trainer.strategy.broadcast(folder)
 
@@ -158,21 +155,23 @@ class CompressedCheckpoint(pl.Callback):
             return candidate / self.filename
         raise OSError(f"CompressedCheckpoint: {'; '.join(problems)}: free some space")
 
-    def _best(self, trainer: pl.Trainer) -> dict[str, Tensor]:
-        path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    def _best(self, trainer: pl.Trainer) -> dict[str, Tensor] | None:
+        """The best weights, or None, with a warning, if none were ever saved."""
+        path = getattr(_monitored(trainer), "best_model_path", "")
         if not path:
-            raise MisconfigurationException(
-                "CompressedCheckpoint: ModelCheckpoint has no best weights; give it a monitor"
+            pl.utilities.rank_zero_warn(
+                "CompressedCheckpoint: no best weights were saved, since full strength was never "
+                "reached or nothing was validated: the file holds the last ones"
             )
+            return None
         # Whole, with the user's own hyper-parameters: this process has written the file itself.
         checkpoint = torch.load(path, map_location="cpu", weights_only=False)
         for method in methods_of(trainer):
-            last = method.plan.windows[method][1] if method.plan else 0
-            if checkpoint["global_step"] < last:
+            state = checkpoint.get("callbacks", {}).get(method.state_key)
+            if state and state["step"] - state["held"] < state["span"][1]:
                 pl.utilities.rank_zero_warn(
-                    f"the best weights are from step {checkpoint['global_step']:,}, before "
-                    f"{type(method).__name__} reached its full strength at step {last:,}: use "
-                    "ModelCheckpointOnceCompressed"
+                    f"the best weights are from before {type(method).__name__} reached its full "
+                    "strength: use ModelCheckpointOnceCompressed"
                 )
         tensors: dict[str, Tensor] = checkpoint["state_dict"]
         return tensors
@@ -182,7 +181,7 @@ class CompressedCheckpoint(pl.Callback):
             self._hooks.pop().remove()
 
     def _compare(self, pl_module: pl.LightningModule, tensors: dict[str, Tensor]) -> str:
-        """Compare the predictions of the trained module with those of one restored from the file."""
+        """Compare the trained module's predictions with those of one restored from the file."""
         assert self.path is not None
         calls = {name: recorder.call for name, recorder in self._recorders.items()}
         self._recorders = {}
@@ -209,6 +208,38 @@ class CompressedCheckpoint(pl.Callback):
         except Exception as error:  # noqa: BLE001  user code, which may need its training loop
             return f"predictions were not compared ({type(error).__name__}: {error})"
         return f"predictions on {examples} examples are identical" if examples else "no batch seen"
+
+
+def _monitored(trainer: pl.Trainer) -> ModelCheckpoint | None:
+    """What tells the best weights; sorted before others if it does not count uncompressed ones."""
+    saving = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    blind = [c for c in saving if isinstance(c, ModelCheckpointOnceCompressed)]
+    return next((c for c in [*blind, *saving] if c.monitor is not None), None)
+
+
+def _warn_of_nan(tensors: dict[str, Tensor]) -> None:
+    wrong = [name for name, t in tensors.items() if t.dtype in CODED and t.isnan().any()]
+    if wrong:
+        pl.utilities.rank_zero_warn(
+            f"CompressedCheckpoint: {', '.join(wrong)} hold NaN: training diverged, and the file "
+            "is as useless as the module; lower the learning rate, or clip gradients"
+        )
+
+
+def check_writable(folder: Path, asker: pl.Callback) -> None:
+    """Make a folder and find out, before training starts, whether files can be written into it.
+
+    Raises:
+        MisconfigurationException: They cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise MisconfigurationException(
+            f"{type(asker).__name__}: nothing can be written into {folder} ({error}): name another "
+            "folder with dirpath=..."
+        ) from error
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

@@ -4,6 +4,7 @@ import math
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from pressfit.callbacks.method import plan_of
@@ -16,10 +17,10 @@ class AccuracyGuard(pl.Callback):
     """Hold all schedules while a metric is worse than its best by more than a tolerance.
 
     After each validation the metric is compared with the best one so far. While it is worse by more
-    than ``tolerance`` the windows of methods that have begun stand still: nothing more is pruned or moved towards its
-    cluster, and training goes on at the strength that has been reached. They go on when the
-    metric is back within the tolerance. The steps in between push the rest of the windows back, so
-    that a training may end before they do; it says so then.
+    than ``tolerance``, and some method has begun, all windows stand still: nothing more is pruned
+    or moved towards its cluster, no other method begins, and training goes on at the strength that
+    has been reached. They go on when the metric is back within the tolerance. The steps in between
+    push the rest of the windows back, so that a training may end before they do; it says so then.
 
     ``compression/held`` is logged, 1 while schedules stand still. What was decided is saved in
     checkpoints, and the same on all processes.
@@ -45,9 +46,11 @@ class AccuracyGuard(pl.Callback):
         self.metric, self.tolerance = Metric(monitor, mode), tolerance
         self.best = math.inf
         self.holding = False
+        self.fitting = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and not trainer.global_step:
+        self.fitting = stage == "fit"
+        if self.fitting and not trainer.global_step:
             self.best, self.holding = math.inf, False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -57,17 +60,19 @@ class AccuracyGuard(pl.Callback):
                 "AccuracyGuard: there is no compression to hold; add a method to the Trainer"
             )
         plan.holding = self.holding
+        self.metric.expect(trainer, self)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         plan, metric = plan_of(trainer), self.metric.validated(trainer)
         if plan is None or metric is None:
             return
-        loss = self.metric.loss(metric)
+        # Each process may have a metric of its own, and all have to decide alike.
+        mean = trainer.strategy.reduce(torch.tensor(metric, device=pl_module.device))
+        loss = self.metric.loss(float(mean))
         self.best = min(self.best, loss)
-        # A metric that is no number holds, too; and each process may have its own metric.
+        # A metric that is no number holds, too.
         begun = any(method.chosen_at is not None for method in plan.methods)
         worse = begun and not loss - self.best <= self.tolerance
-        worse = trainer.strategy.reduce_boolean_decision(worse, all=False)
         if worse != self.holding and not plan.complete:
             what = "held" if worse else "going on"
             pl.utilities.rank_zero_info(
@@ -83,4 +88,5 @@ class AccuracyGuard(pl.Callback):
         return {"best": self.best, "holding": self.holding}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.holding = state_dict["best"], state_dict["holding"]
+        if self.fitting:
+            self.best, self.holding = state_dict["best"], state_dict["holding"]

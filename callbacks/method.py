@@ -1,4 +1,4 @@
-"""What every compression method's callback shares: which parameters, when, and Lightning's hooks."""
+"""What the callbacks of all methods share: which parameters, when, and Lightning's hooks."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -7,10 +7,16 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import (
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pressfit.callbacks.plan import Plan
+from pressfit.compressors.schedules import Schedule
 from pressfit.compressors.select import Selection, select
 
 __all__ = ["Method", "methods_of", "plan_of"]
@@ -49,13 +55,13 @@ class Method(pl.Callback):
     ) -> None:
         super().__init__()
         for name, value in (("start", start), ("stop", stop)):
-            if not 0.0 <= value <= 1.0:
+            if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
                 raise MisconfigurationException(
                     f"{type(self).__name__}: {name}={value} is no fraction of training; "
                     f"for optimizer steps write {name}_step={value}"
                 )
         for name, step in (("start_step", start_step), ("stop_step", stop_step), ("every", every)):
-            if step is not None and (step != int(step) or step < (name == "every")):
+            if step is not None and (not _whole(step) or step < (name == "every")):
                 raise MisconfigurationException(
                     f"{type(self).__name__}: {name}={step} is no number of optimizer steps"
                 )
@@ -69,6 +75,15 @@ class Method(pl.Callback):
         # The window once training has begun: a longer training later on does not move it.
         self.span: tuple[int, int] | None = None
         self.saved: dict[str, Any] | None = None
+        self.fitting = True
+
+    def _schedule(self, schedule: Schedule | None, default: Schedule) -> Schedule:
+        if schedule is not None and not callable(schedule):
+            raise MisconfigurationException(
+                f"{type(self).__name__}: a schedule maps progress to strength, as "
+                f"pressfit.compressors.Cubic() does, and got {schedule!r}"
+            )
+        return schedule or default
 
     def _overrides(self, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
         if overrides is not None and not isinstance(overrides, Mapping):
@@ -110,6 +125,10 @@ class Method(pl.Callback):
     @abstractmethod
     def holds(self, name: str) -> bool:
         """Whether something was chosen for a weight."""
+
+    def ready(self, name: str) -> bool:
+        """Whether there is what a choice for a weight is made by."""
+        return True
 
     @abstractmethod
     def reset(self) -> None:
@@ -176,7 +195,8 @@ class Method(pl.Callback):
         return self.plan is not None and self.plan.methods[0] is self
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit":
+        self.fitting = stage == "fit"
+        if not self.fitting:
             return
         _refuse_rivals(trainer)
         # A second fit of one Trainer goes on where the first one ended.
@@ -202,8 +222,8 @@ class Method(pl.Callback):
         if self._drives and self.plan is not None:
             optimizers = max(1, len(trainer.optimizers))
             horizon = trainer.estimated_stepping_batches
-            if horizon == trainer.max_steps:  # which counts the steps of every optimizer
-                horizon = horizon / optimizers
+            if trainer.max_steps > 0:  # which counts the steps of every optimizer
+                horizon = min(horizon, trainer.max_steps / optimizers)
             if self.plan.step == 0:  # a checkpoint that was written without compression
                 self.plan.step = trainer.global_step // optimizers
             warnings = self.plan.begin(horizon if horizon > 0 else float("inf"))
@@ -229,6 +249,19 @@ class Method(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         if self._drives and self.plan is not None:
             self.plan.advance()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._drives or self.plan is None or trainer.current_epoch:
+            return
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        steps = trainer.global_step / max(1, len(trainer.optimizers))
+        if pl_module.automatic_optimization or batches == self.plan.step == steps:
+            return
+        pl.utilities.rank_zero_warn(
+            f"{self.plan.step:,} of the first epoch's {batches:,} batches stepped, and each "
+            f"optimizer stepped {steps:,.0f} times: fractions of training count on one step a "
+            "batch, so give start_step and stop_step, in batches that step"
+        )
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -258,7 +291,7 @@ class Method(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if not state_dict:
+        if not state_dict or not self.fitting:  # a checkpoint that is only evaluated
             return
         if self.plan is None:  # it comes before the module is complete
             self.saved = state_dict
@@ -279,15 +312,23 @@ def plan_of(trainer: pl.Trainer) -> Plan | None:
     return next((method.plan for method in methods_of(trainer)), None)
 
 
+def _whole(number: Any) -> bool:
+    return isinstance(number, int | float) and number == int(number)
+
+
 def _refuse_rivals(trainer: pl.Trainer) -> None:
     """What would undo compression without a word."""
-    averages = {"StochasticWeightAveraging", "WeightAveraging"}
+    averages = (StochasticWeightAveraging, WeightAveraging)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        names = {base.__name__ for base in type(callback).__mro__}
-        if averages & names and "EMA" not in names:
+        if isinstance(callback, averages) and not getattr(callback, "projects", False):
             raise MisconfigurationException(
                 f"{type(callback).__name__} averages weights, and an average of sparse or shared "
                 "weights is neither: use pressfit.callbacks.EMA, which projects the average"
+            )
+        if isinstance(callback, ModelPruning):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} keeps masks of its own, which other methods know "
+                "nothing of: use pressfit.callbacks.GradualPruning"
             )
     sharded = {"FSDPStrategy", "DeepSpeedStrategy"}
     if sharded.intersection(base.__name__ for base in type(trainer.strategy).__mro__):

@@ -31,6 +31,14 @@ class Metric:
         """The value as what is better the smaller it is."""
         return value if self.mode == "min" else -value
 
+    def expect(self, trainer: pl.Trainer, asker: pl.Callback) -> None:
+        """Warn if nothing will be validated."""
+        if not trainer.enable_validation:
+            pl.utilities.rank_zero_warn(
+                f"{type(asker).__name__} does nothing without a validation: give fit a validation "
+                "loader, and the module a validation_step"
+            )
+
     def validated(self, trainer: pl.Trainer) -> float | None:
         """What the validation logged, or None if it is not one of a training.
 

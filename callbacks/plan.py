@@ -169,8 +169,8 @@ class Plan:
             return
         if optimizer in self._restored:
             raise MisconfigurationException(
-                f"{type(optimizer).__name__} computes the loss more than once in a step, at weights "
-                "of its own that are not compressed: use an optimizer that computes it once"
+                f"{type(optimizer).__name__} computes the loss more than once in a step, at "
+                "weights of its own that are not compressed: use an optimizer that computes it once"
             )
         # Fused optimizers get scaled gradients, and unscale them by themselves.
         fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
@@ -228,11 +228,17 @@ class Plan:
                         continue
                     if not method.holds(name):
                         warnings.append(
-                            f"{type(method).__name__} left out {name}: no gradient ever reached it"
+                            f"{type(method).__name__} left out {name}: neither gradients nor "
+                            "inputs that it could choose by ever reached it"
                         )
                     elif name not in latents:  # no step ever touched it
                         strength = self._strength(method, self.clock)
                         method.project_(name, local(parameter), strength)
+                if not local(parameter).isfinite().all():
+                    warnings.append(
+                        f"{name} holds NaN or infinity: training diverged; lower the learning "
+                        "rate, or clip gradients"
+                    )
                 if not whole(parameter).count_nonzero():
                     warnings.append(
                         f"no weight of {name} is left, and what follows it sees constants: give it "
@@ -286,9 +292,15 @@ class Plan:
         ):
             return
         known = set(self.names.values())
+        # What takes part goes on, also while another optimizer's turn has switched it off.
+        switched = [parameter for parameter in self.names if not parameter.requires_grad]
+        for parameter in switched:
+            parameter.requires_grad_(True)
         for method in self.methods:
             method.unhook()
         self._select()
+        for parameter in switched:
+            parameter.requires_grad_(False)
         for method in self.methods:
             method.hook()
         joined = ", ".join(name for name in self.names.values() if name not in known)
@@ -354,7 +366,10 @@ class Plan:
         """Whether a parameter joined the optimizer, or got its first gradient, since the method
         chose."""
         return step > self.windows[method][0] and any(
-            name in parameters and parameters[name].grad is not None and not method.holds(name)
+            name in parameters
+            and parameters[name].grad is not None
+            and method.ready(name)
+            and not method.holds(name)
             for name in method.selection.chosen
         )
 
@@ -388,7 +403,7 @@ class Plan:
             if name not in orphans
         }
         for name, tensor in seen.items():
-            if not local(tensor).isfinite().all():
+            if not whole(tensor.detach().isfinite().all()):
                 raise FloatingPointError(
                     f"{name} holds NaN or infinity at step {self.step + 1:,}, and "
                     f"{type(method).__name__} cannot tell which of its weights matter: training "
@@ -442,8 +457,8 @@ class Plan:
                     )
                 if after.place < before.place:
                     raise MisconfigurationException(
-                        f"{first} before {second} on {name} makes no sense, since the second undoes "
-                        f"the first: list {second} first"
+                        f"{first} before {second} on {name} makes no sense, since the second "
+                        f"undoes the first: list {second} first"
                     )
                 if before.straight_through and not after.straight_through:
                     raise MisconfigurationException(
@@ -477,8 +492,8 @@ def _refuse(optimizer: Optimizer) -> None:
 
 def _deaf(optimizer: Optimizer) -> MisconfigurationException:
     return MisconfigurationException(
-        f"{type(optimizer).__name__} does not call the hooks of its step, so that no projection can "
-        "follow it: use an optimizer that derives from torch's Optimizer and calls its __init__"
+        f"{type(optimizer).__name__} does not call the hooks of its step, so that no projection "
+        "can follow it: use an optimizer that derives from torch's Optimizer and calls its __init__"
     )
 
 

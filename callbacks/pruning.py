@@ -83,10 +83,12 @@ class GradualPruning(Method):
         super().__init__(start, stop, start_step, stop_step, every, include, exclude)
         self.overrides = self._overrides(overrides)
         for fraction in (sparsity, *self.overrides.values()):
-            if not 0.0 <= fraction <= 1.0:
-                percent = f": for {fraction:g} % write {fraction / 100:g}" * (1 < fraction <= 100)
+            if not isinstance(fraction, int | float) or not 0.0 <= fraction <= 1.0:
+                percent = ""
+                if isinstance(fraction, int | float) and 1 < fraction <= 100:
+                    percent = f": for {fraction:g} % write {fraction / 100:g}"
                 raise MisconfigurationException(
-                    f"GradualPruning: a sparsity is a fraction in [0, 1], got {fraction}{percent}"
+                    f"GradualPruning: a sparsity is a fraction in [0, 1], got {fraction!r}{percent}"
                 )
         for name, value, known in (
             ("criterion", criterion, list(CRITERIA)),
@@ -97,7 +99,7 @@ class GradualPruning(Method):
                 raise MisconfigurationException(
                     f"GradualPruning: unknown {name} {value!r}, choose one of {', '.join(known)}"
                 )
-        self.sparsity, self.schedule = sparsity, schedule or Cubic()
+        self.sparsity, self.schedule = sparsity, self._schedule(schedule, Cubic())
         self.criterion, self.allocation, self.coupling = criterion, allocation, coupling
         # All bits of a kept weight, none of a pruned one; of this process's part of it.
         self.masks: dict[str, Tensor] = {}
@@ -179,21 +181,24 @@ class GradualPruning(Method):
     def holds(self, name: str) -> bool:
         return name in self.masks
 
+    def ready(self, name: str) -> bool:
+        needed = CRITERIA[self.criterion].statistics
+        return name in self._adam or self.statistics.get(name, {}).keys() >= {*needed}
+
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
         # Gradients are the same on all processes, the inputs of layers are each one's own.
         _, world = processes()
-        for mine in self.statistics.values():
-            if "input_norm" in mine and world > 1:
-                squares = mine["input_norm"].square()
-                torch.distributed.all_reduce(squares)
-                mine["input_norm"] = squares.div_(world).sqrt_()
+        if world > 1:
+            for name, norm in self._norms.items():  # of layers that some process may not have used
+                mine = self.statistics.setdefault(name, {})
+                squares = mine.get("input_norm", norm.zeros()).square()
+                seen = squares.new_tensor(float("input_norm" in mine))
+                for total in (squares, seen):
+                    torch.distributed.all_reduce(total)
+                if seen:
+                    mine["input_norm"] = squares.div_(seen).sqrt_()
         # What has seen no gradient yet waits for the next choice.
-        needed = CRITERIA[self.criterion].statistics
-        ready = [
-            name
-            for name in weights
-            if name in self._adam or self.statistics.get(name, {}).keys() >= {*needed}
-        ]
+        ready = [name for name in weights if self.ready(name)]
         own = match(self.overrides, list(self.selection.chosen))
         shared = [name for name in ready if name not in own]
         keep = ALLOCATIONS[self.allocation](
@@ -227,6 +232,7 @@ class GradualPruning(Method):
 
     def load_choices(self, choices: dict[str, Any], module: nn.Module) -> None:
         parameters = dict(module.named_parameters())
+        self._adam = {}
         self.masks = {
             name: _bits(shard(mask.to(parameters[name].device), parameters[name]))
             for name, mask in choices["masks"].items()
@@ -296,8 +302,15 @@ class _InputNorm:
             squares = rows.square().sum(0)
             self.squares = squares if self.squares is None else self.squares + squares
 
+    def zeros(self) -> Tensor:
+        """A norm of nothing."""
+        weight = self.layer.weight
+        rows = len(weight) if getattr(self.layer, "groups", 1) > 1 else 1
+        sides = (1,) * (weight.dim() - 2)
+        return torch.zeros(rows, weight.shape[1], *sides, device=weight.device)
+
     def commit(self, statistics: dict[str, Tensor]) -> None:
-        """Move what was staged since the last step, shaped like the weight's rows, into the norm."""
+        """Move what was staged since the last step, shaped like the weight's rows, to the norm."""
         staged, self.squares = self.squares, None
         if staged is None:
             return

@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pressfit.callbacks.method import plan_of
 from pressfit.callbacks.sharding import processes
 
 __all__ = ["RandomState", "ResumableLoader"]
@@ -34,14 +33,19 @@ class RandomState(pl.Callback):
     Gradients that are being accumulated are in no checkpoint: one that is written between two
     steps (a validation may do so) goes back to the weights of the step before and is not exact,
     which is pointed out. ModelCheckpoint does so by itself at the first batch after a resume; that
-    is prevented.
+    is prevented. A validation that was due when the checkpoint was written is made up for, unless
+    that was the end of training; Lightning leaves it out.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.saved: dict[str, Any] | None = None
         self.places: list[dict[str, int]] = []
+        self.fitting = True
         self.resumed = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.fitting = stage == "fit"
 
     def state_dict(self) -> dict[str, Any]:
         _, world = processes()
@@ -51,7 +55,8 @@ class RandomState(pl.Callback):
         return {"processes": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.saved = state_dict
+        if self.fitting:
+            self.saved = state_dict
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -60,7 +65,15 @@ class RandomState(pl.Callback):
         # Lightning forgets a batch in this sum when it resumes, and misplaces the windows of
         # accumulation the next time it does.
         current, total = progress["current"], progress["total"]
-        total["completed"] = total["processed"] - (current["processed"] - current["completed"])
+        pending = current["processed"] - current["completed"]  # 1 in on_train_batch_end
+        total["completed"] = total["processed"] - pending
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        uncounted = (pending or trainer.validating) and not loop._should_accumulate()
+        checkpoint["callbacks"].setdefault(self.state_key, {}).update(
+            logged=loop._batches_that_stepped + bool(uncounted),
+            epoch=trainer.current_epoch,
+            validate=bool(pending and fetcher and loop._should_check_val_fx(fetcher)),
+        )
         gathered = current["ready"] % trainer.accumulate_grad_batches
         if trainer.training and gathered and not progress["is_last_batch"]:
             pl.utilities.rank_zero_warn(
@@ -72,7 +85,8 @@ class RandomState(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.places = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+        if self.fitting:
+            self.places = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loaders = [x for x in tree_leaves(trainer.train_dataloader) if hasattr(x, "state_dict")]
@@ -87,14 +101,15 @@ class RandomState(pl.Callback):
         self.resumed = trainer.global_step > 0
         if self.saved is None:
             return
-        states, self.saved = self.saved["processes"], None
-        if len(states) != trainer.world_size:
+        if len(self.saved["processes"]) != trainer.world_size:
             pl.utilities.rank_zero_warn(
-                f"RandomState: the checkpoint is of {len(states)} processes, and this training has "
-                f"{trainer.world_size}: random numbers will differ"
+                f"RandomState: the checkpoint is of {len(self.saved['processes'])} processes, and "
+                f"this training has {trainer.world_size}: random numbers will differ"
             )
-        else:
-            _set_state(states[trainer.global_rank])
+        self._draw_anew(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._make_up(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         if self.resumed:
@@ -105,10 +120,31 @@ class RandomState(pl.Callback):
             if epochs.total.ready == epochs.total.processed:  # type: ignore[attr-defined]
                 epochs.increment_ready()
                 epochs.increment_started()
-            plan = plan_of(trainer)
-            if plan is not None:
-                trainer.fit_loop.epoch_loop._batches_that_stepped = plan.step
+        self._make_up(trainer)
         self.resumed = False
+
+    def _draw_anew(self, trainer: pl.Trainer) -> None:
+        states = self.saved["processes"] if self.saved else []
+        if len(states) == trainer.world_size:
+            _set_state(states[trainer.global_rank])
+
+    def _make_up(self, trainer: pl.Trainer) -> None:
+        """Validate what Lightning left out, as if the epoch or batch before had not ended."""
+        if self.saved is None:
+            return
+        loop = trainer.fit_loop.epoch_loop
+        loop._batches_that_stepped = self.saved["logged"]
+        if self.saved["validate"]:
+            progress = trainer.fit_loop.epoch_progress.current
+            connector = trainer._logger_connector
+            now = progress.completed, loop._batches_that_stepped, connector._first_loop_iter
+            progress.completed, loop._batches_that_stepped = self.saved["epoch"], now[1] - 1
+            self._draw_anew(trainer)  # Lightning has drawn a number since
+            trainer.validating = True
+            loop.val_loop.run()
+            trainer.training = True
+            progress.completed, loop._batches_that_stepped, connector._first_loop_iter = now
+        self.saved = None
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -127,7 +163,7 @@ class ResumableLoader(DataLoader[Any]):
         kwargs: The other arguments of a DataLoader.
 
     Raises:
-        TypeError: The dataset has no length.
+        TypeError: The dataset has no length, or another order is asked for.
 
     Example:
         >>> loader = ResumableLoader(range(6), batch_size=2, shuffle=True)
@@ -151,6 +187,8 @@ class ResumableLoader(DataLoader[Any]):
                 f"ResumableLoader: {type(dataset).__name__} has no length, so that there is no "
                 "order of its own to go on in: use a DataLoader"
             )
+        if "generator" in kwargs or "batch_sampler" in kwargs:
+            raise TypeError("ResumableLoader has an order of its own: give it shuffle and seed")
         self.shuffle, self.seed = shuffle, seed
         self.epoch = self.batch = 0
         self.saved: dict[str, int] | None = None
@@ -165,10 +203,11 @@ class ResumableLoader(DataLoader[Any]):
         self.epoch, self.batch = getattr(self.sampler, "epoch", 0), 0
         if saved is not None and saved["epoch"] == self.epoch:
             self.batch = saved["batch"]
+        taken = self.batch
         if isinstance(self.sampler, _EpochSampler):
-            self.sampler.start = self.batch * (self.batch_size or 1)
+            self.sampler.start, taken = self.batch * (self.batch_size or 1), 0
         self.generator.manual_seed(self.seed + self.epoch)
-        for batch in super().__iter__():
+        for batch in itertools.islice(super().__iter__(), taken, None):
             self.batch += 1
             yield batch
 

@@ -97,7 +97,7 @@ class WeightSharing(Method):
                 f"WeightSharing: unknown init {init!r}, choose linear or optimal"
             )
         self.clusters, self.init, self.codebook_dtype = clusters, init, codebook_dtype
-        self.schedule = schedule or Linear()
+        self.schedule = self._schedule(schedule, Linear())
         self.overrides = self._overrides(overrides)
         for count in (clusters, *self.overrides.values()):
             KMeans(count, codebook_dtype)  # raises for what no codebook can be
@@ -175,6 +175,7 @@ class WeightSharing(Method):
         return {"clusterings": clusterings}
 
     def load_choices(self, choices: dict[str, Any], module: nn.Module) -> None:
+        self.clusterings = {}
         for name, saved in choices["clusterings"].items():
             device = module.get_parameter(name).device
             clustering = {key: tensor.to(device) for key, tensor in saved.items()}

@@ -46,9 +46,10 @@ class KMeans(Projection):
     codebook_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.clusters <= BINS:
+        if not isinstance(self.clusters, int) or not 1 <= self.clusters <= BINS:
             raise ValueError(
-                f"KMeans needs at least 1 cluster and at most {BINS}, got clusters={self.clusters}"
+                f"KMeans needs at least 1 cluster and at most {BINS}, a whole number, and got "
+                f"clusters={self.clusters!r}"
             )
         if self.codebook_dtype not in CODEBOOK_DTYPES:
             known = ", ".join(CODEBOOK_DTYPES)

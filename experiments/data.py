@@ -215,8 +215,9 @@ class Digits(Images):
 class Mnist(Images):
     """60,000 + 10,000 digits of 28 x 28 pixels (LeCun et al.); the last of the 60,000 are held out.
 
-    The four original files are looked for in ``$PRESSFIT_DATA/mnist`` and in ``../shared/data/mnist``
-    beside the repository and the working directory, else they are downloaded.
+    The four original files are looked for in ``$PRESSFIT_DATA/mnist`` and in
+    ``../shared/data/mnist`` beside the repository and the working directory, else they are
+    downloaded.
 
     Raises:
         ValueError: A file's content is not the original one.

@@ -179,7 +179,8 @@ def test_a_users_own_configuration_and_module(tmp_path: Path) -> None:
     )
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text(
-        "_target_: mine.Mine\nunits: 20\noptimizer: {_target_: torch.optim.SGD, _partial_: true, lr: 0.1}\n"
+        "_target_: mine.Mine\nunits: 20\n"
+        "optimizer: {_target_: torch.optim.SGD, _partial_: true, lr: 0.1}\n"
     )
     words = ["train", "--config-dir", str(tmp_path), "model=mine", "model.units=25", *QUICK]
     run = pressfit_(*words, f"hydra.run.dir={tmp_path / 'run'}", PYTHONPATH=str(tmp_path))

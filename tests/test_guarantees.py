@@ -1,6 +1,7 @@
 """What every method guarantees in every Trainer; `docs/guarantees.md` lists it."""
 
 import copy
+import csv
 import io
 import pickle
 from pathlib import Path
@@ -19,8 +20,10 @@ from torch.utils.data import TensorDataset
 
 from pressfit.callbacks import (
     EMA,
+    AccuracyGuard,
     CompressedCheckpoint,
     CompressionMonitor,
+    ParetoCheckpoint,
     RandomState,
     ResumableLoader,
     methods_of,
@@ -126,7 +129,7 @@ def noisy_run(
     data = ResumableLoader(TensorDataset(IMAGES[:640], LABELS[:640]), 64, shuffle=True)
     callbacks = [*callbacks, CompressionMonitor(), RandomState()]
     runner = trainer(folder, *callbacks, logger=CSVLogger(folder), log_every_n_steps=1, **kwargs)
-    runner.fit(Noisy(), data, ckpt_path=path, weights_only=True)
+    runner.fit(Noisy(), data, validation(), ckpt_path=path, weights_only=True)
     runner.save_checkpoint(folder / "final.ckpt")
     return outcome(folder)
 
@@ -142,8 +145,13 @@ def resumed_equals_whole(
         callbacks = [*case.make(), *(make() for make in more)]
         resumed = noisy_run(root / f"{step}", callbacks, root / f"step={step}.ckpt", **kwargs)
         # Only what came after the checkpoint was logged again.
-        resumed["curves"] = whole["curves"] | resumed["curves"]
+        resumed["curves"] = joined(whole["curves"], resumed["curves"])
         assert list(differences(whole, resumed)) == [], step
+
+
+def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Curves of two runs, by step; of what both logged the second's."""
+    return {step: first.get(step, {}) | second.get(step, {}) for step in first | second}
 
 
 @every_case
@@ -173,10 +181,10 @@ def test_resumes_of_resumes(tmp_path: Path) -> None:
         folder = tmp_path / f"{step}"
         saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
         part = noisy_run(folder, [*make(), saver], path, enable_checkpointing=True, **kwargs)
-        curves |= part["curves"]
+        curves = joined(curves, part["curves"])
         path = folder / f"step={step}.ckpt"
     part = noisy_run(tmp_path / "last", make(), path, **kwargs)
-    part["curves"] = curves | part["curves"]
+    part["curves"] = joined(curves, part["curves"])
     assert list(differences(whole, part)) == []
 
 
@@ -184,6 +192,61 @@ def test_resumes_of_resumes(tmp_path: Path) -> None:
 def test_accumulated_gradients_begin_at_the_last_step(step: int, tmp_path: Path) -> None:
     case = CASES["pruning, sharing"]
     resumed_equals_whole(tmp_path, case, [step], accumulate_grad_batches=2)
+
+
+@every_case
+def test_validations_that_were_due_are_made_up_for(case: Case, tmp_path: Path) -> None:
+    """A checkpoint of an epoch's last step is written before the epoch is validated."""
+
+    for settings, steps in (({}, [9, 20, 30]), ({"val_check_interval": 5}, [5, 20])):
+        folder = tmp_path / f"{len(settings)}"
+        watchers = [lambda: AccuracyGuard(tolerance=0.0), lambda: ParetoCheckpoint(tmp_path)]
+        resumed_equals_whole(folder, case, steps, *watchers, **settings)
+
+
+@every_case
+def test_a_trainer_goes_back_to_an_earlier_checkpoint(case: Case, tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    runner = trainer(tmp_path, *case.make(), RandomState(), saver, enable_checkpointing=True)
+    pl.seed_everything(0)
+    module, data = Net(), ResumableLoader(TensorDataset(IMAGES[:640], LABELS[:640]), 64)
+    runner.fit(module, data)
+    whole = copy.deepcopy(dict(module.state_dict()))
+    for step in (2, 17, 31):
+        runner.fit(module, data, ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert not list(differences(whole, dict(module.state_dict()))), step
+
+
+def test_curves_of_steps_by_hand_keep_their_axis(tmp_path: Path) -> None:
+    class EverySecond(Noisy):
+        """Accumulates by hand."""
+
+        automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], index: int) -> None:  # type: ignore[override]
+            self.manual_backward(super().training_step(batch, index))
+            if index % 2:
+                self.optimizers().step()
+                self.optimizers().zero_grad()
+
+    def run(folder: Path, path: Path | None, *more: pl.Callback) -> list[str]:
+        pl.seed_everything(0)
+        runner = trainer(
+            tmp_path,
+            *CASES["sharing"].make(),
+            RandomState(),
+            *more,
+            logger=CSVLogger(folder),
+            log_every_n_steps=1,
+            enable_checkpointing=bool(more),
+        )
+        runner.fit(EverySecond(), loader(), ckpt_path=path)
+        with open(Path(runner.logger.log_dir) / "metrics.csv") as file:
+            return [row["step"] for row in csv.DictReader(file) if row["train/loss"]]
+
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = run(tmp_path / "whole", None, saver)
+    assert run(tmp_path / "again", tmp_path / "step=8.ckpt") == whole[16:]
 
 
 @every_case
@@ -202,7 +265,7 @@ def test_checkpoints_load_into_the_plain_class(case: Case, tmp_path: Path) -> No
 
 
 def half(scale: float = 2.0**40) -> MixedPrecision:
-    """Half precision with a scaler, which Lightning uses on GPUs alone; the first steps overflow."""
+    """Half precision with a scaler, as Lightning has it on GPUs alone; the first steps overflow."""
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
     return MixedPrecision("16-mixed", "cpu", scaler=scaler)
 
@@ -324,6 +387,30 @@ def test_the_average_is_that_of_the_latents(tmp_path: Path) -> None:
 @every_case
 def test_averaged_runs_resume(case: Case, tmp_path: Path) -> None:
     resumed_equals_whole(tmp_path, case, [1, 17, 35], lambda: EMA(decay=0.9))
+
+
+def test_an_average_begins_anew_in_another_training(tmp_path: Path) -> None:
+    average = EMA(decay=0.9)
+    first, second = (fit(tmp_path, *CASES["sharing"].make(), average) for _ in range(2))
+    assert not list(differences(dict(first.state_dict()), dict(second.state_dict())))
+
+
+def test_an_exception_in_a_validation_saves_the_weights_and_the_average(tmp_path: Path) -> None:
+    class Failing(Net):
+        def validation_step(self, batch: list[Tensor], _: int) -> None:
+            if self.current_epoch == 3:
+                raise RuntimeError("out of memory")
+
+    case, module = CASES["sharing"], Failing()
+    saver = ModelCheckpoint(tmp_path, "saved", save_on_exception=True, save_top_k=0)
+    runner = trainer(tmp_path, *case.make(), EMA(decay=0.9), saver, enable_checkpointing=True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        runner.fit(module, loader(), validation())
+    (path,) = tmp_path.glob("*.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    current = checkpoint["current_model_state"]
+    assert not list(differences(dict(module.state_dict()), dict(current)))
+    assert not torch.equal(current["head.weight"], checkpoint["state_dict"]["head.weight"])
 
 
 def test_without_methods_it_is_lightning_s_own(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Files that somebody damaged or forged, and files of every format version there has been.
 
 The first are small editions of ``python -m pressfit.experiments.fuzz_file``. A new format version
-gets a golden file of each coder: ``python tests/test_hostile_files.py 2`` writes them for version 2,
-once, with the code that introduces it; add the number to ``VERSIONS``.
+gets a golden file of each coder: ``python tests/test_hostile_files.py 2`` writes them for version
+2, once, with the code that introduces it; add the number to ``VERSIONS``.
 """
 
 import sys
@@ -54,10 +54,12 @@ def test_honest_files_are_accepted(tmp_path: Path) -> None:
 
 
 def test_files_that_promise_all_they_may_are_read(tmp_path: Path) -> None:
+    taken = []
     for file in greedy(500):
         path = tmp_path / "greedy"
         path.write_bytes(file)
-        accepts(path, limit=None)
+        taken.append(accepts(path, limit=None))
+    assert taken.count(True) >= 6, taken  # what decodes noise may find it damaged at the end
 
 
 def golden() -> dict[str, Tensor]:

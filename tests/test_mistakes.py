@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import Case, every_case
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from pressfit.callbacks import (
@@ -19,6 +20,7 @@ from pressfit.callbacks import (
     CompressionMonitor,
     GradualPruning,
     Method,
+    ModelCheckpointOnceCompressed,
     ParetoCheckpoint,
     Plan,
     ResumableLoader,
@@ -40,6 +42,12 @@ SETTINGS: list[tuple[Callable[[], Any], str]] = [
     (lambda: GradualPruning(every=0), "every=0 is no number of optimizer steps"),
     (lambda: GradualPruning(stop_step=-3), "stop_step=-3 is no number of optimizer steps"),
     (lambda: WeightSharing(0), "at least 1 cluster"),
+    (lambda: WeightSharing(16.0), "a whole number, and got clusters=16.0"),  # type: ignore[arg-type]
+    (lambda: WeightSharing(overrides={"fc": "9"}), "got clusters='9'"),  # type: ignore[dict-item]
+    (lambda: GradualPruning("0.9"), r"a fraction in \[0, 1\], got '0.9'"),  # type: ignore[arg-type]
+    (lambda: GradualPruning(start=None), "start=None is no fraction"),  # type: ignore[arg-type]
+    (lambda: GradualPruning(every="9"), "every=9 is no number of optimizer steps"),  # type: ignore[arg-type]
+    (lambda: GradualPruning(schedule="cubic"), "Cubic.. does, and got 'cubic'"),  # type: ignore[arg-type]
     (lambda: WeightSharing(init="random"), "unknown init 'random', choose linear or optimal"),  # type: ignore[arg-type]
     (lambda: WeightSharing(codebook_dtype="int8"), "codebook_dtype is one of float32"),
     (lambda: WeightSharing(overrides=[("fc", 3)]), "overrides maps patterns"),  # type: ignore[arg-type]
@@ -52,6 +60,7 @@ SETTINGS: list[tuple[Callable[[], Any], str]] = [
         "the mode of 'val/error' is min or max, got 'least'",
     ),  # type: ignore[arg-type]
     (lambda: ResumableLoader(iter([])), "has no length.*use a DataLoader"),
+    (lambda: ResumableLoader([1], generator=None), "an order of its own: give it shuffle and seed"),
 ]
 
 
@@ -144,12 +153,41 @@ def test_weights_that_are_no_numbers(case: Case, value: float, tmp_path: Path) -
         fit(tmp_path, Diverge(), *methods, module=Net(torch.optim.SGD))
 
 
-def test_a_folder_that_cannot_be_written_into(tmp_path: Path) -> None:
+@every_case
+def test_weights_that_are_no_numbers_at_the_end(case: Case, tmp_path: Path) -> None:
+    class Diverge(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+            if trainer.global_step == 36:  # behind all windows
+                module.body[1].bias.data.fill_(float("nan"))
+
+    checkpoint = CompressedCheckpoint(tmp_path)
+    with pytest.warns(UserWarning, match="training diverged") as warned:
+        fit(tmp_path, *case.make(), Diverge(), checkpoint)
+    messages = " ".join(str(warning.message) for warning in warned)
+    assert "head.weight holds NaN or infinity: training diverged; lower" in messages
+    assert "CompressedCheckpoint: body.0.weight, " in messages
+
+
+@pytest.mark.parametrize("kind", [CompressedCheckpoint, ParetoCheckpoint])
+def test_a_folder_that_cannot_be_written_into(kind: Any, tmp_path: Path) -> None:
     """Said before ten hours of training, not behind them."""
     (tmp_path / "file").write_text("")
     message = r"nothing can be written into .*file/folder .*: name another folder with dirpath"
     with pytest.raises(MisconfigurationException, match=message):
-        fit(tmp_path, GradualPruning(), CompressedCheckpoint(tmp_path / "file" / "folder"))
+        fit(tmp_path, GradualPruning(), kind(tmp_path / "file" / "folder"))
+
+
+def test_a_set_of_files_that_cannot_be_written_any_more(tmp_path: Path) -> None:
+    class Remove(pl.Callback):
+        def on_train_epoch_start(self, *args: Any) -> None:
+            (tmp_path / "files").rmdir()
+            (tmp_path / "files").write_text("")
+
+    pareto = ParetoCheckpoint(tmp_path / "files")
+    runner = trainer(tmp_path, GradualPruning(), Remove(), pareto, max_epochs=1)
+    with pytest.warns(UserWarning, match=r"ParetoCheckpoint: .* cannot be written"):
+        runner.fit(Net(), loader(), validation())
+    assert pareto.points == []
 
 
 def test_a_folder_that_goes_away_while_training(tmp_path: Path) -> None:
@@ -202,6 +240,30 @@ def test_metrics_that_are_absent(tmp_path: Path) -> None:
             runner.fit(Net(), loader(), validation())
 
 
+def test_validations_that_are_absent(tmp_path: Path) -> None:
+    for callback in (AccuracyGuard(), ParetoCheckpoint(tmp_path)):
+        with pytest.warns(UserWarning, match="does nothing without a validation: give fit a"):
+            fit(tmp_path, GradualPruning(), callback, max_epochs=1)
+
+
+def test_steps_by_hand_that_fractions_do_not_fit(tmp_path: Path) -> None:
+    class ByHand(Net):
+        automatic_optimization = False
+
+        def __init__(self, steps: Callable[[int], int]) -> None:
+            super().__init__()
+            self.steps = steps
+
+        def training_step(self, batch: list[Any], index: int) -> None:  # type: ignore[override]
+            for _ in range(self.steps(index)):
+                self.manual_backward(super().training_step(batch, index))
+                self.optimizers().step()
+
+    for steps in (lambda index: index % 2, lambda index: 2):
+        with pytest.warns(UserWarning, match=r"first epoch's 10 batches stepped.*give start_step"):
+            fit(tmp_path, GradualPruning(), module=ByHand(steps))
+
+
 def test_a_guard_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="no compression to hold; add a method"):
         fit(tmp_path, AccuracyGuard())
@@ -219,7 +281,7 @@ def test_a_layer_without_gradients_is_pointed_out(tmp_path: Path) -> None:
             super().__init__()
             self.spare = nn.Linear(10, 10)
 
-    with pytest.warns(UserWarning, match=r"left out spare\.weight: no gradient ever reached it"):
+    with pytest.warns(UserWarning, match=r"left out spare\.weight: neither gradients nor"):
         fit(tmp_path, GradualPruning(0.8, "gradient"), module=Spare())
 
 
@@ -232,3 +294,24 @@ def test_stock_averages(case: Case, first: bool, tmp_path: Path) -> None:
         callbacks = [averaging, *case.make()] if first else [*case.make(), averaging]
         with pytest.raises(MisconfigurationException, match=r"use pressfit\.callbacks\.EMA"):
             fit(tmp_path, *callbacks)
+
+
+def test_stock_pruning(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import ModelPruning
+
+    stock = ModelPruning("l1_unstructured", amount=0.5)
+    with pytest.raises(MisconfigurationException, match=r"use pressfit\.callbacks\.GradualPruning"):
+        fit(tmp_path, WeightSharing(), stock)
+
+
+def test_best_weights_that_never_were(tmp_path: Path) -> None:
+    saver = ModelCheckpointOnceCompressed(tmp_path / "best", monitor="val/error")
+    plain = ModelCheckpoint(tmp_path / "plain", every_n_train_steps=5)
+    checkpoint = CompressedCheckpoint(tmp_path, weights="best")
+    pruning = GradualPruning(0.8, stop_step=10_000)
+    runner = trainer(tmp_path, pruning, plain, saver, checkpoint, enable_checkpointing=True)
+    module = Net()
+    with pytest.warns(UserWarning, match="no best weights were saved.*the file holds the last"):
+        runner.fit(module, loader(), validation())
+    assert torch.equal(restore(Net(), str(checkpoint.path)).head.weight, module.head.weight)
+    assert not (tmp_path / "best").exists()

@@ -1,5 +1,6 @@
 """What Lightning has around a training: command lines, limits, loops, tuners, other callbacks."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import pressfit.callbacks
 from pressfit.callbacks import (
+    EMA,
     AccuracyGuard,
     CompressedCheckpoint,
     EarlyStoppingOnceCompressed,
@@ -200,6 +202,36 @@ def test_evaluation_changes_nothing(case: Case, tmp_path: Path) -> None:
 
 
 @every_case
+def test_evaluating_a_checkpoint_changes_nothing(case: Case, tmp_path: Path) -> None:
+    def callbacks() -> list[pl.Callback]:
+        pareto = ParetoCheckpoint(tmp_path / "files")
+        return [*case.make(), EMA(decay=0.9), AccuracyGuard(), pareto, RandomState()]
+
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    runner = trainer(tmp_path, *callbacks(), saver, enable_checkpointing=True)
+    pl.seed_everything(0)
+    module = Evaluated()
+    runner.fit(module, loader(), validation())
+    before = copy.deepcopy([c.state_dict() for c in runner.callbacks[:-2]])
+    early = tmp_path / "step=7.ckpt"
+    for evaluate in (runner.validate, runner.test, runner.predict):
+        evaluate(module, validation(), ckpt_path=early)
+    assert not list(differences(before, [c.state_dict() for c in runner.callbacks[:-2]]))
+    # Nor does a training that follows begin where the checkpoint was.
+    ends = []
+    for evaluates in (False, True):
+        pl.seed_everything(0)
+        fresh, module = trainer(tmp_path, *callbacks()), Plain()
+        if evaluates:
+            fresh.validate(Plain(), validation(), ckpt_path=early)
+            pl.seed_everything(0)
+            module = Plain()
+        fresh.fit(module, loader(), validation())
+        ends.append(copy.deepcopy(dict(module.state_dict())))
+    assert not list(differences(*ends))
+
+
+@every_case
 @pytest.mark.parametrize("how", ["tuner", "callback"])
 def test_learning_rate_finders(case: Case, how: str, tmp_path: Path) -> None:
     class Tunable(Plain):
@@ -219,16 +251,26 @@ def test_learning_rate_finders(case: Case, how: str, tmp_path: Path) -> None:
     case.check(module)
 
 
+class Rising(Net):
+    """A network whose error is best at first, as that of a dense one is."""
+
+    def validation_step(self, batch: list[Tensor], _: int) -> None:
+        super().validation_step(batch, _)
+        self.log("rising", float(self.current_epoch))
+
+
 @every_case
 def test_lightning_s_own_checkpoints_and_stopping(case: Case, tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, monitor="val/error", save_last=True, save_top_k=-1)
-    stopping = EarlyStopping("val/error", patience=20)
+    stopping = EarlyStopping("rising", patience=5)
     pl.seed_everything(0)
-    module = Net()
-    runner = trainer(
-        tmp_path, *case.make(), saver, stopping, max_epochs=8, enable_checkpointing=True
-    )
+    module = Rising()
+    methods = case.make()
+    for method in methods:
+        method.start_step, method.stop_step = 10, 40
+    runner = trainer(tmp_path, *methods, saver, stopping, max_epochs=9, enable_checkpointing=True)
     runner.fit(module, loader(), validation())
+    assert runner.current_epoch == 6
     case.check(module)
     plain = Net()
     plain.load_state_dict(torch.load(saver.last_model_path, weights_only=True)["state_dict"])
@@ -236,14 +278,6 @@ def test_lightning_s_own_checkpoints_and_stopping(case: Case, tmp_path: Path) ->
 
 
 # The best weights count once they are compressed.
-
-
-class Rising(Net):
-    """A network whose error is best at first, as that of a dense one is."""
-
-    def validation_step(self, batch: list[Tensor], _: int) -> None:
-        super().validation_step(batch, _)
-        self.log("rising", float(self.current_epoch))
 
 
 @every_case
@@ -280,6 +314,35 @@ def test_the_pareto_set_is_kept(case: Case, tmp_path: Path) -> None:
         assert path.stat().st_size == point["bytes"]
         (found,) = trainer(tmp_path).validate(restore(Net(), path), validation(), verbose=False)
         assert found["val/error"] == pytest.approx(point["metric"])
+    # Another training begins with an empty set, and what has no error is not in it.
+    diverged = Net()
+    diverged.validation_step = lambda *_: diverged.log("val/error", float("nan"))  # type: ignore[method-assign]
+    trainer(tmp_path, *case.make(), pareto, max_epochs=1).fit(diverged, loader(), validation())
+    assert pareto.points == []
+
+
+def test_the_pareto_set_has_no_beaten_files(tmp_path: Path) -> None:
+    class Scripted(Net):
+        def validation_step(self, batch: list[Tensor], _: int) -> None:
+            self.log("val/error", [0.125, 0.5, 0.25, 0.25][self.current_epoch])
+
+    class Tell(pl.Callback):
+        saved: Any = None
+
+        def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.current_epoch == 2:
+                self.saved = copy.deepcopy(pareto.state_dict())
+
+    tell, pareto = Tell(), ParetoCheckpoint(tmp_path)
+    runner = trainer(tmp_path, GradualPruning(0.8, stop_step=30), pareto, tell)
+    runner.fit(Scripted(), loader(), validation())
+    # Files shrink: the second is beaten by the third, and the fourth equals it in error.
+    assert min(point["step"] for point in pareto.points) == 10
+    assert [point["metric"] for point in pareto.points] == [0.25, 0.125]
+    # A training that went on and was killed has removed one of these.
+    (tmp_path / tell.saved["points"][0]["path"]).unlink(missing_ok=True)
+    pareto.load_state_dict(tell.saved)
+    assert [point["step"] for point in pareto.points] == [10]
 
 
 def test_the_guard_holds_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
