@@ -2,7 +2,7 @@
 
 python -m pressfit.experiments.soak [--hours 2] [--seed 0] [--folder soak]
 
-Each round draws a training (methods, precision, optimizer, averaging, accumulation), runs it
+Each round draws a training (methods, precision, optimizer, averaging, accumulation, guard), runs it
 without interruption, and runs it again in processes that are killed by SIGKILL at random moments
 and started anew from the last checkpoint there is, until it ends. Then weights, latents, masks,
 clusters, statistics, averages, the optimizer's state and all logged curves must be equal bit for
@@ -35,6 +35,7 @@ from torch.utils.data import TensorDataset
 
 from pressfit.callbacks import (
     EMA,
+    AccuracyGuard,
     CompressionMonitor,
     GradualPruning,
     RandomState,
@@ -58,6 +59,7 @@ def draw(random: random.Random) -> Settings:
         "allocation": random.choice(["global", "uniform", "lamp"]),
         "sharing": random.choice([None, "linear", "optimal"]),
         "average": random.random() < 0.5,
+        "guard": random.choice([None, 0.0, 0.02]),
         "precision": random.choice(["32-true", "bf16-mixed", "16-mixed"]),
         "optimizer": random.choice(["SGD", "Adam", "AdamW"]),
         "accumulate": random.choice([1, 1, 3]),
@@ -84,6 +86,10 @@ class Noisy(pl.LightningModule):
         loss = nn.functional.cross_entropy(logits, batch[1])
         self.log("train/loss", loss)
         return loss
+
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
+        wrong = self.net(self.norm(batch[0])).argmax(1) != batch[1]
+        self.log("val/error", wrong.float().mean())
 
     def configure_optimizers(self) -> Any:
         optimizer = getattr(torch.optim, self.optimizer)(self.parameters(), lr=3e-3)
@@ -121,6 +127,8 @@ def train(settings: Settings, folder: Path) -> None:
     ]
     if settings["sharing"]:
         callbacks.insert(1, WeightSharing(8, settings["sharing"], start=0.5, stop=0.8))
+    if settings["guard"] is not None:
+        callbacks.append(AccuracyGuard(tolerance=settings["guard"]))
     if settings["average"]:
         callbacks.append(EMA(decay=0.99))
     # Half precision has its overflows on a CPU too.
@@ -134,17 +142,21 @@ def train(settings: Settings, folder: Path) -> None:
         plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)] if half else None,
         accumulate_grad_batches=settings["accumulate"],
         gradient_clip_val=settings["clip"],
+        check_val_every_n_epoch=5,
         logger=CSVLogger(folder, flush_logs_every_n_steps=1),
         log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    images, _ = Digits.load()
-    data = TensorDataset(images.images.flatten(1).float() / 255, images.labels)
-    loader = ResumableLoader(data, 64, shuffle=True, seed=settings["seed"])
+    images, held_out = (
+        TensorDataset(part.images.flatten(1).float() / 255, part.labels) for part in Digits.load()
+    )
+    loader = ResumableLoader(images, 64, shuffle=True, seed=settings["seed"])
     last = folder / "last.ckpt"
     path = str(last) if last.exists() else None
-    trainer.fit(Noisy(settings["optimizer"]), loader, ckpt_path=path, weights_only=True)
+    validation = ResumableLoader(held_out, len(held_out))
+    module = Noisy(settings["optimizer"])
+    trainer.fit(module, loader, validation, ckpt_path=path, weights_only=True)
     trainer.save_checkpoint(folder / "final.ckpt")
 
 

@@ -31,7 +31,18 @@ from pressfit.callbacks import (
 )
 from pressfit.compressors import restore
 from pressfit.experiments.soak import differences, outcome
-from training import IMAGES, LABELS, Adversaries, Net, Recorder, fit, loader, trainer, validation
+from training import (
+    IMAGES,
+    LABELS,
+    WEIGHTS,
+    Adversaries,
+    Net,
+    Recorder,
+    fit,
+    loader,
+    trainer,
+    validation,
+)
 
 # The eight failures of Lightning's ModelPruning.
 
@@ -528,6 +539,29 @@ def test_two_optimizers_stepped_by_hand(case: Case, precision: str, tmp_path: Pa
     case.check(module)
     assert methods[0].plan is not None
     assert methods[0].plan.step == 80  # batches, not steps of either
+
+
+@every_case
+def test_a_parameter_joins_while_another_optimizer_is_switched_off(
+    case: Case, tmp_path: Path
+) -> None:
+    class Toggling(Adversaries):
+        def training_step(self, batch: list[Tensor], _: int) -> None:  # type: ignore[override]
+            self.head.weight.requires_grad_(self.current_epoch > 0)
+            for optimizer in self.optimizers():
+                self.toggle_optimizer(optimizer)
+                loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+                self.untoggle_optimizer(optimizer)
+
+    module = Toggling()
+    module.head.weight.requires_grad_(False)
+    methods = case.make()
+    fit(tmp_path, *methods, module=module, max_epochs=8)
+    assert set(WEIGHTS) <= {name for method in methods for name in method.selection.chosen}
+    case.check(module)
 
 
 @every_case
