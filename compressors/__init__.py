@@ -3,7 +3,7 @@
 from pressfit.compressors.allocation import ALLOCATIONS
 from pressfit.compressors.artifact import load, read, save
 from pressfit.compressors.cluster import KMeans
-from pressfit.compressors.codes import Code, Dense, Lookup, Sparse, exact, same_bits
+from pressfit.compressors.codes import Code, Dense, Integer, Lookup, Sparse, exact, same_bits
 from pressfit.compressors.compress import compress, restore
 from pressfit.compressors.criteria import CRITERIA
 from pressfit.compressors.projections import Chain, Projection
@@ -20,6 +20,7 @@ __all__ = [
     "Cosine",
     "Cubic",
     "Dense",
+    "Integer",
     "Iterative",
     "KMeans",
     "Linear",

@@ -33,12 +33,14 @@ from pressfit.compressors.codes import (
     NARROWER,
     Code,
     Dense,
+    Integer,
     Lookup,
     Sparse,
     exact,
     matrix_shape,
 )
 from pressfit.compressors.coding import CODERS, Coder, Streams
+from pressfit.compressors.lattice import LARGEST, spread
 
 __all__ = ["Entry", "entries", "estimate", "load", "payloads", "read", "save"]
 
@@ -46,7 +48,7 @@ Symbols = NDArray[np.unsignedinteger]
 _T = TypeVar("_T")
 
 MAGIC = b"PFIT"
-VERSION = 1
+VERSION = 2  # which added the kind "integer"
 _HEADER = struct.Struct("<4sBB")
 _FOOTER = struct.Struct("<II")
 _BLOCK = 2**20
@@ -58,7 +60,7 @@ HARMLESS, _HONEST = 2**26, 10_000
 
 # Numbers in the file: append, never reorder.
 _CODERS = ("huffman", "ans", "context")
-_KINDS = ("dense", "sparse", "shared", "alias")
+_KINDS = ("dense", "sparse", "shared", "alias", "integer")
 _DTYPES = (
     torch.float32,
     torch.bfloat16,
@@ -96,12 +98,15 @@ class Entry:
         shape: Shape of the tensor.
         dtype: Its dtype.
         kind: ``dense`` (floats only), ``sparse`` (positions, floats), ``shared`` (positions,
-            values, codebook) or ``alias`` (the same tensor as ``alias``).
+            values, codebook), ``integer`` (positions, values, steps) or ``alias`` (the same tensor
+            as ``alias``).
         storage: Dtype of the floats in the file, no wider than ``dtype``.
-        floats: Number of floats: all, the non-zero ones, or the codebook's.
+        floats: Number of floats: all, the non-zero ones, the codebook's, or the steps'.
         positions: Bytes of the positions' stream.
         values: Bytes of the values' stream.
         alias: Index of the entry whose tensor this one is, for tied weights.
+        bounds: Number of integers below zero and above it.
+        blocks: Number of steps along each dimension.
     """
 
     name: str
@@ -113,6 +118,13 @@ class Entry:
     positions: int = 0
     values: int = 0
     alias: int = 0
+    bounds: tuple[int, int] = (0, 0)
+    blocks: tuple[int, ...] = ()
+
+    @property
+    def levels(self) -> int:
+        """Distinct values besides zero that are looked up."""
+        return {"shared": self.floats, "integer": sum(self.bounds)}.get(self.kind, 0)
 
     @property
     def numel(self) -> int:
@@ -187,7 +199,11 @@ def estimate(tensors: Mapping[str, Tensor | Code]) -> int:
         size = 0 if id(value) in seen else round(code.bits() / 8)
         seen.add(id(value))
         payload += size
-        directory += _pack(Entry(name, tuple(code.shape), code.dtype, "sparse", values=size))
+        entry = Entry(name, tuple(code.shape), code.dtype, "sparse", values=size)
+        if isinstance(code, Integer):
+            blocks = tuple(code.steps.shape)
+            entry = replace(entry, kind="integer", bounds=code.bounds, blocks=blocks)
+        directory += _pack(entry)
     return _HEADER.size + payload + len(_deflate(directory)) + _FOOTER.size
 
 
@@ -302,30 +318,23 @@ class _Checksummed:
 
 
 def _encode(name: str, code: Code, coder: Coder) -> tuple[Entry, list[bytes | memoryview]]:
-    shape, dtype, leaf = code.shape, code.dtype, code
-    streams = Streams(b"", b"")
-    kind = "dense"
+    kind, leaf = "dense", code
     if isinstance(code, Sparse | Lookup):
         inner = code.values if isinstance(code, Sparse) else code
         kind = "shared" if isinstance(inner, Lookup) else "sparse"
         leaf = inner.codebook if isinstance(inner, Lookup) else inner
+    elif isinstance(code, Integer):
+        kind, leaf = "integer", code.steps
     if not isinstance(leaf, Dense):
         raise TypeError(f"{name!r}: no place in the file for {type(leaf).__name__} leaves")
-    if isinstance(code, Sparse | Lookup):
-        levels = leaf.values.numel() if kind == "shared" else 1
-        streams = coder.encode(code.symbols(), levels + 1)
-    storage = leaf.storage
-    raw = leaf.values.detach().cpu().to(storage).contiguous().flatten()
-    entry = Entry(
-        name,
-        tuple(shape),
-        dtype,
-        kind,
-        storage,
-        raw.numel(),
-        len(streams.positions),
-        len(streams.values),
-    )
+    raw = leaf.values.detach().cpu().to(leaf.storage).contiguous().flatten()
+    entry = Entry(name, tuple(code.shape), code.dtype, kind, leaf.storage, raw.numel())
+    if isinstance(code, Integer):
+        entry = replace(entry, bounds=code.bounds, blocks=tuple(leaf.shape))
+    streams = Streams(b"", b"")
+    if isinstance(code, Sparse | Lookup | Integer):
+        streams = coder.encode(code.symbols(), (entry.levels or 1) + 1)
+    entry = replace(entry, positions=len(streams.positions), values=len(streams.values))
     return entry, [streams.positions, streams.values, _bytes(raw)]
 
 
@@ -339,7 +348,7 @@ def _payload(file: BinaryIO, entry: Entry, coder: str) -> tuple[Symbols | None, 
         floats = torch.frombuffer(raw, dtype=entry.storage)
     if entry.kind == "dense":
         return None, floats
-    levels = entry.floats if entry.kind == "shared" else 1
+    levels = 1 if entry.kind == "sparse" else entry.levels
     symbols = CODERS[coder].decode(streams, matrix_shape(entry.shape), levels + 1)
     if entry.kind == "sparse" and np.count_nonzero(symbols) != entry.floats:
         raise ValueError("positions and values differ in number")
@@ -357,12 +366,20 @@ def _tensor(entry: Entry, symbols: Symbols | None, floats: Tensor) -> Tensor:
     if entry.kind == "sparse":
         tensor[torch.from_numpy(flat.view(np.bool_))] = floats
         return tensor.view(entry.shape)
-    table = torch.cat([tensor.new_zeros(1), floats])
+    if entry.kind == "integer":
+        below, above = entry.bounds
+        integers = torch.tensor([0, *range(-below, 0), *range(1, above + 1)])
+        table = integers.to(entry.dtype)
+    else:
+        table = torch.cat([tensor.new_zeros(1), floats])
     # Block by block: torch wants 32-bit indexes, four times the symbols' memory.
     for start in range(0, entry.numel, _BLOCK):
         index = torch.from_numpy(flat[start : start + _BLOCK].astype(np.int32))
         tensor[start : start + _BLOCK] = table.index_select(0, index)
-    return tensor.view(entry.shape)
+    tensor = tensor.view(entry.shape)
+    if entry.kind == "integer":
+        tensor *= spread(floats.view(entry.blocks), tensor.shape)
+    return tensor
 
 
 def _directory(file: BinaryIO, path: str) -> tuple[str, list[Entry], dict[str, int]]:
@@ -374,10 +391,11 @@ def _directory(file: BinaryIO, path: str) -> tuple[str, list[Entry], dict[str, i
     if size < _HEADER.size + _FOOTER.size:
         raise ValueError(f"{path} is truncated")
     _, version, number = _HEADER.unpack(head)
-    if version != VERSION:
+    if not 1 <= version <= VERSION:
         remedy = "upgrade pressfit" if version > VERSION else "no pressfit wrote it, get it again"
         raise ValueError(
-            f"{path} has format version {version}, this pressfit reads version {VERSION}: {remedy}"
+            f"{path} has format version {version}, this pressfit reads versions 1 to {VERSION}: "
+            f"{remedy}"
         )
     file.seek(size - _FOOTER.size)
     length, crc = _FOOTER.unpack(file.read(_FOOTER.size))
@@ -412,10 +430,12 @@ def _check(found: list[Entry], payload: int) -> None:
         narrower = NARROWER.get(entry.dtype, ())
         if entry.kind != "alias" and entry.storage not in (entry.dtype, *narrower):
             raise ValueError(f"{entry.name!r} is {entry.dtype}, but stored as {entry.storage}")
-        if entry.kind in ("sparse", "shared") and entry.dtype not in CODED:
+        if entry.kind in ("sparse", "shared", "integer") and entry.dtype not in CODED:
             raise ValueError(f"{entry.name!r} is {entry.dtype}, which is only stored dense")
         if entry.kind == "shared" and entry.floats > MAX_LEVELS:
             raise ValueError(f"{entry.name!r} has a codebook of {entry.floats} levels")
+        if entry.kind == "integer":
+            _check_integer(entry)
     if sum(entry.bytes for entry in found) != payload:
         raise ValueError("the lengths of its tensors do not add up")
     for position, entry in enumerate(found):
@@ -429,6 +449,17 @@ def _check(found: list[Entry], payload: int) -> None:
             raise ValueError(f"{entry.name!r} has the wrong number of values")
         elif entry.kind != "dense" and entry.floats > entry.numel:
             raise ValueError(f"{entry.name!r} has more values than weights")
+
+
+def _check_integer(entry: Entry) -> None:
+    if max(entry.bounds) > LARGEST + 1 or not entry.dtype.is_floating_point:
+        raise ValueError(f"{entry.name!r} has integers that no quantizer makes")
+    uneven = any(
+        not 1 <= blocks <= size or size % blocks
+        for blocks, size in zip(entry.blocks, entry.shape, strict=True)
+    )
+    if uneven or math.prod(entry.blocks) != entry.floats:
+        raise ValueError(f"{entry.name!r} has steps that do not cover it")
 
 
 def _deflate(directory: bytes | bytearray) -> bytes:
@@ -456,6 +487,7 @@ def _pack(entry: Entry) -> bytes:
     else:
         fields += [_DTYPES.index(entry.storage), entry.floats]
         fields += [entry.positions, entry.values] if entry.kind != "dense" else []
+        fields += [*entry.bounds, *entry.blocks] if entry.kind == "integer" else []
     packed = b"".join(_varint(field) for field in [_DTYPES.index(entry.dtype), *fields])
     return _varint(len(name)) + name + packed
 
@@ -498,8 +530,13 @@ class _Reader:
         if kind == "alias":
             return Entry(name, shape, dtype, kind, alias=self.varint())
         storage, floats = self.one_of(_DTYPES, "dtype"), self.varint()
-        coded = (0, 0) if kind == "dense" else (self.varint(), self.varint())
-        return Entry(name, shape, dtype, kind, storage, floats, *coded)
+        entry = Entry(name, shape, dtype, kind, storage, floats)
+        if kind != "dense":
+            entry = replace(entry, positions=self.varint(), values=self.varint())
+        if kind == "integer":
+            bounds = self.varint(), self.varint()
+            entry = replace(entry, bounds=bounds, blocks=tuple(self.varint() for _ in shape))
+        return entry
 
     def take(self, length: int) -> bytes:
         end = self.position + length

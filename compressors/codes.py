@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pressfit.compressors.coding import CODERS
+from pressfit.compressors.lattice import lattice, spread
 
-__all__ = ["Code", "Dense", "Lookup", "Sparse", "exact", "matrix_shape", "same_bits"]
+__all__ = ["Code", "Dense", "Integer", "Lookup", "Sparse", "exact", "matrix_shape", "same_bits"]
 
 # A codebook pays for itself only while it is small against the weights it replaces; the index
 # streams hold 16-bit symbols, of which 0 means "zero".
@@ -40,6 +41,9 @@ CODED = (
 ESTIMATE_SYMBOLS = 2**22
 
 _BLOCK = 2**20
+
+# Sizes of groups of weights that share a step.
+_GROUPS = (256, 128, 64, 32)
 
 # By dtype: those that hold some of its values exactly, narrowest first.
 NARROWER = {
@@ -216,12 +220,63 @@ class Sparse(Code):
         return Sparse(self.mask, self.values.map(encode))
 
 
+@dataclass(frozen=True, eq=False)
+class Integer(Code):
+    """Integers on a grid, ``w = step q``, each step for a block of the weight.
+
+    Args:
+        steps: Code of the blocks' steps, with as many dimensions as the weight; a size divides the
+            weight's in each: ``(out, 1, 1, 1)`` for the output channels of a convolution,
+            ``(out, in / 32)`` for groups of 32.
+        integers: Tensor of the weight's shape and of type int8.
+
+    Example:
+        >>> steps = torch.tensor([[0.5], [2.0]])
+        >>> Integer(Dense(steps), torch.tensor([[1, -3], [0, 2]], dtype=torch.int8)).decode()
+        tensor([[ 0.5000, -1.5000],
+                [ 0.0000,  4.0000]])
+    """
+
+    steps: Code
+    integers: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.integers.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.steps.dtype
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Number of levels below zero and above it."""
+        low, high = self.integers.aminmax() if self.integers.numel() else (0, 0)
+        return max(0, -int(low)), max(0, int(high))
+
+    def decode(self) -> Tensor:
+        return self.integers * spread(self.steps.decode(), self.shape)
+
+    def symbols(self) -> NDArray[np.unsignedinteger]:
+        """Index matrix: 0 where the weight is zero, else the level's rank among the others + 1."""
+        below, above = self.bounds
+        wide = self.integers.cpu().numpy().astype(np.int16)
+        symbols = np.where(wide < 0, wide + below + 1, np.where(wide > 0, wide + below, 0))
+        return _matrix(symbols.astype(_symbol_type(below + above)))
+
+    def bits(self) -> float:
+        return _stream_bits(self.symbols(), sum(self.bounds) + 1) + self.steps.bits()
+
+    def map(self, encode: Callable[[Tensor], Code]) -> Code:
+        return Integer(self.steps.map(encode), self.integers)
+
+
 def exact(tensor: Tensor) -> Code:
     """The cheapest code that gives ``tensor`` back bit for bit, found by looking at its values.
 
-    Zeros make it sparse, few distinct values give it a codebook, and anything else stays dense,
-    so a tensor needs no record of how it was compressed. It is read in blocks: temporaries stay
-    below the tensor's own size.
+    Zeros make it sparse, few distinct values give it a codebook, values on a grid for each output
+    channel make it integers, and anything else stays dense, so a tensor needs no record of how it
+    was compressed. It is read in blocks: temporaries stay below the tensor's own size.
 
     Example:
         >>> code = exact(torch.tensor([0.0, 0.3, 0.0, 0.3, -0.7, 0.3, 0.0, 0.3]))
@@ -235,6 +290,9 @@ def exact(tensor: Tensor) -> Code:
     mask = bits != 0
     kept = int(mask.count_nonzero())  # a sum would make integers of all
     levels = _levels(bits.flatten(), limit=min(MAX_LEVELS, kept // 2))
+    integer = _integer(tensor)
+    if integer is not None and (levels is None or len(levels) > integer.steps.shape.numel()):
+        return integer
     if levels is not None:
         codebook, order = levels.view(tensor.dtype).sort(stable=True)
         index = _index(bits.flatten(), levels, order.argsort())
@@ -263,6 +321,29 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         a, b = torch.view_as_real(a), torch.view_as_real(b)
     bits = INTEGERS[a.dtype.itemsize]
     return torch.equal(a.flatten().view(bits), b.flatten().view(bits))
+
+
+def _integer(tensor: Tensor) -> Integer | None:
+    """The tensor as integers times a step for each channel, or for each group of a row."""
+    if tensor.dim() < 2 or not tensor.numel() or not tensor.is_floating_point():
+        return None
+    for dimension in (0, 1):  # the second is the output of a transposed convolution
+        moved = tensor.movedim(dimension, 0)
+        if found := _grid(moved):
+            steps, integers = found[0].view(-1, *[1] * (tensor.dim() - 1)), found[1].view_as(moved)
+            return Integer(Dense(steps.movedim(0, dimension)), integers.movedim(0, dimension))
+    rows, columns = matrix_shape(tensor.shape)
+    for group in _GROUPS if tensor.dim() == 2 else ():
+        if columns % group == 0 and (found := _grid(tensor.view(-1, group))):
+            return Integer(Dense(found[0].view(rows, -1)), found[1].view_as(tensor))
+    return None
+
+
+def _grid(blocks: Tensor) -> tuple[Tensor, Tensor] | None:
+    # Of most tensors the first block tells that there is none.
+    worth = 1 < len(blocks) <= blocks.numel() // 4
+    first = worth and lattice(blocks[0].reshape(1, -1))
+    return lattice(blocks.reshape(len(blocks), -1)) if first else None
 
 
 def _levels(bits: Tensor, limit: int) -> Tensor | None:

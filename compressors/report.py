@@ -28,14 +28,15 @@ class TensorReport:
         shape: Shape of the tensor.
         weights: Number of weights.
         kept: Number of non-zero weights.
-        levels: Distinct non-zero values, 0 where they are stored as floats.
+        levels: Distinct non-zero values, or integers; 0 where they are stored as floats.
         bytes_dense: The tensor uncompressed.
         pruned_bytes: After pruning alone (P): non-zero weights at full width with relative
             indexes of fixed width.
-        shared_bytes: After pruning and sharing (P+Q): indexes of fixed width and the codebook.
+        shared_bytes: After pruning and sharing or quantization (P+Q): indexes of fixed width, and
+            the codebook or the steps.
         position_bytes: Entropy-coded positions, as they stand in the file.
         value_bytes: Entropy-coded values, as they stand in the file.
-        float_bytes: Codebook, or the values themselves, as they stand in the file.
+        float_bytes: Codebook, steps, or the values themselves, as they stand in the file.
     """
 
     name: str
@@ -194,7 +195,7 @@ def inspect(path: str | os.PathLike[str], limit: int | None = None) -> Report:
 def _report(entry: Entry, symbols: Symbols | None, floats: torch.Tensor) -> TensorReport:
     width = entry.dtype.itemsize
     dense = pruned = shared = entry.numel * width
-    levels = 0
+    levels = entry.levels
     if symbols is None:
         # By bytes, since torch cannot count every dtype that it can hold.
         weights = floats.view(torch.uint8).view(-1, entry.storage.itemsize)
@@ -203,10 +204,9 @@ def _report(entry: Entry, symbols: Symbols | None, floats: torch.Tensor) -> Tens
         kept, pairs, gap = _relative(symbols, _CONV_GAP if len(entry.shape) > 2 else _LINEAR_GAP)
         pruned = min(dense, math.ceil(pairs * (8 * width + gap) / 8))
         shared = pruned
-        if entry.kind == "shared":
-            levels = entry.floats
+        if entry.kind in ("shared", "integer"):
             index = max(1, math.ceil(math.log2(max(1, levels))))  # no level: all weights are zero
-            shared = math.ceil(pairs * (index + gap) / 8) + levels * width
+            shared = math.ceil(pairs * (index + gap) / 8) + entry.floats * width
     return TensorReport(
         name=entry.name,
         shape=entry.shape,

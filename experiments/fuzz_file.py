@@ -52,6 +52,10 @@ def seeds() -> tuple[bytes, ...]:
     """Small files of every coder, kind and dtype, with empty tensors, scalars and tied ones."""
     i = torch.arange(60).view(6, 10)
     many = torch.arange(300).repeat(2)
+    steps = (2 * torch.arange(6).view(6, 1) + 97) / 128
+    wide = (2 * torch.arange(6).view(3, 2, 1) + 97).bfloat16() * (
+        torch.arange(192).view(3, 2, 32) % 5
+    )
     states: list[dict[str, Tensor]] = []
     for dtype in artifact._DTYPES:
         states.append({f"dense.{dtype}": torch.arange(5).to(dtype)})
@@ -63,6 +67,11 @@ def seeds() -> tuple[bytes, ...]:
     states += [
         {"empty": torch.empty(0, 4), "scalar": torch.tensor(3.5), "zeros": torch.zeros(20, 30)},
         {"levels": many.to(torch.int16), "rare": (many % 299 == 0).float(), "": torch.ones(70)},
+        {
+            "integers": steps * (i % 16 - 8),
+            "up": steps * (i % 9 * (i % 2)),
+            "blocks": wide.view(3, 64),
+        },
         {"conv": (i % 5 * (i % 2)).float().view(3, 2, 5, 2), "tall": (i % 5).double().view(60, 1)},
         {},
     ]
@@ -126,7 +135,7 @@ def forged(coder: str, found: Sequence[Entry], payload: bytes) -> bytes:
     """A file of this coder, these entries and these streams, whether or not they fit.
 
     >>> opened(forged("ans", [], b"streams"))
-    Parts(head=b'PFIT\\x01\\x01', payload=b'streams', directory=b'\\x00')
+    Parts(head=b'PFIT\\x02\\x01', payload=b'streams', directory=b'\\x00')
     """
     number = artifact._CODERS.index(coder)
     head = artifact._HEADER.pack(artifact.MAGIC, artifact.VERSION, number)
@@ -190,6 +199,8 @@ def claim(parts: Parts, dice: Random) -> Parts:
         "positions": number(dice),
         "values": number(dice),
         "alias": number(dice),
+        "bounds": (number(dice), number(dice)),
+        "blocks": tuple(number(dice) for _ in entry.shape),
     }
     made = dice.sample([*claims], dice.randint(1, 3))
     entry = replace(entry, **{"name": f"{entry.name}2"} | {field: claims[field] for field in made})

@@ -1,5 +1,6 @@
 """The file: everything comes back bit for bit, and nothing damaged comes back at all."""
 
+import math
 import os
 import random
 import struct
@@ -11,11 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pressfit.compressors import (
     Code,
     Dense,
+    Integer,
     KMeans,
     Lookup,
     Sparse,
@@ -33,6 +37,7 @@ from pressfit.compressors import (
 from pressfit.compressors.allocation import Lazy
 from pressfit.compressors.artifact import Entry, estimate
 from pressfit.compressors.coding import CODERS, Streams
+from pressfit.compressors.lattice import lattice, spread
 
 GENERATOR = torch.Generator().manual_seed(0)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -367,3 +372,64 @@ def test_compress_names_the_culprit() -> None:
         compress(net, {"conv*": TopK(0.5)})
     with pytest.raises(ValueError, match="matches no parameter of Sequential"):
         compress(net, TopK(0.5), exclude="head")
+
+
+def quantized(shape: tuple[int, ...], blocks: tuple[int, ...], bits: int, dice: int) -> Tensor:
+    """Integers of so many bits, times steps of eight digits."""
+    generator = torch.Generator().manual_seed(dice)
+    high = 2 ** (bits - 1) - 1
+    integers = torch.randint(-high, high + 1, shape, generator=generator)
+    steps = torch.rand(blocks, generator=generator).add(0.01).bfloat16().float()
+    return integers * spread(steps, torch.Size(shape))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "blocks"),
+    [
+        ((24, 50), (24, 1)),
+        ((12, 3, 5, 5), (12, 1, 1, 1)),
+        ((12, 6, 5, 5), (1, 6, 1, 1)),
+        ((6, 256), (6, 4)),
+    ],
+)
+def test_integers_are_found_behind_floats(
+    bits: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    blocks: tuple[int, ...],
+    tmp_path: Path,
+) -> None:
+    weight = quantized(shape, blocks, bits, dice=bits).to(dtype)
+    code = exact(weight)
+    assert isinstance(code, Integer)
+    assert code.steps.shape == blocks
+    assert int(code.integers.abs().max()) < 2 ** (bits - 1)
+    assert same_bits(code.decode(), weight)
+    size = save(tmp_path / "integers", {"w": weight})
+    assert same_bits(load(tmp_path / "integers")["w"], weight)
+    assert estimate({"w": code}) == pytest.approx(size, rel=0.01, abs=2)
+    levels = 2**bits - 1
+    entropy = math.log2(levels) / 8 * weight.numel()
+    assert size < 1.1 * entropy + 2 * code.steps.shape.numel() + 150
+    (tensor,) = inspect(tmp_path / "integers").tensors
+    assert tensor.levels <= levels
+    assert tensor.float_bytes == 2 * code.steps.shape.numel()
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=40), st.integers(1, 3))
+def test_grids_are_exact_or_not_found(values: list[float], rows: int) -> None:
+    blocks = torch.tensor([values] * rows)
+    found = lattice(blocks)
+    if found is not None:
+        steps, integers = found
+        assert same_bits(steps.unsqueeze(1) * integers, blocks)
+        assert int(integers.abs().max()) <= 127
+
+
+def test_negative_zeros_survive(tmp_path: Path) -> None:
+    weight = quantized((24, 50), (24, 1), bits=4, dice=0)
+    weight[3, 4] = -0.0
+    save(tmp_path / "zero", {"w": weight})
+    assert same_bits(load(tmp_path / "zero")["w"], weight)

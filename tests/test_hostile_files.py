@@ -19,7 +19,7 @@ from pressfit.compressors import load, same_bits, save
 from pressfit.compressors.coding import CODERS
 from pressfit.experiments.fuzz_file import accepts, greedy, mutate, opened, sealed, seeds
 
-VERSIONS = (1,)
+VERSIONS = (1, 2)
 GOLDEN = Path(__file__).with_name("golden")
 
 
@@ -62,13 +62,15 @@ def test_files_that_promise_all_they_may_are_read(tmp_path: Path) -> None:
     assert taken.count(True) >= 6, taken  # what decodes noise may find it damaged at the end
 
 
-def golden() -> dict[str, Tensor]:
-    """A tensor of every kind, by integer arithmetic alone."""
+def golden(version: int) -> dict[str, Tensor]:
+    """A tensor of every kind there is in a version, by integer arithmetic alone."""
     i = torch.arange(24 * 30).view(24, 30)
     dense = (i * 7919 % 257 - 128) / 64
     sparse = dense * (i * 104729 % 11 == 0)
     shared = ((i * 7919 % 6 - 3) / 4) * (i % 3 == 0)
-    return {
+    steps = (2 * i[:, :1] // 30 + 65) / 256
+    integers = {"integer.weight": steps * (i * 7919 % 16 - 8), "up": steps.T * (i.T % 7)}
+    return (integers if version > 1 else {}) | {
         "dense.weight": dense,
         "sparse.weight": sparse,
         "shared.weight": shared,
@@ -88,7 +90,7 @@ def golden() -> dict[str, Tensor]:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_files_of_every_version_are_read(version: int, coder: str) -> None:
     found = load(GOLDEN / f"v{version}_{coder}.pressfit")
-    expected = golden()
+    expected = golden(version)
     assert list(found) == list(expected)
     assert all(same_bits(found[name], tensor) for name, tensor in expected.items())
 
@@ -97,7 +99,7 @@ def test_files_of_every_version_are_read(version: int, coder: str) -> None:
     ("version", "message"),
     [
         (VERSIONS[-1] + 1, f"has format version {VERSIONS[-1] + 1}, .*: upgrade pressfit"),
-        (0, "has format version 0, this pressfit reads version 1: no pressfit wrote it"),
+        (0, "has format version 0, this pressfit reads versions 1 to 2: no pressfit wrote it"),
     ],
 )
 def test_other_versions_say_what_is_needed(version: int, message: str, tmp_path: Path) -> None:
@@ -111,4 +113,4 @@ def test_other_versions_say_what_is_needed(version: int, message: str, tmp_path:
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     for name in CODERS:
-        save(GOLDEN / f"v{int(sys.argv[1])}_{name}.pressfit", golden(), name)
+        save(GOLDEN / f"v{sys.argv[1]}_{name}.pressfit", golden(int(sys.argv[1])), name)
