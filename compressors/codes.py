@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pressfit.compressors.coding import CODERS
-from pressfit.compressors.lattice import lattice, spread
+from pressfit.compressors.lattice import blocked, lattice, spread, unblocked
 
 __all__ = ["Code", "Dense", "Integer", "Lookup", "Sparse", "exact", "matrix_shape", "same_bits"]
 
@@ -327,23 +327,21 @@ def _integer(tensor: Tensor) -> Integer | None:
     """The tensor as integers times a step for each channel, or for each group of a row."""
     if tensor.dim() < 2 or not tensor.numel() or not tensor.is_floating_point():
         return None
-    for dimension in (0, 1):  # the second is the output of a transposed convolution
-        moved = tensor.movedim(dimension, 0)
-        if found := _grid(moved):
-            steps, integers = found[0].view(-1, *[1] * (tensor.dim() - 1)), found[1].view_as(moved)
-            return Integer(Dense(steps.movedim(0, dimension)), integers.movedim(0, dimension))
-    rows, columns = matrix_shape(tensor.shape)
-    for group in _GROUPS if tensor.dim() == 2 else ():
-        if columns % group == 0 and (found := _grid(tensor.view(-1, group))):
-            return Integer(Dense(found[0].view(rows, -1)), found[1].view_as(tensor))
+    rows, columns, *others = tensor.shape
+    one = [1] * len(others)
+    # Output channels, also those of transposed convolutions.
+    layouts = [[rows, 1, *one], [1, columns, *one]]
+    layouts += [[rows, columns // group] for group in _GROUPS if not others and not columns % group]
+    for blocks in layouts:
+        count = math.prod(blocks)
+        # Of most tensors the first block tells that there is no grid.
+        first = tensor[tuple(slice(n // k) for n, k in zip(tensor.shape, blocks, strict=True))]
+        if not 1 < count <= tensor.numel() // 4 or lattice(first.reshape(1, -1)) is None:
+            continue
+        if found := lattice(blocked(tensor, blocks)):
+            steps, integers = found
+            return Integer(Dense(steps.view(blocks)), unblocked(integers, blocks, tensor.shape))
     return None
-
-
-def _grid(blocks: Tensor) -> tuple[Tensor, Tensor] | None:
-    # Of most tensors the first block tells that there is none.
-    worth = 1 < len(blocks) <= blocks.numel() // 4
-    first = worth and lattice(blocks[0].reshape(1, -1))
-    return lattice(blocks.reshape(len(blocks), -1)) if first else None
 
 
 def _levels(bits: Tensor, limit: int) -> Tensor | None:

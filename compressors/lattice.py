@@ -1,11 +1,14 @@
-"""Integers behind floats: the coarsest grid that holds every value of a block exactly."""
+"""Blocks of a tensor, and the integers behind their floats: the coarsest grid that holds them."""
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["lattice", "spread"]
+__all__ = ["blocked", "lattice", "spread", "unblocked"]
 
 # Integers that fit a signed byte, and may be negated.
 LARGEST = 127
@@ -42,12 +45,40 @@ def lattice(blocks: Tensor) -> tuple[Tensor, Tensor] | None:
     return torch.cat(steps), torch.cat(integers)
 
 
-def spread(steps: Tensor, shape: torch.Size) -> Tensor:
-    """Steps of blocks, broadcast over a shape: along each dimension a step covers as many entries
-    as divide it evenly.
+def blocked(tensor: Tensor, blocks: Sequence[int]) -> Tensor:
+    """A row for each block of a tensor, which ``blocks`` divides evenly along every dimension.
 
     Example:
-        >>> spread(torch.tensor([[1.0, 2.0]]), torch.Size([3, 4]))
+        >>> blocked(torch.arange(8).view(2, 4), (2, 2))
+        tensor([[0, 1],
+                [2, 3],
+                [4, 5],
+                [6, 7]])
+        >>> blocked(torch.arange(8).view(2, 4), (1, 4))
+        tensor([[0, 4],
+                [1, 5],
+                [2, 6],
+                [3, 7]])
+    """
+    sizes = [
+        n for size, count in zip(tensor.shape, blocks, strict=True) for n in (count, size // count)
+    ]
+    outer, inner = range(0, 2 * tensor.dim(), 2), range(1, 2 * tensor.dim(), 2)
+    return tensor.reshape(sizes).permute(*outer, *inner).reshape(math.prod(blocks), -1)
+
+
+def unblocked(rows: Tensor, blocks: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """The tensor that :func:`blocked` cut."""
+    inner = [size // count for size, count in zip(shape, blocks, strict=True)]
+    order = [d for k in range(len(shape)) for d in (k, len(shape) + k)]
+    return rows.view(*blocks, *inner).permute(order).reshape(tuple(shape))
+
+
+def spread(steps: Tensor, shape: Sequence[int]) -> Tensor:
+    """Steps of blocks, broadcast over a shape.
+
+    Example:
+        >>> spread(torch.tensor([[1.0, 2.0]]), (3, 4))
         tensor([[1., 1., 2., 2.]])
     """
     for dimension, (blocks, size) in enumerate(zip(steps.shape, shape, strict=True)):
