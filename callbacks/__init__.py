@@ -12,6 +12,7 @@ from pressfit.callbacks.monitor import CompressionMonitor
 from pressfit.callbacks.pareto import ParetoCheckpoint
 from pressfit.callbacks.plan import Plan
 from pressfit.callbacks.pruning import GradualPruning
+from pressfit.callbacks.quantization import QuantizationAwareTraining
 from pressfit.callbacks.resume import RandomState, ResumableLoader
 from pressfit.callbacks.sharing import WeightSharing
 
@@ -26,6 +27,7 @@ __all__ = [
     "ModelCheckpointOnceCompressed",
     "ParetoCheckpoint",
     "Plan",
+    "QuantizationAwareTraining",
     "RandomState",
     "ResumableLoader",
     "WeightSharing",

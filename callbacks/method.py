@@ -1,7 +1,7 @@
 """What the callbacks of all methods share: which parameters, when, and Lightning's hooks."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -42,6 +42,9 @@ class Method(pl.Callback):
 
     place: ClassVar[int]
     """Position in a chain: a method may only follow ones of a smaller place."""
+
+    times: ClassVar[int] = 100
+    """Choices that are spread over the window, unless ``every`` says otherwise."""
 
     def __init__(
         self,
@@ -108,6 +111,10 @@ class Method(pl.Callback):
     def describe(self) -> str:
         """The method in a few words, for the plan's table."""
 
+    def remarks(self) -> list[str]:
+        """What else the plan's table says of the method, a line each."""
+        return []
+
     @abstractmethod
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
         """Choose anew what :meth:`project_` holds fixed, for all weights together; under sharding
@@ -161,6 +168,11 @@ class Method(pl.Callback):
     ) -> None:
         """Update statistics before an optimizer step, from this process's part of a weight as the
         forward pass saw it, and of its gradient; ``state`` is the optimizer's own."""
+
+    def update(self, names: Collection[str], rate: float, scale: float) -> None:
+        """Train what the method learns itself, when a step of these parameters is about to be
+        taken; ``rate`` is the optimizer's learning rate as a fraction of its first one, ``scale``
+        that of a gradient scaler."""
 
     def skip(self) -> None:
         """Drop what was staged for a step that is not taken."""

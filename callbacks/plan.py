@@ -94,6 +94,7 @@ class Plan:
             weights = sum(parameter.numel() for parameter in chosen.values())
             lines.append(f"  {type(method).__name__}: {method.describe()}, {coupling}, {when}")
             lines.append(f"    {len(chosen)} tensors, {weights:,} weights: {', '.join(chosen)}")
+            lines.extend(f"    {remark}" for remark in method.remarks())
         touched = set(self.names.values())
         skipped = {
             name: reason
@@ -183,6 +184,7 @@ class Plan:
                         gradient = _gradient(parameter, scale)
                         state = optimizer.state.get(parameter, {})
                         method.observe(name, local(parameter), gradient, state)
+            method.update(parameters, _rate(optimizer), scaler.get_scale() if scaler else 1.0)
         for name, latent in self._latents(optimizer):
             local(parameters[name]).copy_(local(latent))
         self._restored.append(optimizer)
@@ -359,7 +361,7 @@ class Plan:
             return False
         if method.chosen_at is None:
             return True
-        every = method.every or max(1, (last - first) // 100)
+        every = method.every or max(1, (last - first) // method.times)
         return method.chosen_at < last and (step - method.chosen_at >= every or step >= last)
 
     def _late(self, method: Method, step: int, parameters: Mapping[str, nn.Parameter]) -> bool:
@@ -507,6 +509,13 @@ def _finite(optimizer: Optimizer) -> bool:
     ]
     finite = [whole(gradient.isfinite().all()) for gradient in gradients]
     return bool(torch.stack(finite).all()) if finite else True
+
+
+def _rate(optimizer: Optimizer) -> float:
+    """The learning rate as a fraction of the one that a schedule began with."""
+    group = optimizer.param_groups[0]
+    first = float(group.get("initial_lr", group["lr"]))
+    return float(group["lr"]) / first if first else 1.0
 
 
 def _gradient(parameter: nn.Parameter, scale: float) -> Tensor | None:

@@ -8,6 +8,7 @@ from pressfit.compressors.compress import compress, restore
 from pressfit.compressors.criteria import CRITERIA
 from pressfit.compressors.projections import Chain, Projection
 from pressfit.compressors.prune import TopK
+from pressfit.compressors.quantize import ActivationQuantizer, Quantize
 from pressfit.compressors.report import Report, TensorReport, inspect
 from pressfit.compressors.schedules import Cosine, Cubic, Iterative, Linear, OneShot, Schedule
 from pressfit.compressors.select import Selection, select
@@ -15,6 +16,7 @@ from pressfit.compressors.select import Selection, select
 __all__ = [
     "ALLOCATIONS",
     "CRITERIA",
+    "ActivationQuantizer",
     "Chain",
     "Code",
     "Cosine",
@@ -27,6 +29,7 @@ __all__ = [
     "Lookup",
     "OneShot",
     "Projection",
+    "Quantize",
     "Report",
     "Schedule",
     "Selection",

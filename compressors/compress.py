@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pressfit.compressors.artifact import HARMLESS, load
 from pressfit.compressors.codes import Code
 from pressfit.compressors.projections import Projection
+from pressfit.compressors.quantize import QUANTIZER, attach_quantizer
 from pressfit.compressors.select import Selection, match, select
 
 __all__ = ["compress", "restore"]
@@ -66,6 +67,8 @@ def compress(
 def restore(module: Module, path: str | os.PathLike[str]) -> Module:
     """Put the weights of a file into a module of the plain class, bit for bit, and return it.
 
+    Layers whose inputs were quantized in training get their quantizers back.
+
     Raises:
         ValueError: The file is damaged, or holds other tensors than the module.
 
@@ -81,6 +84,8 @@ def restore(module: Module, path: str | os.PathLike[str]) -> Module:
     # What the module itself takes is no more than its owner can afford; twice, for names it lacks.
     limit = 2 * sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
     tensors = load(path, max(limit, HARMLESS))
+    _attach_quantizers(module, tensors)
+    expected = module.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     for name, tensor in tensors.items():
         if name not in expected:
@@ -94,3 +99,11 @@ def restore(module: Module, path: str | os.PathLike[str]) -> Module:
         raise ValueError(f"{path} does not fit {type(module).__name__}: {'; '.join(problems)}")
     module.load_state_dict(tensors)
     return module
+
+
+def _attach_quantizers(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    layers = dict(module.named_modules())
+    for name, bits in tensors.items():
+        layer, found, rest = name.rpartition(f"{QUANTIZER}.bits")
+        if found and not rest and (layer := layer.removesuffix(".")) in layers:
+            attach_quantizer(layers[layer], int(bits))

@@ -25,6 +25,10 @@ class Projection(ABC):
         """The tensor nearest to ``weight`` that the code can hold."""
         return self.encode(weight).decode()
 
+    def after(self, code: Code) -> Code:
+        """The code of what an earlier projection left: its float leaf, coded by this one."""
+        return code.map(self.encode)
+
     def __or__(self, then: "Projection") -> "Projection":
         """``first | then`` codes the float leaves of the first with the second.
 
@@ -45,4 +49,4 @@ class Chain(Projection):
     then: Projection
 
     def encode(self, weight: Tensor) -> Code:
-        return self.first.encode(weight).map(self.then.encode)
+        return self.then.after(self.first.encode(weight))

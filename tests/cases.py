@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import pytest
 from torch import nn
 
-from pressfit.callbacks import GradualPruning, Method, WeightSharing
+from pressfit.callbacks import GradualPruning, Method, QuantizationAwareTraining, WeightSharing
 from pressfit.compressors import CRITERIA
+from pressfit.compressors.lattice import lattice
 from training import WEIGHTS, sparsity
 
 __all__ = ["CASES", "every_case"]
@@ -21,19 +22,29 @@ class Case:
         make: Makes the callbacks, their windows in fractions of training and over at 0.8 of it.
         sparsity: Fraction of zeros in all weights together.
         clusters: Most non-zero values in a weight.
+        bits: Of the integers in each row of a weight.
     """
 
     make: Callable[[], list[Method]]
     sparsity: float = 0.0
     clusters: int | None = None
+    bits: int | None = None
 
     def check(self, module: nn.Module, *names: str) -> None:
         names = names or WEIGHTS
-        assert sparsity(module, *names) == pytest.approx(self.sparsity, abs=2e-3)
+        zeros = sparsity(module, *names)
+        # Rounding makes more of them.
+        least = min(zeros, self.sparsity) if self.bits else zeros
+        assert least == pytest.approx(self.sparsity, abs=2e-3)
         for name in names:
             weight = module.get_parameter(name)
             if self.clusters is not None:
                 assert weight[weight != 0].unique().numel() <= self.clusters
+            if self.bits is not None:
+                found = lattice(weight.detach().float())
+                assert found is not None
+                assert -(2 ** (self.bits - 1)) <= found[1].min()
+                assert found[1].max() < 2 ** (self.bits - 1)
 
 
 CASES = {
@@ -64,6 +75,17 @@ CASES = {
         ],
         sparsity=0.8,
         clusters=6,
+    ),
+    "quantization of weights": Case(
+        lambda: [QuantizationAwareTraining(4, None, start=0.3, stop=0.8)], bits=4
+    ),
+    "pruning, learned quantization of weights": Case(
+        lambda: [
+            GradualPruning(0.8, "adam", stop=0.5),
+            QuantizationAwareTraining(3, None, "learned", start=0.3, stop=0.8),
+        ],
+        sparsity=0.8,
+        bits=3,
     ),
 }
 

@@ -1,0 +1,371 @@
+"""Quantization: projections, activation quantizers, and the callback in training."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from cases import Case
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from test_guarantees import half, resumed_equals_whole
+from torch import Tensor, nn
+
+from pressfit.callbacks import (
+    EMA,
+    CompressedCheckpoint,
+    GradualPruning,
+    Plan,
+    QuantizationAwareTraining,
+)
+from pressfit.compressors import ActivationQuantizer, Quantize, TopK, restore, same_bits
+from pressfit.compressors.lattice import blocked, lattice
+from pressfit.compressors.quantize import attach_quantizer, bounds, layout, quantize_, steps_of
+from pressfit.experiments.soak import differences
+from training import IMAGES, LABELS, Net, fit, loader, trainer, validation
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=GENERATOR)
+
+
+# Projections.
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(
+    ("shape", "granularity", "axis"),
+    [
+        ((16, 40), "channel", 0),
+        ((16, 40), "tensor", 0),
+        ((16, 40), 10, 0),
+        ((8, 6, 5, 5), "channel", 0),
+        ((8, 6, 5, 5), "channel", 1),
+    ],
+)
+def test_steps_are_as_good_as_a_fine_search(
+    bits: int, shape: tuple[int, ...], granularity: Any, axis: int
+) -> None:
+    weight = normal(*shape)
+    blocks = layout(shape, granularity, axis)
+    rows = blocked(weight, blocks)
+    low, high = bounds(bits)
+    least = torch.full((len(rows), 1), torch.inf)
+    for clip in torch.linspace(0.1, 1.05, 2000):
+        steps = rows.abs().amax(1, keepdim=True) / high * clip
+        error = (rows / steps).round().clamp(low, high).mul(steps).sub(rows).square()
+        least = torch.minimum(least, error.sum(1, keepdim=True))
+    found = Quantize(bits, granularity, axis).project(weight)
+    # Eight digits of a step are 0.2 %, which counts where integers are large.
+    worse = 1.02 if bits <= 5 else 1.1
+    assert float((found - weight).square().sum()) <= worse * float(least.sum())
+
+
+def test_zeros_stay_zero_and_negative_zeros_do_not_arise() -> None:
+    weight = normal(20, 30)
+    weight[0] = 0
+    found = (TopK(0.8) | Quantize(4)).project(weight)
+    assert int((found != 0).sum()) <= 120
+    quantized = quantize_(weight.clone(), steps_of(weight, 4, (20, 1)), 4)
+    assert not quantized[0].any()
+    assert not (torch.signbit(quantized) & (quantized == 0)).any()
+
+
+def test_integers_can_be_negated_where_batch_norm_is_folded() -> None:
+    integers = Quantize(8).encode(-normal(50, 50).abs()).integers  # type: ignore[attr-defined]
+    assert int(integers.min()) == -127
+
+
+# Activation quantizers.
+
+
+def calibrated(quantizer: ActivationQuantizer, x: Tensor) -> ActivationQuantizer:
+    quantizer.observing = True
+    quantizer(x)
+    quantizer.commit()
+    quantizer.observing, quantizer.active = False, True
+    return quantizer
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_gradients_are_those_of_lsq(bits: int, signed: bool) -> None:
+    x = normal(400) if signed else normal(400).abs()
+    quantizer = calibrated(ActivationQuantizer(bits, learned=True), x)
+    step = quantizer.log_step.exp().clone().requires_grad_()
+    quantizer.log_step.requires_grad_()
+    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    gradient = normal(400)
+    y = quantizer(mine)
+    y.backward(gradient)
+    learnable = torch._fake_quantize_learnable_per_tensor_affine
+    zero = quantizer.zero_point.clone().view(1)
+    expected = learnable(theirs, step.view(1), zero, 0, 2**bits - 1, 1.0)
+    expected.backward(gradient)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(mine.grad, theirs.grad)
+    torch.testing.assert_close(quantizer.log_step.grad, step.grad * step.detach())
+    assert y.unique().numel() <= 2**bits
+
+
+def test_ranges_move_when_a_step_is_taken_and_not_before() -> None:
+    quantizer = ActivationQuantizer(8)
+    quantizer.observing = True
+    quantizer(torch.tensor([1.0, 3.0]))
+    quantizer.drop()  # the step was skipped
+    quantizer.commit()
+    assert quantizer.seen.tolist() == [0, 0, -1]
+    for _ in range(2):  # a forward pass that is run again
+        quantizer(torch.tensor([-1.0, 2.0]))
+    quantizer.commit()
+    assert quantizer.seen.tolist() == [-1, 2, 1.5]
+    quantizer.eval()
+    quantizer(torch.tensor([50.0]))
+    with torch.no_grad():
+        quantizer.train()(torch.tensor([50.0]))
+    assert quantizer.staged[2] == -1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_arithmetic_is_in_float32(dtype: torch.dtype) -> None:
+    x = normal(1000).abs()
+    quantizer = calibrated(ActivationQuantizer(8), x)
+    narrow = quantizer(x.to(dtype))
+    assert narrow.dtype == dtype
+    assert torch.equal(narrow, quantizer(x.to(dtype).float()).to(dtype))
+    assert quantizer.to(dtype).log_step.dtype == torch.float32
+
+
+def test_quantizers_are_copied_saved_and_attached_once() -> None:
+    layer = nn.Linear(4, 3)
+    quantizer = calibrated(attach_quantizer(layer, 4), normal(5, 4))
+    assert attach_quantizer(layer, 4) is quantizer
+    x = normal(7, 4)
+    for made in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(made(x), layer(x))
+        assert len(made._forward_pre_hooks) == 1
+    fresh = nn.Linear(4, 3)
+    attach_quantizer(fresh, 8)
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(x), layer(x))
+
+
+# In training.
+
+
+def methods(scale: str = "mse", inputs: str = "learned", **kwargs: Any) -> list[Any]:
+    quantization = QuantizationAwareTraining(
+        4, 4, scale, inputs, start=0.3, stop=0.8, observe_steps=5, **kwargs
+    )
+    return [GradualPruning(0.8, stop=0.5), quantization]
+
+
+EVERY = [("mse", "learned"), ("mse", "range"), ("learned", "learned")]
+every_scale = pytest.mark.parametrize(("scale", "inputs"), EVERY)
+
+
+def error(module: Net) -> float:
+    module.eval()
+    return float((module(IMAGES[640:]).argmax(1) != LABELS[640:]).float().mean())
+
+
+def check(module: Net, bits: int = 4) -> None:
+    for name in ("body.0", "head"):
+        layer = module.get_submodule(name)
+        found = lattice(layer.weight.detach().float())
+        assert found is not None
+        assert int(found[1].abs().max()) <= 2 ** (bits - 1)
+        assert layer.input_quantizer.active
+        assert layer.input_quantizer(IMAGES[:, : layer.in_features]).unique().numel() <= 2**bits
+
+
+@every_scale
+def test_pruned_and_quantized_in_one_fit(scale: str, inputs: str, tmp_path: Path) -> None:
+    checkpoint = CompressedCheckpoint(tmp_path)
+    module = fit(tmp_path, *methods(scale, inputs), checkpoint, max_epochs=20)
+    check(module)
+    zeros = sum(int((module.get_submodule(n).weight == 0).sum()) for n in ("body.0", "head"))
+    assert zeros >= 0.8 * 2960 - 1
+    assert error(module) < error(fit(tmp_path, max_epochs=20)) + 0.03
+    assert checkpoint.path is not None
+    # The plain class gets its quantizers with its weights.
+    plain = restore(Net(), checkpoint.path).eval()
+    assert not list(differences(dict(module.state_dict()), dict(plain.state_dict())))
+    assert torch.equal(plain(IMAGES), module.eval()(IMAGES))
+
+
+@every_scale
+def test_resumes_are_exact(scale: str, inputs: str, tmp_path: Path) -> None:
+    """In the float, the observing, the quantized and the frozen phase."""
+    case = Case(lambda: methods(scale, inputs, freeze_norms=0.9))
+    steps = [3, 9, 11, 13, 20, 31, 33, 37]
+    resumed_equals_whole(tmp_path, case, steps, lambda: EMA(decay=0.9), precision="bf16-mixed")
+
+
+@every_scale
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true", "16-mixed"])
+def test_every_precision(scale: str, inputs: str, precision: str, tmp_path: Path) -> None:
+    kwargs: dict[str, Any] = {"plugins": [half()]} if precision == "16-mixed" else {}
+    kwargs = kwargs or {"precision": precision}
+    module = fit(tmp_path, *methods(scale, inputs), max_epochs=8, **kwargs)
+    for name in ("body.0", "head"):
+        layer = module.get_submodule(name)
+        assert lattice(layer.weight.detach().float()) is not None
+        assert layer.input_quantizer.log_step.dtype == torch.float32
+        assert layer.input_quantizer.active
+
+
+def test_a_skipped_step_leaves_no_trace(tmp_path: Path) -> None:
+    class Watch(pl.Callback):
+        seen: Any = None
+
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+            if self.seen is None:
+                self.seen = module.head.input_quantizer.seen.tolist()
+
+    watch, (_, quantization) = Watch(), methods()
+    quantization.observe_steps = 100
+    fit(tmp_path, quantization, watch, plugins=[half()])
+    assert watch.seen == [0, 0, -1]
+
+
+@every_scale
+def test_averages_are_quantized(scale: str, inputs: str, tmp_path: Path) -> None:
+    module = fit(tmp_path, *methods(scale, inputs), EMA(decay=0.9), max_epochs=8)
+    check(module)
+    with pytest.raises(MisconfigurationException, match="list it behind"):
+        fit(tmp_path, EMA(decay=0.9), *methods(scale, inputs))
+
+
+def test_compiled_modules_are_compiled_once_a_phase(tmp_path: Path) -> None:
+    pl.seed_everything(0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    module = Net()
+    compiled = torch.compile(module, backend="aot_eager")
+    trainer(tmp_path, *methods(freeze_norms=0.9), max_epochs=4).fit(compiled, loader())
+    check(module)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    # Float, observing, quantized, frozen steps, frozen norms.
+    assert counters["stats"]["unique_graphs"] <= 5
+
+
+def test_checkpoints_are_evaluated_as_they_were_trained(tmp_path: Path) -> None:
+    runner = trainer(tmp_path, *methods(), max_epochs=8)
+    pl.seed_everything(0)
+    runner.fit(Net(), loader(), validation())
+    runner.save_checkpoint(tmp_path / "last.ckpt")
+    expected = runner.callback_metrics["val/error"]
+    fresh = trainer(tmp_path, *methods())
+    (found,) = fresh.validate(
+        Net(), validation(), ckpt_path=tmp_path / "last.ckpt", weights_only=True, verbose=False
+    )
+    assert found["val/error"] == float(expected)
+
+
+def test_norms_are_frozen(tmp_path: Path) -> None:
+    class Watch(pl.Callback):
+        means: tuple[Tensor, ...] = ()
+
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+            self.means += (module.body[1].running_mean.clone(),)
+
+    watch = Watch()
+    fit(tmp_path, *methods(freeze_norms=0.5), watch)
+    assert not torch.equal(watch.means[18], watch.means[19])
+    assert all(same_bits(watch.means[19], mean) for mean in watch.means[20:])
+
+
+def test_a_second_training_begins_in_float(tmp_path: Path) -> None:
+    class Watch(pl.Callback):
+        active: tuple[bool, ...] = ()
+
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+            self.active += (module.head.input_quantizer.active,)
+
+    module = fit(tmp_path, *methods())
+    watch = Watch()
+    fit(tmp_path, *methods(), watch, module=module)
+    assert watch.active == (False,) * 12 + (True,) * 28
+
+
+# What is quantized, and mistakes.
+
+
+class Everything(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 16)
+        self.attention = nn.MultiheadAttention(16, 4)
+        self.conv = nn.Conv1d(16, 8, 3)
+        self.up = nn.ConvTranspose1d(8, 4, 3)
+        self.norm = nn.LayerNorm(4)
+
+
+def test_what_is_quantized_is_listed() -> None:
+    text = str(Plan([QuantizationAwareTraining()], Everything(), horizon=100))
+    assert "inputs of conv (8 bits), up (8 bits)" in text
+    alone = "weights alone, not their inputs: embedding, attention, attention.out_proj"
+    assert alone in text
+    assert "norm.weight" in text.split("left out")[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_bits": 1}, "weights are of 2 to 8 bits, or of 16, and got bits=1"),
+        ({"weight_bits": 12}, "got bits=12"),
+        ({"activation_bits": 16}, "activations are of 2 to 8 bits, and got bits=16"),
+        ({"overrides": {"head": 9}}, "got bits=9"),
+        ({"granularity": "row"}, "'channel', 'tensor', or the size of a group, and got 'row'"),
+        ({"weight_scale": "max"}, "unknown weight_scale 'max', choose mse or learned"),
+        ({"activation_scale": "mse"}, "unknown activation_scale 'mse', choose learned or range"),
+        ({"freeze_norms": 90}, "freeze_norms=90 is no fraction of training"),
+    ],
+)
+def test_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((MisconfigurationException, ValueError), match=message):
+        QuantizationAwareTraining(**settings)
+
+
+def test_groups_that_do_not_divide(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="groups of 7 do not divide a weight of shape"):
+        fit(tmp_path, QuantizationAwareTraining(granularity=7))
+
+
+def test_inputs_that_are_no_numbers(tmp_path: Path) -> None:
+    class Diverge(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            bad = float("nan") if self.global_step == 5 else 1.0
+            return self.head(self.body(images) * bad)
+
+    with pytest.raises(FloatingPointError, match="the inputs of head hold NaN or infinity"):
+        fit(tmp_path, methods()[1], module=Diverge(torch.optim.SGD))
+
+
+def test_dead_ranges(tmp_path: Path) -> None:
+    class Dead(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(self.body(images) * 0)
+
+    with pytest.raises(MisconfigurationException, match="inputs of head were zero in all steps"):
+        fit(tmp_path, methods()[1], module=Dead())
+
+
+def test_inputs_that_were_never_seen(tmp_path: Path) -> None:
+    class Functional(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return nn.functional.linear(self.body(images), self.head.weight, self.head.bias)
+
+    with pytest.warns(UserWarning, match="the inputs of head were never seen in training"):
+        fit(tmp_path, methods()[1], module=Functional())
+
+
+def test_nothing_to_quantize(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to compress"):
+        fit(tmp_path, QuantizationAwareTraining(exclude=["body", "head"]))
