@@ -38,7 +38,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Layers that have one input, of activations.
 _QUANTIZED_INPUTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
-Bits = int | tuple[int, int | None]
+Bits = int | Sequence[int | None]
 
 
 class QuantizationAwareTraining(Method):
@@ -187,6 +187,10 @@ class QuantizationAwareTraining(Method):
         if isinstance(bits, int):
             return bits, None if self.activation_bits is None else min(bits, 8)
         weight, activation = bits
+        if weight is None:
+            raise MisconfigurationException(
+                f"QuantizationAwareTraining: overrides={bits!r} gives a weight no bits: exclude it"
+            )
         return weight, activation
 
     # Lightning's side: quantizers before optimizers, and the phases.

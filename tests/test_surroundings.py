@@ -43,7 +43,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "exclude": ["*.bias"],
         "schedule": {"class_path": "pressfit.compressors.Iterative", "init_args": {"rounds": 3}},
     },
-    "WeightSharing": {"clusters": 6, "init": "optimal", "start": 0.5},
+    "QuantizationAwareTraining": {"include": "head.weight", "overrides": {"head": [4, 8]}},
+    "WeightSharing": {"clusters": 6, "init": "optimal", "start": 0.5, "exclude": "head"},
     "EMA": {"decay": 0.9},
     "AccuracyGuard": {"monitor": "val/error", "tolerance": 0.5},
     "CompressedCheckpoint": {"dirpath": "files", "coder": "ans"},
@@ -98,7 +99,9 @@ def test_lightning_cli_builds_every_callback(
     Path("config.yaml").write_text(yaml.safe_dump(config))
     cli = LightningCLI(Plain, args=["fit", "--config", "config.yaml"], save_config_callback=None)
     assert sparsity(cli.model, "head.weight") == pytest.approx(0.5, abs=2e-3)
-    assert cli.model.head.weight.unique().numel() <= 7
+    assert cli.model.body[0].weight.unique().numel() <= 7
+    assert all(row.unique().numel() <= 16 for row in cli.model.head.weight)
+    assert cli.model.head.input_quantizer.active
     assert Path("files/model.pressfit").exists()
     assert Path("pareto/pareto.json").exists()
 
