@@ -17,6 +17,7 @@ from pressfit.callbacks.method import Method
 from pressfit.callbacks.sharding import gather, local, processes, shard, stack
 from pressfit.compressors.lattice import blocked, spread
 from pressfit.compressors.quantize import (
+    TRANSPOSED,
     ActivationQuantizer,
     Quantize,
     attach_quantizer,
@@ -34,9 +35,8 @@ __all__ = ["QuantizationAwareTraining"]
 # Learning rate of the logarithms of steps, under Adam: a fraction of themselves in every step.
 _RATE = 3e-3
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Layers that have one input, of activations.
-_QUANTIZED_INPUTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+_QUANTIZED_INPUTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 Bits = int | Sequence[int | None]
 
@@ -175,7 +175,7 @@ class QuantizationAwareTraining(Method):
         self.blocks, self.quantizers = {}, {}
         for name, parameter in chosen.items():
             layer = module.get_submodule(_layer(name))
-            axis = int(isinstance(layer, _TRANSPOSED))
+            axis = int(isinstance(layer, TRANSPOSED))
             self.blocks[name] = layout(parameter.shape, self.granularity, axis)
             functional = isinstance(_parent(module, name), nn.MultiheadAttention)
             bits = self.bits[name][1]

@@ -18,6 +18,7 @@ from pressfit.compressors.projections import Projection
 
 __all__ = [
     "QUANTIZER",
+    "TRANSPOSED",
     "ActivationQuantizer",
     "Quantize",
     "attach_quantizer",
@@ -30,6 +31,9 @@ __all__ = [
 ]
 
 QUANTIZER = "input_quantizer"
+
+# Layers whose output channels are the second dimension of the weight.
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def bounds(bits: int) -> tuple[int, int]:

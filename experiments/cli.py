@@ -1,4 +1,4 @@
-"""The command ``pressfit``: train with compression, look into a compressed file, unpack it."""
+"""The command ``pressfit``: train with compression; inspect, unpack or export what came of it."""
 
 import argparse
 import os
@@ -20,6 +20,7 @@ _MISTAKES = (
     HydraException,
     OmegaConfBaseException,
     MisconfigurationException,
+    ImportError,
     OSError,
     ValueError,
 )
@@ -69,6 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     unpack.add_argument("--limit", type=int, help="most bytes that its tensors may take")
     unpack.set_defaults(run=_decompress)
+    export = commands.add_parser("export", help="write a quantized run as ONNX with integers")
+    export.add_argument("folder", type=Path, metavar="RUN", help="directory of a run")
+    export.add_argument("--format", choices=["onnx"], default="onnx")
+    export.add_argument("--opset", type=int, default=18, help="version of ONNX's operators")
+    export.add_argument(
+        "-o", "--output", type=Path, metavar="OUT", help="file to write (default: RUN/model.onnx)"
+    )
+    export.set_defaults(run=_export)
     return parser
 
 
@@ -92,6 +101,25 @@ def _decompress(options: argparse.Namespace) -> None:
     save_file(tensors, output)
     size = output.stat().st_size
     print(f"{output}: {len(tensors)} tensors, {size:,} bytes")
+
+
+def _export(options: argparse.Namespace) -> None:
+    # Imported here: the other commands need none of it.
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from pressfit.compressors import restore
+    from pressfit.compressors.export import export_onnx
+
+    folder = options.folder
+    config = OmegaConf.load(folder / "config.yaml")
+    module = instantiate(config.model, _convert_="all")
+    restore(module, folder / "model.pressfit")
+    data = instantiate(config.data, _convert_="all")
+    data.setup("test")
+    images, _ = next(iter(data.test_dataloader()))
+    output = options.output or folder / "model.onnx"
+    print(export_onnx(module, output, images, options.opset).table(len(images)))
 
 
 def _one_line(error: Exception) -> str:

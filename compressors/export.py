@@ -1,0 +1,253 @@
+"""Export: a quantized network as ONNX with integer weights, for engines that compute in integers.
+
+Weights become int8 constants with a DequantizeLinear behind them, inputs of layers pass a
+QuantizeLinear and a DequantizeLinear; engines fuse these with the layer between them. Batch-norm is
+folded into the steps of the layer before it, which is exact: a channel's integers stay what they
+are, or are negated.
+"""
+
+import copy
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pressfit.compressors.lattice import blocked, lattice, unblocked
+from pressfit.compressors.quantize import QUANTIZER, TRANSPOSED, layout
+
+__all__ = ["Export", "export_onnx"]
+
+# The oldest that has a DequantizeLinear for each channel.
+OPSET = 13
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was exported, and how well it agrees with the module in float32.
+
+    Args:
+        path: The ONNX file.
+        bytes: Its size.
+        integer: Layers that have integer weights and quantized inputs.
+        floating: Other layers with weights, which stay as they are.
+        difference: Largest difference of an output, relative to the largest output.
+        equal: Fraction of examples with equal predictions, the largest output of each.
+    """
+
+    path: Path
+    bytes: int
+    integer: tuple[str, ...]
+    floating: tuple[str, ...]
+    difference: float
+    equal: float
+
+    def table(self, examples: int) -> str:
+        """What stands in the file, in a few lines."""
+        floating = f"; in float: {', '.join(self.floating)}" if self.floating else ""
+        return (
+            f"{self.path}: {self.bytes:,} bytes\n"
+            f"integer layers: {len(self.integer)} ({', '.join(self.integer)}){floating}\n"
+            f"against the module, on {examples:,} examples: {100 * self.equal:.2f} % of the "
+            f"predictions are equal, outputs differ by {self.difference:.2g} of the largest"
+        )
+
+
+@torch.no_grad()
+def export_onnx(
+    module: nn.Module,
+    path: str | os.PathLike[str],
+    examples: Tensor | tuple[Tensor, ...],
+    opset: int = 18,
+) -> Export:
+    """Write a quantized module as ONNX, run it, and compare it with the module in float32.
+
+    Args:
+        module: Module that was trained with
+            :class:`~pressfit.callbacks.QuantizationAwareTraining`, or restored from its file.
+        path: File to write. It appears only if it agrees.
+        examples: Real inputs, a tensor for each argument of the forward, with examples in the
+            first dimension; the file takes any number of them.
+        opset: Version of ONNX's operators.
+
+    Raises:
+        ImportError: onnx, onnxscript or onnxruntime is missing.
+        ValueError: No layer is quantized, the opset is too old, or the file's outputs differ from
+            the module's.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  torch's exporter needs it
+    except ImportError as error:
+        raise ImportError("exporting needs pip install 'pressfit[onnx]'") from error
+    if opset < OPSET:
+        raise ValueError(f"opset {opset} has no steps for each channel: choose {OPSET} or above")
+    inputs = examples if isinstance(examples, tuple) else (examples,)
+    inputs = tuple(x.detach().cpu() for x in inputs)
+    quantized = copy.deepcopy(module).cpu().float().eval()
+    expected = [y for y in tree_leaves(quantized(*inputs)) if isinstance(y, Tensor)]
+    integer = _integers(quantized)
+    if not integer:
+        raise ValueError(
+            f"{type(module).__name__} has no quantized layer to export: train it with "
+            "QuantizationAwareTraining past its start, or restore a file that was"
+        )
+    _fold_norms(quantized, inputs)
+    layers = {name for name, layer in quantized.named_modules() if isinstance(layer, _LAYERS)}
+    batch = torch.export.Dim("batch")
+    program = torch.onnx.export(
+        quantized,
+        inputs,
+        dynamo=True,
+        opset_version=opset,
+        dynamic_shapes=tuple({0: batch} for _ in inputs),
+        verbose=False,
+    )
+    assert program is not None
+    for node in program.model.graph:  # where in the source each comes from
+        node.metadata_props.clear()
+    path = Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / "made.onnx"
+        program.save(made)
+        session = onnxruntime.InferenceSession(made)
+        names = [node.name for node in session.get_inputs()]
+        feed = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+        found = [torch.from_numpy(y) for y in session.run(None, feed)]
+        difference, equal = _compared(expected, found)
+        if difference > _TOLERANCE or equal < _AGREEMENT:
+            raise ValueError(
+                f"{path} was not written, since its outputs differ from the module's by "
+                f"{difference:.2g} of the largest one, and {100 * (1 - equal):.1f} % of the "
+                "predictions differ: does the forward depend on more than its inputs?"
+            )
+        os.replace(made, path)
+    floating = tuple(sorted(layers - set(integer)))
+    return Export(path, path.stat().st_size, tuple(integer), floating, difference, equal)
+
+
+# A sum in another order may round to the next level of a grid, and that to more behind it.
+_TOLERANCE, _AGREEMENT = 0.2, 0.99
+
+
+def _compared(expected: list[Tensor], found: list[Tensor]) -> tuple[float, float]:
+    difference, equal = 0.0, 1.0
+    for mine, theirs in zip(expected, found, strict=True):
+        if mine.shape != theirs.shape:
+            return float("inf"), 0.0
+        largest = float(mine.abs().max()) or 1.0
+        difference = max(difference, float((mine - theirs).abs().max()) / largest)
+        if mine.dim() > 1:
+            same = mine.flatten(1).argmax(1) == theirs.flatten(1).argmax(1)
+            equal = min(equal, float(same.float().mean()))
+    return difference, equal
+
+
+def _integers(module: nn.Module) -> list[str]:
+    """Replace weights that stand on grids, of layers with quantized inputs, by integers."""
+    names = []
+    for name, layer in module.named_modules():
+        quantizer = getattr(layer, QUANTIZER, None)
+        if not isinstance(layer, _LAYERS) or quantizer is None or not quantizer.active:
+            continue
+        blocks = layout(layer.weight.shape, "channel", int(isinstance(layer, TRANSPOSED)))
+        found = lattice(blocked(layer.weight, blocks))
+        if found is None:
+            continue
+        steps, integers = found
+        shape = layer.weight.shape
+        del layer.weight
+        layer.register_buffer("steps", torch.where(steps > 0, steps, 1.0))
+        layer.register_buffer("integers", unblocked(integers, blocks, shape).contiguous())
+        step, zero = quantizer.log_step.exp(), quantizer.zero_point
+        layer.register_buffer("input_step", step.clone())
+        layer.register_buffer("input_zero", zero.to(torch.uint8))
+        # Fewer bits are a part of a grid of 8 bits with the same steps.
+        clip = float(-zero * step), float((quantizer.high - zero) * step)
+        layer.clip = clip if quantizer.high < 255 else None  # type: ignore[assignment]
+        layer._forward_pre_hooks.clear()
+        delattr(layer, QUANTIZER)
+        layer.register_forward_pre_hook(_dequantize)
+        names.append(name)
+    return names
+
+
+def _dequantize(layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Give a layer the weight and the input that ONNX's operators make of integers."""
+    symbolic: Any = torch.onnx.ops.symbolic
+    axis = int(isinstance(layer, TRANSPOSED))
+    weight, x = layer.integers, inputs[0]
+    layer.weight = symbolic(
+        "DequantizeLinear",
+        (weight, layer.steps),
+        attrs={"axis": axis},
+        dtype=torch.float32,
+        shape=weight.shape,
+        version=OPSET,
+    )
+    if layer.clip is not None:
+        x = x.clamp(*layer.clip)
+    grid = layer.input_step, layer.input_zero
+    kinds = (("QuantizeLinear", torch.uint8), ("DequantizeLinear", torch.float32))
+    for operator, dtype in kinds:
+        x = symbolic(operator, (x, *grid), dtype=dtype, shape=x.shape, version=OPSET)
+    return (x, *inputs[1:])
+
+
+def _fold_norms(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Fold each batch-norm into the layer before it, if nothing else reads that layer's output."""
+    for layer, norm in _followed_by_norms(module, inputs):
+        before, after = module.get_submodule(layer), module.get_submodule(norm)
+        _fold(before, after)
+        parent, _, child = norm.rpartition(".")
+        setattr(module.get_submodule(parent), child, nn.Identity())
+
+
+def _fold(layer: Any, norm: Any) -> None:
+    """``norm(layer(x))`` as a layer: ``q s -> (q sign f) (s |f|)`` with ``f = gamma / sigma``."""
+    factor = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight
+    bias = -norm.running_mean if layer.bias is None else layer.bias - norm.running_mean
+    shift = 0.0 if norm.bias is None else norm.bias
+    axis = int(isinstance(layer, TRANSPOSED))
+    along = [1] * layer.integers.dim()
+    along[axis] = -1
+    layer.integers = layer.integers * factor.sign().to(torch.int8).view(along)
+    layer.steps = torch.where(factor == 0, 1.0, layer.steps * factor.abs())
+    layer.bias = nn.Parameter(bias * factor + shift)
+
+
+def _followed_by_norms(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[str, str]]:
+    """Names of integer layers and of the batch-norms that alone read them."""
+    # Without the operators of quantization, which only ONNX knows.
+    plain = copy.deepcopy(module)
+    for layer in plain.modules():
+        if hasattr(layer, "integers"):
+            layer._forward_pre_hooks.clear()
+            layer.weight = nn.Parameter(layer.integers.float())  # type: ignore[arg-type]
+    graph = torch.export.export(plain, inputs, strict=False)
+    of = {**graph.graph_signature.inputs_to_parameters, **graph.graph_signature.inputs_to_buffers}
+    readers: dict[str, int] = {}
+    for node in graph.graph.nodes:
+        for source in node.all_input_nodes:
+            readers[source.name] = readers.get(source.name, 0) + 1
+    pairs = []
+    for node in graph.graph.nodes:
+        if node.target is not torch.ops.aten.batch_norm.default:
+            continue
+        source, mean = node.args[0], node.args[3]
+        weight = source.args[1] if source.op == "call_function" and len(source.args) > 1 else None
+        name = of.get(getattr(weight, "name", ""), "").removesuffix(".weight")
+        before = dict(plain.named_modules()).get(name)
+        grouped = isinstance(before, TRANSPOSED) and before.groups > 1
+        alone = len(source.users) == 1 and readers.get(getattr(weight, "name", ""), 0) == 1
+        if hasattr(before, "integers") and alone and not grouped:
+            pairs.append((name, of[mean.name].removesuffix(".running_mean")))
+    return pairs

@@ -1,0 +1,130 @@
+"""Export to ONNX: integers that an engine runs, and that agree with the module."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pressfit.callbacks import QuantizationAwareTraining
+from pressfit.compressors import Quantize, compress
+from pressfit.compressors.export import export_onnx
+from pressfit.compressors.quantize import attach_quantizer
+from pressfit.experiments.cli import main
+from pressfit.experiments.models import ResNet20
+from training import IMAGES, Net, fit
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def quantized(net: nn.Module, inputs: Tensor, bits: int) -> nn.Module:
+    """A network with random norms, of both signs, and quantizers that have seen inputs."""
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            for parameter in norm.parameters():
+                nn.init.normal_(parameter, generator=GENERATOR)
+    layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+    quantizers = [attach_quantizer(m, bits) for m in net.modules() if isinstance(m, layers)]
+    for quantizer in quantizers:
+        quantizer.observing = True
+    net.train()(inputs)
+    for quantizer in quantizers:
+        quantizer.commit()
+        quantizer.observing, quantizer.active = False, True
+    transposed = [n for n, m in net.named_modules() if isinstance(m, nn.ConvTranspose2d)]
+    compress(net, {"*": Quantize(bits)} | {n: Quantize(bits, axis=1) for n in transposed})
+    return net.eval()
+
+
+class Up(nn.Module):
+    """A transposed convolution, a norm behind what two layers read, and one without factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.norm1 = nn.BatchNorm2d(8, affine=False)
+        self.up = nn.ConvTranspose2d(8, 4, 4, stride=2, padding=1)
+        self.norm2 = nn.BatchNorm2d(4)
+        self.last = nn.Conv2d(4, 4, 1)
+        self.norm3 = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm2(self.up(torch.relu(self.norm1(self.down(x))))))
+        y = self.last(x)
+        return self.norm3(y) + y
+
+
+def operators(path: Path) -> list[str]:
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_residual_network_is_all_integers(bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(64, 3, 32, 32, generator=GENERATOR)
+    net = quantized(ResNet20(), images, bits)
+    found = export_onnx(net, tmp_path / "net.onnx", images)
+    kinds = operators(tmp_path / "net.onnx")
+    assert len(found.integer) == kinds.count("Conv") + kinds.count("Gemm") == 20
+    assert found.floating == ()
+    assert kinds.count("DequantizeLinear") == 2 * kinds.count("QuantizeLinear") == 40
+    assert "BatchNormalization" not in kinds
+    assert found.equal >= 0.99
+    assert found.bytes < 1.25 * 269_722
+
+
+def test_norms_are_folded_where_nothing_else_reads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(16, 3, 8, 8, generator=GENERATOR)
+    found = export_onnx(quantized(Up(), images, 8), tmp_path / "up.onnx", images)
+    kinds = operators(tmp_path / "up.onnx")
+    assert found.integer == ("down", "up", "last")
+    assert kinds.count("BatchNormalization") == 1
+    assert found.difference < 0.05
+
+
+def test_what_was_trained_is_exported(tmp_path: Path) -> None:
+    method = QuantizationAwareTraining(4, 4, overrides={"head": 8})
+    module = fit(tmp_path, method, max_epochs=8)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    found = export_onnx(module, tmp_path / "net.onnx", IMAGES)
+    assert found.integer == ("body.0", "head")
+    assert found.equal >= 0.99
+    assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
+
+
+def test_a_run_is_exported_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["callbacks=[quantize]", "trainer.max_epochs=4", "trainer.enable_progress_bar=false"]
+    command = [sys.executable, "-c", "from pressfit.experiments.cli import main; main()", "train"]
+    subprocess.run([*command, *words, "reference=false", "hydra.run.dir=run"], check=True)
+    main(["export", "run"])
+    told = capsys.readouterr().out
+    assert "integer layers: 3 (net.fc1, net.fc2, net.fc3)" in told
+    assert "100.00 % of the predictions are equal" in told
+    assert operators(tmp_path / "run" / "model.onnx").count("QuantizeLinear") == 3
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Net has no quantized layer to export: train it with"):
+        export_onnx(Net(), tmp_path / "net.onnx", IMAGES)
+    module: Any = fit(tmp_path, QuantizationAwareTraining(start=0.0), max_epochs=1)
+    with pytest.raises(ValueError, match="opset 9 has no steps for each channel: choose 13 or"):
+        export_onnx(module, tmp_path / "net.onnx", IMAGES, opset=9)
+
+
+def test_a_file_that_disagrees_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = fit(tmp_path, QuantizationAwareTraining(), max_epochs=4)
+    fold = "pressfit.compressors.export._fold"
+    monkeypatch.setattr(fold, lambda layer, norm: layer.bias.add_(9.0))
+    with pytest.raises(ValueError, match="was not written, since its outputs differ"):
+        export_onnx(module, tmp_path / "net.onnx", IMAGES)
+    assert not (tmp_path / "net.onnx").exists()
