@@ -1,10 +1,11 @@
 """Time of a training step with each method, against plain Lightning.
 
-python -m pressfit.experiments.bench_step [--model lenet300] [--rounds 15] [--threads 2]
+python -m pressfit.experiments.bench_step [--model lenet300] [--precision 32-true] [--rounds 15]
 
 One process fits the plain network and the compressed ones in turn, round after round, so that a
 busy machine slows all alike; what counts is the median over rounds of the ratio within a round.
-Methods act in every step, and choose anew every 100, about as often as in the recipe.
+Methods act in every step, and choose anew every 100, about as often as in the recipe; quantization
+has learned steps, and quantizes from the second step on.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from pressfit.callbacks import GradualPruning, WeightSharing
+from pressfit.callbacks import GradualPruning, QuantizationAwareTraining, WeightSharing
 from pressfit.experiments.models import LeNet300, ResNet20
 
 __all__ = ["Plain", "Repeat", "main", "step_seconds"]
@@ -30,7 +31,7 @@ __all__ = ["Plain", "Repeat", "main", "step_seconds"]
 # Network, shape of a batch, and steps to be measured.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "lenet300": (LeNet300, (256, 1, 28, 28), 400),
-    "resnet20": (ResNet20, (64, 3, 32, 32), 30),
+    "resnet20": (ResNet20, (128, 3, 32, 32), 20),
 }
 WARMUP = 0.25  # of the steps that are measured
 
@@ -85,13 +86,16 @@ METHODS: dict[str, Callable[[], list[pl.Callback]]] = {
         GradualPruning(0.95, stop=1.0, every=100),
         WeightSharing(16, start=0.0, stop=1.0, every=100),
     ],
+    "QuantizationAwareTraining": lambda: [
+        QuantizationAwareTraining(4, 4, start=0.0, stop=1.0, every=100)
+    ],
     "Lightning's ModelPruning": lambda: [
         ModelPruning("l1_unstructured", amount=0.95, use_global_unstructured=True)
     ],
 }
 
 
-def step_seconds(callbacks: list[pl.Callback], model: str) -> float:
+def step_seconds(callbacks: list[pl.Callback], model: str, precision: Any = "32-true") -> float:
     """Seconds of a training step, the mean over all but an epoch's first steps."""
     # In the second epoch, since ModelPruning makes its masks at the end of the first.
     make, shape, steps = MODELS[model]
@@ -100,6 +104,7 @@ def step_seconds(callbacks: list[pl.Callback], model: str) -> float:
     trainer = pl.Trainer(
         max_epochs=2,
         accelerator="cpu",
+        precision=precision,
         callbacks=[*callbacks, clock],
         logger=False,
         enable_checkpointing=False,
@@ -113,6 +118,7 @@ def step_seconds(callbacks: list[pl.Callback], model: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="lenet300")
+    parser.add_argument("--precision", default="32-true")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
@@ -122,8 +128,8 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
     for _ in range(options.rounds):
         for name, make in METHODS.items():
-            seconds[name].append(step_seconds(make(), options.model))
-    table = Table(title=f"{options.model}, {options.threads} threads")
+            seconds[name].append(step_seconds(make(), options.model, options.precision))
+    table = Table(title=f"{options.model}, {options.precision}, {options.threads} threads")
     for column in ("callbacks", "ms a step", "ratio", "quartiles"):
         table.add_column(column, justify="left" if column == "callbacks" else "right")
     plain = seconds["plain Lightning"]

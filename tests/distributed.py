@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from cases import CASES
+from cases import CASES, Case
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -25,6 +25,8 @@ from pressfit.callbacks import (
     EMA,
     CompressedCheckpoint,
     CompressionMonitor,
+    GradualPruning,
+    QuantizationAwareTraining,
     RandomState,
     ResumableLoader,
     plan_of,
@@ -32,6 +34,18 @@ from pressfit.callbacks import (
 from pressfit.callbacks.sharding import whole
 from pressfit.compressors import load
 from training import IMAGES, LABELS, Net
+
+EVERY = CASES | {
+    f"pruning, quantization ({scale})": Case(
+        lambda scale=scale: [
+            GradualPruning(0.8, stop=0.5),
+            QuantizationAwareTraining(4, 4, scale, start=0.3, stop=0.8, observe_steps=5),
+        ],
+        sparsity=0.8,
+        bits=4,
+    )
+    for scale in ("mse", "learned")
+}
 
 
 class Sharded(Net):
@@ -58,7 +72,7 @@ def train(
     """Train a case; returns whole tensors by name, and the hashes of all that must be equal."""
     pl.seed_everything(seed, verbose=False)
     file = CompressedCheckpoint(folder / name)
-    callbacks = [*CASES[name].make(), CompressionMonitor(), RandomState(), file]
+    callbacks = [*EVERY[name].make(), CompressionMonitor(), RandomState(), file]
     if isinstance(strategy, DDPStrategy):
         callbacks.append(EMA(decay=0.9))
     more = kwargs.pop("callbacks", [])
@@ -84,7 +98,7 @@ def train(
     latents = {key: whole(tensor) for key, tensor in plan.latents().items()}
     # The averages of batch-norm are each process's own.
     weights = {key: tensor for key, tensor in state.items() if "running" not in key}
-    CASES[name].check(as_plain(state))
+    EVERY[name].check(as_plain(state))
     assert file.path is not None
     stored = load(file.path)
     if dist.get_rank() == 0:
@@ -100,7 +114,7 @@ def train(
 
 def as_plain(state: dict[str, Any]) -> Net:
     module = Net()
-    module.load_state_dict(state)
+    module.load_state_dict({name: state[name] for name in module.state_dict()})
     return module
 
 
@@ -113,14 +127,14 @@ def ddp(folder: Path) -> dict[str, Any]:
             DDPStrategy(process_group_backend="gloo"),
             seed=1 + int(os.environ["RANK"]),
         )
-        for name in CASES
+        for name in EVERY
     }
 
 
 def fsdp(folder: Path) -> dict[str, Any]:
     """Train, and resume from sharded and from full checkpoints."""
     results = {}
-    for name in CASES:
+    for name in EVERY:
         for sharded in (True, False):
             kind = "sharded" if sharded else "full"
 
