@@ -2,11 +2,12 @@
 
 python -m pressfit.experiments.soak [--hours 2] [--seed 0] [--folder soak]
 
-Each round draws a training (methods, precision, optimizer, averaging, accumulation, guard), runs it
-without interruption, and runs it again in processes that are killed by SIGKILL at random moments
-and started anew from the last checkpoint there is, until it ends. Then weights, latents, masks,
-clusters, statistics, averages, the optimizer's state and all logged curves must be equal bit for
-bit. The first difference ends the soak with exit status 1; both folders are kept for inspection.
+Each round draws a training (pruning, sharing or quantization, precision, optimizer, averaging,
+accumulation, guard), runs it without interruption, and runs it again in processes that are killed
+by SIGKILL at random moments and started anew from the last checkpoint there is, until it ends. Then
+weights, latents, masks, clusters, steps, statistics, averages, the optimizer's state and all logged
+curves must be equal bit for bit. The first difference ends the soak with exit status 1; both
+folders are kept for inspection.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from pressfit.callbacks import (
     AccuracyGuard,
     CompressionMonitor,
     GradualPruning,
+    QuantizationAwareTraining,
     RandomState,
     ResumableLoader,
     WeightSharing,
@@ -57,7 +59,7 @@ def draw(random: random.Random) -> Settings:
         "criterion": random.choice(list(CRITERIA)),
         "coupling": random.choice(["hard", "straight_through"]),
         "allocation": random.choice(["global", "uniform", "lamp"]),
-        "sharing": random.choice([None, "linear", "optimal"]),
+        "rounding": random.choice([None, "share linear", "share optimal", "mse", "learned"]),
         "average": random.random() < 0.5,
         "guard": random.choice([None, 0.0, 0.02]),
         "precision": random.choice(["32-true", "bf16-mixed", "16-mixed"]),
@@ -125,8 +127,12 @@ def train(settings: Settings, folder: Path) -> None:
             enable_version_counter=False,
         ),
     ]
-    if settings["sharing"]:
-        callbacks.insert(1, WeightSharing(8, settings["sharing"], start=0.5, stop=0.8))
+    how: Any
+    _, shared, how = (settings["rounding"] or "").rpartition("share ")
+    if shared:
+        callbacks.insert(1, WeightSharing(8, how, start=0.5, stop=0.8))
+    elif how:
+        callbacks.insert(1, QuantizationAwareTraining(4, 4, how, start=0.5, freeze_norms=0.9))
     if settings["guard"] is not None:
         callbacks.append(AccuracyGuard(tolerance=settings["guard"]))
     if settings["average"]:
