@@ -174,8 +174,8 @@ class Method(pl.Callback):
         taken; ``rate`` is the optimizer's learning rate as a fraction of its first one, ``scale``
         that of a gradient scaler."""
 
-    def skip(self) -> None:
-        """Drop what was staged for a step that is not taken."""
+    def skip(self, names: Collection[str]) -> None:
+        """Drop what was staged for a step of these parameters that is not taken."""
 
     def window(self, horizon: float) -> tuple[int, int]:
         """First and last step of the window, for training of ``horizon`` optimizer steps."""

@@ -166,7 +166,7 @@ class Plan:
         self._welcome()
         if self._scaled and not _finite(optimizer):
             for method in self.methods:
-                method.skip()
+                method.skip(self._parameters(optimizer))
             return
         if optimizer in self._restored:
             raise MisconfigurationException(
@@ -512,9 +512,9 @@ def _finite(optimizer: Optimizer) -> bool:
 
 
 def _rate(optimizer: Optimizer) -> float:
-    """The learning rate as a fraction of the one that a schedule began with."""
+    """The learning rate as a fraction of the largest that its schedule has."""
     group = optimizer.param_groups[0]
-    first = float(group.get("initial_lr", group["lr"]))
+    first = max(float(group.get(name, 0.0)) for name in ("lr", "initial_lr", "max_lr"))
     return float(group["lr"]) / first if first else 1.0
 
 

@@ -1,6 +1,6 @@
 """Gradual pruning: fewer and fewer weights while training goes on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -174,9 +174,9 @@ class GradualPruning(Method):
                 term = gradient.square() if statistic == "squared_gradient" else gradient
                 average.lerp_(term, 1 - _DECAY)
 
-    def skip(self) -> None:
-        for norm in self._norms.values():
-            norm.squares = None
+    def skip(self, names: Collection[str]) -> None:
+        for name in self._norms.keys() & names:
+            self._norms[name].squares = None
 
     def holds(self, name: str) -> bool:
         return name in self.masks

@@ -12,16 +12,20 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.adam import adam
+from torch.utils.hooks import RemovableHandle
 
 from pressfit.callbacks.method import Method
 from pressfit.callbacks.sharding import gather, local, processes, shard, stack
+from pressfit.compressors.compress import attach_saved
 from pressfit.compressors.lattice import blocked, spread
 from pressfit.compressors.quantize import (
+    QUANTIZER,
     TRANSPOSED,
     ActivationQuantizer,
     Quantize,
     attach_quantizer,
     bounds,
+    detach_quantizer,
     half,
     layout,
     quantize_,
@@ -133,6 +137,11 @@ class QuantizationAwareTraining(Method):
         self.granularity, self.observe_steps = granularity, observe_steps
         self.freeze_norms = freeze_norms
         self.overrides = self._overrides(overrides)
+        if not isinstance(observe_steps, int) or observe_steps < 1:
+            raise MisconfigurationException(
+                f"QuantizationAwareTraining: observe_steps={observe_steps!r} is no number of "
+                "optimizer steps"
+            )
         for bits in ((weight_bits, activation_bits), *map(self._pair, self.overrides.values())):
             Quantize(bits[0], granularity)  # raises for what there is not
             if bits[1] is not None:
@@ -142,6 +151,7 @@ class QuantizationAwareTraining(Method):
         self.quantizers: dict[str, ActivationQuantizer] = {}
         self.norms: list[nn.Module] = []
         self._norms_from = float("inf")
+        self._reading: RemovableHandle | None = None
         self.reset()
 
     def describe(self) -> str:
@@ -178,7 +188,7 @@ class QuantizationAwareTraining(Method):
             axis = int(isinstance(layer, TRANSPOSED))
             self.blocks[name] = layout(parameter.shape, self.granularity, axis)
             functional = isinstance(_parent(module, name), nn.MultiheadAttention)
-            bits = self.bits[name][1]
+            bits = self.bits[name][1] if name.endswith("weight") else None
             if bits is not None and isinstance(layer, _QUANTIZED_INPUTS) and not functional:
                 learned = self.activation_scale == "learned"
                 self.quantizers[name] = attach_quantizer(layer, bits, learned)
@@ -186,12 +196,13 @@ class QuantizationAwareTraining(Method):
     def _pair(self, bits: Bits) -> tuple[int, int | None]:
         if isinstance(bits, int):
             return bits, None if self.activation_bits is None else min(bits, 8)
-        weight, activation = bits
-        if weight is None:
+        pair = isinstance(bits, Sequence) and not isinstance(bits, str) and len(bits) == 2
+        if not pair or bits[0] is None:
             raise MisconfigurationException(
-                f"QuantizationAwareTraining: overrides={bits!r} gives a weight no bits: exclude it"
+                "QuantizationAwareTraining: overrides are bits, or pairs of bits of weights and of "
+                f"activations, and got {bits!r}; to leave a layer out, exclude it"
             )
-        return weight, activation
+        return bits[0], bits[1]
 
     # Lightning's side: quantizers before optimizers, and the phases.
 
@@ -206,12 +217,14 @@ class QuantizationAwareTraining(Method):
                 )
         self._attach_early(pl_module)
         if stage == "fit" and not trainer.global_step:
-            for quantizer in self.quantizers.values():
-                quantizer.reset()
-        # Layers that configure_model makes get theirs before a checkpoint is read into them.
-        self._hook = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
-            lambda module, *_: self._attach_early(module)
-        )
+            for name in self.bits:  # what an earlier training left
+                if name in self.quantizers:
+                    self.quantizers[name].reset()
+                elif name.endswith("weight"):
+                    detach_quantizer(pl_module.get_submodule(_layer(name)))
+        self._unhook_reading()
+        register: Any = pl_module.register_load_state_dict_pre_hook
+        self._reading = register(self._before_reading)
 
     def _attach_early(self, module: nn.Module) -> None:
         try:
@@ -219,9 +232,27 @@ class QuantizationAwareTraining(Method):
         except ValueError:  # no layers yet; the plan asks again, and says so
             return
 
+    def _before_reading(self, module: nn.Module, state: dict[str, Any], *args: Any) -> None:
+        """Let a checkpoint be read that has other quantizers than the module: of layers that
+        configure_model made or that joined later, or none at all."""
+        self._attach_early(module)
+        attach_saved(module, state)
+        for name, tensor in module.state_dict().items():
+            if f"{QUANTIZER}." in name:
+                state.setdefault(name, tensor)
+
+    def _unhook_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.remove()
+            self._reading = None
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._hook.remove()
+        self._unhook_reading()
         super().on_fit_start(trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._unhook_reading()
+        super().teardown(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -308,7 +339,7 @@ class QuantizationAwareTraining(Method):
 
     @property
     def observes(self) -> bool:
-        return self.weight_scale == "learned" and self._trains
+        return self.weight_scale == "learned"
 
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
         for name in weights:
@@ -341,7 +372,8 @@ class QuantizationAwareTraining(Method):
         g, parameter = gradient.float(), self.selection.chosen[name]
         of_log = g * weight.float() - g * u * (inside & ~pruned)
         rows = blocked(gather(of_log, parameter), self.blocks[name])
-        self.gradients[name] = rows.sum(1).view(self.blocks[name])
+        if self._trains:
+            self.gradients[name] = rows.sum(1).view(self.blocks[name])
         if parameter.grad is not None:
             local(parameter.grad).mul_(inside)
 
@@ -354,20 +386,25 @@ class QuantizationAwareTraining(Method):
         parameters: dict[str, Tensor] = {}
         gradients: list[Tensor] = []
         for name, gradient in self.gradients.items():
+            if name not in names:
+                continue
             parameters[name] = self.log_steps.setdefault(name, self.steps[name].float().log())
             gradients.append(gradient)
         for name, quantizer in mine.items():
-            if quantizer.log_step.grad is not None:
-                parameters[f"{name}:input"] = quantizer.log_step.detach()
-                gradients.append(quantizer.log_step.grad / scale)
+            step = quantizer.log_step
+            if step.requires_grad:  # on every process, whether or not it has used the layer
+                parameters[f"{name}:input"] = step.detach()
+                zero = torch.zeros_like(step)
+                gradients.append(zero if step.grad is None else step.grad / scale)
         _share_mean(gradients)
-        if parameters and self._trains:
-            self._adam(parameters, gradients, rate)
-        for name in self.gradients:
+        if parameters:
+            # A gradient scaler does not look at these.
+            self._adam(parameters, [g.nan_to_num(0.0, 0.0, 0.0) for g in gradients], rate)
+        for name in self.gradients.keys() & names:
             dtype = self.steps[name].dtype
             steps = rounded(self.log_steps[name].exp(), self.bits[name][0], dtype)
             self.steps[name] = steps.to(dtype)
-        self.skip()
+        self.skip(names)
 
     @property
     def _trains(self) -> bool:
@@ -399,9 +436,10 @@ class QuantizationAwareTraining(Method):
                 maximize=False,
             )
 
-    def skip(self) -> None:
-        self.gradients = {}
-        for quantizer in self.quantizers.values():
+    def skip(self, names: Collection[str]) -> None:
+        self.gradients = {name: g for name, g in self.gradients.items() if name not in names}
+        for name in self.quantizers.keys() & names:
+            quantizer = self.quantizers[name]
             quantizer.log_step.grad = None
             if quantizer.observing:
                 quantizer.drop()

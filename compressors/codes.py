@@ -42,8 +42,8 @@ ESTIMATE_SYMBOLS = 2**22
 
 _BLOCK = 2**20
 
-# Sizes of groups of weights that share a step.
-_GROUPS = (256, 128, 64, 32)
+# Fewest weights in a group that share a step.
+_SMALLEST_GROUP = 8
 
 # By dtype: those that hold some of its values exactly, narrowest first.
 NARROWER = {
@@ -291,7 +291,7 @@ def exact(tensor: Tensor) -> Code:
     kept = int(mask.count_nonzero())  # a sum would make integers of all
     levels = _levels(bits.flatten(), limit=min(MAX_LEVELS, kept // 2))
     integer = _integer(tensor)
-    if integer is not None and (levels is None or len(levels) > integer.steps.shape.numel()):
+    if integer is not None and (levels is None or _smaller(integer, len(levels))):
         return integer
     if levels is not None:
         codebook, order = levels.view(tensor.dtype).sort(stable=True)
@@ -331,7 +331,8 @@ def _integer(tensor: Tensor) -> Integer | None:
     one = [1] * len(others)
     # Output channels, also those of transposed convolutions.
     layouts = [[rows, 1, *one], [1, columns, *one]]
-    layouts += [[rows, columns // group] for group in _GROUPS if not others and not columns % group]
+    groups = [n for n in range(columns // 2, _SMALLEST_GROUP - 1, -1) if columns % n == 0]
+    layouts += [[rows, columns // group, *one] for group in groups]
     for blocks in layouts:
         count = math.prod(blocks)
         # Of most tensors the first block tells that there is no grid.
@@ -342,6 +343,12 @@ def _integer(tensor: Tensor) -> Integer | None:
             steps, integers = found
             return Integer(Dense(steps.view(blocks)), unblocked(integers, blocks, tensor.shape))
     return None
+
+
+def _smaller(integer: Integer, levels: int) -> bool:
+    """Whether integers and their steps take less than a codebook of so many levels."""
+    saved = math.log2(max(1, levels)) - math.log2(max(1, sum(integer.bounds)))
+    return integer.integers.numel() * saved + 16 * levels > 16 * integer.steps.shape.numel()
 
 
 def _levels(bits: Tensor, limit: int) -> Tensor | None:

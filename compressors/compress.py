@@ -13,7 +13,7 @@ from pressfit.compressors.projections import Projection
 from pressfit.compressors.quantize import QUANTIZER, attach_quantizer
 from pressfit.compressors.select import Selection, match, select
 
-__all__ = ["compress", "restore"]
+__all__ = ["attach_saved", "compress", "restore"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -84,7 +84,7 @@ def restore(module: Module, path: str | os.PathLike[str]) -> Module:
     # What the module itself takes is no more than its owner can afford; twice, for names it lacks.
     limit = 2 * sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
     tensors = load(path, max(limit, HARMLESS))
-    _attach_quantizers(module, tensors)
+    attach_saved(module, tensors)
     expected = module.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     for name, tensor in tensors.items():
@@ -101,9 +101,12 @@ def restore(module: Module, path: str | os.PathLike[str]) -> Module:
     return module
 
 
-def _attach_quantizers(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def attach_saved(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give layers the quantizers of their inputs that a state dict has."""
     layers = dict(module.named_modules())
     for name, bits in tensors.items():
         layer, found, rest = name.rpartition(f"{QUANTIZER}.bits")
-        if found and not rest and (layer := layer.removesuffix(".")) in layers:
+        if not found or rest or (layer := layer.removesuffix(".")) not in layers:
+            continue
+        if any(True for _ in layers[layer].parameters(recurse=False)):
             attach_quantizer(layers[layer], int(bits))

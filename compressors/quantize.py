@@ -23,6 +23,7 @@ __all__ = [
     "Quantize",
     "attach_quantizer",
     "bounds",
+    "detach_quantizer",
     "half",
     "layout",
     "quantize_",
@@ -180,12 +181,12 @@ class Quantize(Projection):
     axis: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits not in (*range(2, 9), 16):
+        if not isinstance(self.bits, int) or self.bits not in (*range(2, 9), 16):
             raise ValueError(f"weights are of 2 to 8 bits, or of 16, and got bits={self.bits!r}")
         named = self.granularity in ("channel", "tensor")
-        if not named and not (isinstance(self.granularity, int) and self.granularity > 1):
+        if not named and not (isinstance(self.granularity, int) and self.granularity >= 8):
             raise ValueError(
-                "granularity is 'channel', 'tensor', or the size of a group, and got "
+                "granularity is 'channel', 'tensor', or the size of a group, 8 or more, and got "
                 f"{self.granularity!r}"
             )
 
@@ -262,12 +263,9 @@ class ActivationQuantizer(nn.Module):
 
     def __init__(self, bits: int = 8, learned: bool = False) -> None:
         super().__init__()
-        if bits not in range(2, 9):
-            raise ValueError(f"activations are of 2 to 8 bits, and got bits={bits!r}")
-        self.learned = learned
         self.observing = self._active = False
-        self.high = 2**bits - 1
-        self.register_buffer("bits", torch.tensor(bits, dtype=torch.uint8))
+        self.register_buffer("bits", torch.tensor(0, dtype=torch.uint8))
+        self.configure(bits, learned)
         self.register_buffer("rounding", torch.tensor(False))
         self.register_buffer("log_step", torch.zeros(()))
         self.register_buffer("zero_point", torch.zeros(()))
@@ -275,6 +273,13 @@ class ActivationQuantizer(nn.Module):
         # any.
         self.register_buffer("seen", torch.tensor([0.0, 0.0, -1.0]))
         self.register_buffer("staged", torch.tensor([0.0, 0.0, -1.0]), persistent=False)
+
+    def configure(self, bits: int, learned: bool) -> None:
+        """Take other arguments than those it was made with."""
+        if not isinstance(bits, int) or bits not in range(2, 9):
+            raise ValueError(f"activations are of 2 to 8 bits, and got bits={bits!r}")
+        self.learned, self.high = learned, 2**bits - 1
+        self.bits.fill_(bits)
 
     @property
     def active(self) -> bool:
@@ -287,7 +292,7 @@ class ActivationQuantizer(nn.Module):
         self.rounding.fill_(active)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.observing and self.training and torch.is_grad_enabled():
+        if self.observing and self.training and torch.is_grad_enabled() and x.numel():
             wide = x.detach().float()
             low, high = wide.aminmax()
             low, high = low.minimum(self.staged[0]), high.maximum(self.staged[1])
@@ -313,7 +318,7 @@ class ActivationQuantizer(nn.Module):
         self.zero_point.copy_((-low / step).round().nan_to_num(0.0))
         if self.learned:
             step = 2 * mean / self.high**0.5
-        self.log_step.copy_(step.log())
+        self.log_step.copy_(step.clamp_min(torch.finfo(step.dtype).tiny).log())
 
     def drop(self) -> None:
         """Forget what is staged."""
@@ -330,11 +335,10 @@ class ActivationQuantizer(nn.Module):
         self._active, self.high = bool(self.rounding), 2 ** int(self.bits) - 1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ActivationQuantizer":
-        """Move to another device, but stay in float32, and keep what takes gradients a leaf."""
-        with torch.no_grad():
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in ("log_step", "zero_point", "seen", "staged"):
-            self._buffers[name] = getattr(self, name).detach().float()
+        """Move to another device, but keep every type."""
+        for name, buffer in self._buffers.items():
+            assert buffer is not None
+            self._buffers[name] = buffer.detach().to(fn(buffer.detach()).device)
         return self
 
     def extra_repr(self) -> str:
@@ -365,7 +369,7 @@ class _Rounded(torch.autograd.Function):
 
 
 def attach_quantizer(layer: nn.Module, bits: int, learned: bool = False) -> ActivationQuantizer:
-    """Give a layer a quantizer of its input; one that it has already is kept.
+    """Give a layer a quantizer of its input; one that it has already stays, and learns its bits.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -377,10 +381,24 @@ def attach_quantizer(layer: nn.Module, bits: int, learned: bool = False) -> Acti
         quantizer = ActivationQuantizer(bits, learned)
         parameter = next(layer.parameters(recurse=False))
         layer.add_module(QUANTIZER, quantizer.to(parameter.device).train(layer.training))
+    quantizer.configure(bits, learned)
     if _quantize_input not in layer._forward_pre_hooks.values():
-        layer.register_forward_pre_hook(_quantize_input)
+        layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
     return quantizer
 
 
-def _quantize_input(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (getattr(layer, QUANTIZER)(inputs[0]), *inputs[1:])
+def detach_quantizer(layer: nn.Module) -> None:
+    """Take a layer's quantizer away, if it has one."""
+    if hasattr(layer, QUANTIZER):
+        for key in [k for k, hook in layer._forward_pre_hooks.items() if hook is _quantize_input]:
+            del layer._forward_pre_hooks[key], layer._forward_pre_hooks_with_kwargs[key]
+        delattr(layer, QUANTIZER)
+
+
+def _quantize_input(
+    layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    quantizer = getattr(layer, QUANTIZER)
+    if inputs:
+        return (quantizer(inputs[0]), *inputs[1:]), named
+    return inputs, {**named, "input": quantizer(named["input"])}

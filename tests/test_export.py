@@ -112,7 +112,10 @@ def test_a_run_is_exported_from_the_command_line(
 
 
 def test_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Net has no quantized layer to export: train it with"):
+    with pytest.raises(
+        ValueError,
+        match="Net has no layer with integer weights and quantized inputs to export: train",
+    ):
         export_onnx(Net(), tmp_path / "net.onnx", IMAGES)
     module: Any = fit(tmp_path, QuantizationAwareTraining(start=0.0), max_epochs=1)
     with pytest.raises(ValueError, match="opset 9 has no steps for each channel: choose 13 or"):
@@ -123,8 +126,36 @@ def test_a_file_that_disagrees_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = fit(tmp_path, QuantizationAwareTraining(), max_epochs=4)
-    fold = "pressfit.compressors.export._fold"
-    monkeypatch.setattr(fold, lambda layer, norm: layer.bias.add_(9.0))
-    with pytest.raises(ValueError, match="was not written, since its outputs differ"):
+    with monkeypatch.context() as patch:
+        patch.setattr("pressfit.compressors.export._fold", lambda layer, _: layer.bias.add_(9.0))
+        with pytest.raises(ValueError, match="was not written, since folding batch-norm"):
+            export_onnx(module, tmp_path / "net.onnx", IMAGES)
+    module.head.register_forward_hook(lambda _, inputs, output: output * float("nan"))
+    with pytest.raises(ValueError, match="was not written, since"):
         export_onnx(module, tmp_path / "net.onnx", IMAGES)
     assert not (tmp_path / "net.onnx").exists()
+
+
+class Odd(nn.Module):
+    """Norms that cannot be folded: over another dimension, called twice, without statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+        self.norm1 = nn.BatchNorm1d(4)
+        self.conv1, self.conv2 = nn.Conv2d(1, 3, 1), nn.Conv2d(3, 3, 1)
+        self.norm2 = nn.BatchNorm2d(3)
+        self.norm3 = nn.BatchNorm2d(3, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.linear(input=x)).unsqueeze(1)
+        x = self.norm2(self.conv1(x))
+        return self.norm3(self.norm2(self.conv2(x)))
+
+
+def test_norms_that_cannot_be_folded_stay(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 4, 6, generator=GENERATOR)
+    found = export_onnx(quantized(Odd(), x, 8), tmp_path / "odd.onnx", x)
+    assert found.integer == ("linear", "conv1", "conv2")
+    assert found.difference < 0.05

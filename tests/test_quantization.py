@@ -1,6 +1,7 @@
 """Quantization: projections, activation quantizers, and the callback in training."""
 
 import copy
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from cases import Case
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from test_guarantees import half, resumed_equals_whole
 from torch import Tensor, nn
 
@@ -20,11 +22,19 @@ from pressfit.callbacks import (
     Plan,
     QuantizationAwareTraining,
 )
-from pressfit.compressors import ActivationQuantizer, Quantize, TopK, restore, same_bits
+from pressfit.compressors import (
+    ActivationQuantizer,
+    Quantize,
+    TopK,
+    load,
+    restore,
+    same_bits,
+    save,
+)
 from pressfit.compressors.lattice import blocked, lattice
 from pressfit.compressors.quantize import attach_quantizer, bounds, layout, quantize_, steps_of
 from pressfit.experiments.soak import differences
-from training import IMAGES, LABELS, Net, fit, loader, trainer, validation
+from training import IMAGES, LABELS, Adversaries, Net, fit, loader, trainer, validation
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -294,6 +304,93 @@ def test_a_second_training_begins_in_float(tmp_path: Path) -> None:
     assert watch.active == (False,) * 12 + (True,) * 28
 
 
+def test_other_bits_in_another_training(tmp_path: Path) -> None:
+    module = fit(tmp_path, *methods())
+    fit(tmp_path, QuantizationAwareTraining(8, 2, activation_scale="range"), module=module)
+    assert module.head.input_quantizer.extra_repr() == "bits=2, learned=False"
+    assert module.head.input_quantizer(IMAGES[:, :40]).unique().numel() <= 4
+    fit(tmp_path, QuantizationAwareTraining(8, None), module=module)
+    assert list(module.state_dict()) == list(Net().state_dict())
+    assert not module.head._forward_pre_hooks
+
+
+def test_two_optimizers_after_one_backward(tmp_path: Path) -> None:
+    class Both(Adversaries):
+        def training_step(self, batch: list[Tensor], _: int) -> None:  # type: ignore[override]
+            loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+    module = fit(tmp_path, *methods("learned"), module=Both(), max_epochs=8)
+    check(module)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_checkpoints_with_other_quantizers_are_resumed(late: bool, tmp_path: Path) -> None:
+    """Of a training in float, and of one in which a layer joined later."""
+
+    class Unfreeze(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, module: Any) -> None:
+            if late and trainer.current_epoch == 1:
+                module.body.requires_grad_(True)
+
+    def train(path: Path | None, *callbacks: pl.Callback) -> Net:
+        pl.seed_everything(0)
+        module = Net()
+        module.body.requires_grad_(not late)
+        runner = trainer(tmp_path, *callbacks, Unfreeze(), enable_checkpointing=True)
+        runner.fit(module, loader(), ckpt_path=path, weights_only=True)
+        runner.save_checkpoint(tmp_path / "last.ckpt")
+        return module
+
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=20, save_top_k=-1)
+    train(None, *(methods()[1:] if late else []), saver)
+    module = train(tmp_path / "step=20.ckpt", methods()[1])
+    assert module.head.input_quantizer.active
+    # What joins once steps are frozen has seen nothing to place its grid by.
+    assert late or module.body[0].input_quantizer.active
+
+
+def test_gradients_that_overflow_move_no_step(tmp_path: Path) -> None:
+    class Overflow(pl.Callback):
+        def on_after_backward(self, trainer: pl.Trainer, module: Any) -> None:
+            if module.head.input_quantizer.log_step.grad is not None:
+                module.head.input_quantizer.log_step.grad.fill_(float("inf"))
+
+    module = fit(tmp_path, *methods(), Overflow())
+    check(module)
+    assert module.head.input_quantizer.log_step.isfinite()
+
+
+def test_layers_are_called_in_every_way() -> None:
+    layer = nn.Linear(4, 3)
+    quantizer = calibrated(attach_quantizer(layer, 2), normal(5, 4))
+    x = normal(7, 4)
+    assert torch.equal(layer(input=x), layer(x))
+    quantizer.observing = True
+    assert layer(x[:0]).shape == (0, 3)
+    for _ in range(2000):
+        quantizer(torch.zeros(3))
+        quantizer.commit()
+    assert quantizer(torch.zeros(3)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "granularity"),
+    [((4096, 64), 4, "channel"), ((512, 128), 2, "channel"), ((256, 480), 4, 24)],
+)
+def test_files_hold_integers_however_many_channels(
+    shape: tuple[int, int], bits: int, granularity: Any, tmp_path: Path
+) -> None:
+    weight = Quantize(bits, granularity).project(normal(*shape))
+    steps = math.prod(layout(shape, granularity))
+    size = save(tmp_path / "w", {"w": weight})
+    assert size < (bits * weight.numel() + 16 * steps) / 8 + 200
+    assert same_bits(load(tmp_path / "w")["w"], weight)
+
+
 # What is quantized, and mistakes.
 
 
@@ -322,9 +419,18 @@ def test_what_is_quantized_is_listed() -> None:
         ({"weight_bits": 12}, "got bits=12"),
         ({"activation_bits": 16}, "activations are of 2 to 8 bits, and got bits=16"),
         ({"overrides": {"head": 9}}, "got bits=9"),
-        ({"granularity": "row"}, "'channel', 'tensor', or the size of a group, and got 'row'"),
+        (
+            {"granularity": "row"},
+            "'channel', 'tensor', or the size of a group, 8 or more, and got 'row'",
+        ),
         ({"weight_scale": "max"}, "unknown weight_scale 'max', choose mse or learned"),
         ({"activation_scale": "mse"}, "unknown activation_scale 'mse', choose learned or range"),
+        ({"granularity": 4}, "8 or more, and got 4"),
+        ({"weight_bits": 8.0}, "got bits=8.0"),
+        ({"overrides": {"head": "8"}}, "overrides are bits, or pairs of bits.*got '8'"),
+        ({"overrides": {"head": [8]}}, r"got \[8\]"),
+        ({"overrides": {"head": None}}, "got None; to leave a layer out, exclude it"),
+        ({"observe_steps": -3}, "observe_steps=-3 is no number of optimizer steps"),
         ({"freeze_norms": 90}, "freeze_norms=90 is no fraction of training"),
     ],
 )
@@ -334,8 +440,8 @@ def test_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_groups_that_do_not_divide(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="groups of 7 do not divide a weight of shape"):
-        fit(tmp_path, QuantizationAwareTraining(granularity=7))
+    with pytest.raises(ValueError, match="groups of 9 do not divide a weight of shape"):
+        fit(tmp_path, QuantizationAwareTraining(granularity=9))
 
 
 def test_inputs_that_are_no_numbers(tmp_path: Path) -> None:
