@@ -31,7 +31,7 @@ __all__ = ["Plain", "Repeat", "main", "step_seconds"]
 # Network, shape of a batch, and steps to be measured.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "lenet300": (LeNet300, (256, 1, 28, 28), 400),
-    "resnet20": (ResNet20, (128, 3, 32, 32), 20),
+    "resnet20": (ResNet20, (64, 3, 32, 32), 30),
 }
 WARMUP = 0.25  # of the steps that are measured
 
