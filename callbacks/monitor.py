@@ -7,14 +7,14 @@ import lightning.pytorch as pl
 from pressfit.callbacks.method import methods_of
 from pressfit.callbacks.sharding import whole
 from pressfit.compressors.artifact import estimate
-from pressfit.compressors.codes import Lookup, Sparse, exact
+from pressfit.compressors.codes import Integer, Lookup, Sparse, exact
 from pressfit.compressors.select import select
 
 __all__ = ["CompressionMonitor"]
 
 
 class CompressionMonitor(pl.Callback):
-    """Log estimated file size, sparsity, clusters and distance through the Trainer's logger.
+    """Log estimated file size, sparsity, clusters, bits and distance through the Trainer's logger.
 
     ====================================  =======================================================
     ``compression/bytes``                 size of the file that the weights would make now
@@ -23,6 +23,7 @@ class CompressionMonitor(pl.Callback):
     ``compression/distance``              ``||u - w|| / ||u||``: latent against projected weights
     ``compression/sparsity/<parameter>``  fraction of zeros
     ``compression/clusters/<parameter>``  distinct non-zero values, once they are few
+    ``compression/bits/<parameter>``      bits of its integers, once it is quantized
     ====================================  =======================================================
 
     They are also in ``trainer.callback_metrics``, so that ``ModelCheckpoint`` and schedulers can
@@ -75,4 +76,6 @@ class CompressionMonitor(pl.Callback):
             code = code.values if isinstance(code, Sparse) else code
             if isinstance(code, Lookup):
                 found[f"clusters/{name}"] = float(code.codebook.shape.numel())
+            elif isinstance(code, Integer):
+                found[f"bits/{name}"] = float(code.width)
         return {f"compression/{name}": value for name, value in found.items()}

@@ -254,6 +254,12 @@ class Integer(Code):
         low, high = self.integers.aminmax() if self.integers.numel() else (0, 0)
         return max(0, -int(low)), max(0, int(high))
 
+    @property
+    def width(self) -> int:
+        """Bits of a signed integer that holds every level."""
+        below, above = self.bounds
+        return max(below - 1, above).bit_length() + 1
+
     def decode(self) -> Tensor:
         return self.integers * spread(self.steps.decode(), self.shape)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pressfit.callbacks import (
     EMA,
     CompressedCheckpoint,
+    CompressionMonitor,
     GradualPruning,
     Plan,
     QuantizationAwareTraining,
@@ -195,8 +196,9 @@ def check(module: Net, bits: int = 4) -> None:
 
 @every_scale
 def test_pruned_and_quantized_in_one_fit(scale: str, inputs: str, tmp_path: Path) -> None:
-    checkpoint = CompressedCheckpoint(tmp_path)
-    module = fit(tmp_path, *methods(scale, inputs), checkpoint, max_epochs=20)
+    checkpoint, monitor = CompressedCheckpoint(tmp_path), CompressionMonitor()
+    module = fit(tmp_path, *methods(scale, inputs), monitor, checkpoint, max_epochs=20)
+    assert module.trainer.callback_metrics["compression/bits/head.weight"] == 4
     check(module)
     zeros = sum(int((module.get_submodule(n).weight == 0).sum()) for n in ("body.0", "head"))
     assert zeros >= 0.8 * 2960 - 1
