@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from pressfit.callbacks.method import plan_of
+from pressfit.compressors.quantize import QUANTIZER
 
 __all__ = ["EMA"]
 
@@ -50,9 +51,11 @@ class EMA(EMAWeightAveraging):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         super().on_train_batch_end(trainer, _Latent(pl_module), *args, **kwargs)  # type: ignore[arg-type]
+        self._follow_grids(pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_end(trainer, _Latent(pl_module))  # type: ignore[arg-type]
+        self._follow_grids(pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._fitting:
@@ -93,6 +96,15 @@ class EMA(EMAWeightAveraging):
         assert self._average_model is not None
         averages = self._average_model.module.state_dict()
         return {**averages, **_projections(pl_module, averages)}
+
+    @torch.no_grad()
+    def _follow_grids(self, pl_module: pl.LightningModule) -> None:
+        """Quantizers of activations are the module's own: an average of integers is none."""
+        assert self._average_model is not None
+        averages = dict(self._average_model.module.named_buffers())
+        for name, buffer in pl_module.named_buffers():
+            if f"{QUANTIZER}." in name:
+                averages[name].copy_(buffer)
 
     @property
     def _started(self) -> bool:

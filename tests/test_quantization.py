@@ -247,8 +247,17 @@ def test_a_skipped_step_leaves_no_trace(tmp_path: Path) -> None:
 
 @every_scale
 def test_averages_are_quantized(scale: str, inputs: str, tmp_path: Path) -> None:
-    module = fit(tmp_path, *methods(scale, inputs), EMA(decay=0.9), max_epochs=8)
+    class Signed(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images - 0.3)
+
+    averaged = EMA(decay=0.77)
+    module = fit(tmp_path, *methods(scale, inputs), averaged, module=Signed(), max_epochs=8)
     check(module)
+    grid = module.body[0].input_quantizer
+    assert int(grid.bits) == 4
+    assert 0 < grid.zero_point < 15
+    assert grid.zero_point == grid.zero_point.round()
     with pytest.raises(MisconfigurationException, match="list it behind"):
         fit(tmp_path, EMA(decay=0.9), *methods(scale, inputs))
 
