@@ -261,6 +261,12 @@ def main() -> None:
             raise RuntimeError(f"{settings} failed in {whole}")
         now = _killed(settings, killed, chance, time.monotonic() - start)
         expected, found = outcome(whole), outcome(killed)
+        # Killed between the checkpoint of an epoch's last step and the epoch's end, a run never
+        # comes by that end again, at which these are logged.
+        for step, cells in expected["curves"].items():
+            lacking = cells.keys() - found["curves"].get(step, {}).keys()
+            for name in [name for name in lacking if name.startswith("compression/")]:
+                del cells[name]
         if different := list(differences(expected, found)):
             print(f"{settings}: {len(different)} differences: {', '.join(different[:20])}")
             print(f"{whole} {killed}")
