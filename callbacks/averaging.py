@@ -26,7 +26,7 @@ class EMA(EMAWeightAveraging):
     It is Lightning's ``EMAWeightAveraging``, and takes its arguments: ``decay``, ``use_buffers``,
     ``update_every_n_steps``, ``update_starting_at_step``, ``update_starting_at_epoch`` and
     ``device``. Until the first update the weights themselves are validated and saved. It may stand
-    anywhere in the Trainer's list.
+    anywhere in the Trainer's list, but behind a QuantizationAwareTraining of activations.
     """
 
     projects = True  # what tells it from averages that undo compression
@@ -34,6 +34,8 @@ class EMA(EMAWeightAveraging):
     # The averages whose projections stand in the module while it is validated.
     _averages: dict[str, Tensor]
     _fitting = True
+    # Buffers of activations' quantizers, of the average and of the module.
+    _grids: list[tuple[Tensor, Tensor]] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -42,6 +44,7 @@ class EMA(EMAWeightAveraging):
                 "them whole: train without EMA, or with strategy='ddp'"
             )
         self._averages = {}
+        self._grids = None
         self._fitting = stage == "fit"
         if self._fitting and not trainer.global_step:  # of another training
             self._latest_update_step, self._latest_update_epoch = 0, -1
@@ -100,11 +103,16 @@ class EMA(EMAWeightAveraging):
     @torch.no_grad()
     def _follow_grids(self, pl_module: pl.LightningModule) -> None:
         """Quantizers of activations are the module's own: an average of integers is none."""
-        assert self._average_model is not None
-        averages = dict(self._average_model.module.named_buffers())
-        for name, buffer in pl_module.named_buffers():
-            if f"{QUANTIZER}." in name:
-                averages[name].copy_(buffer)
+        if self._grids is None:  # sought once, since most networks have none
+            assert self._average_model is not None
+            averages = dict(self._average_model.module.named_buffers())
+            self._grids = [
+                (averages[name], buffer)
+                for name, buffer in pl_module.named_buffers()
+                if f"{QUANTIZER}." in name
+            ]
+        for average, buffer in self._grids:
+            average.copy_(buffer)
 
     @property
     def _started(self) -> bool:

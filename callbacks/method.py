@@ -171,8 +171,8 @@ class Method(pl.Callback):
 
     def update(self, names: Collection[str], rate: float, scale: float) -> None:
         """Train what the method learns itself, when a step of these parameters is about to be
-        taken; ``rate`` is the optimizer's learning rate as a fraction of its first one, ``scale``
-        that of a gradient scaler."""
+        taken; ``rate`` is the optimizer's learning rate as a fraction of the largest that its
+        schedule has, ``scale`` that of a gradient scaler."""
 
     def skip(self, names: Collection[str]) -> None:
         """Drop what was staged for a step of these parameters that is not taken."""

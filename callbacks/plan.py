@@ -175,7 +175,8 @@ class Plan:
             )
         # Fused optimizers get scaled gradients, and unscale them by themselves.
         fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
-        scale = scaler.get_scale() if scaler is not None and fused else 1.0
+        of_loss = scaler.get_scale() if scaler is not None else 1.0
+        scale = of_loss if fused else 1.0
         parameters = self._parameters(optimizer)
         for method in self.methods:
             if method.observes:
@@ -184,7 +185,7 @@ class Plan:
                         gradient = _gradient(parameter, scale)
                         state = optimizer.state.get(parameter, {})
                         method.observe(name, local(parameter), gradient, state)
-            method.update(parameters, _rate(optimizer), scaler.get_scale() if scaler else 1.0)
+            method.update(parameters, _rate(optimizer), of_loss)
         for name, latent in self._latents(optimizer):
             local(parameters[name]).copy_(local(latent))
         self._restored.append(optimizer)

@@ -171,11 +171,8 @@ class QuantizationAwareTraining(Method):
     # What is quantized.
 
     def attach(self, module: nn.Module) -> None:
-        super().attach(module)
-        self._place(module)
-
-    def _place(self, module: nn.Module) -> None:
         """Give every chosen layer its quantizer, once."""
+        super().attach(module)
         chosen = self.selection.chosen
         own = {name: self._pair(bits) for name, bits in match(self.overrides, [*chosen]).items()}
         self.bits = {
