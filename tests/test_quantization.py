@@ -273,7 +273,7 @@ def test_compiled_modules_are_compiled_once_a_phase(tmp_path: Path) -> None:
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"]
     # Float, observing, quantized, frozen steps, frozen norms.
-    assert counters["stats"]["unique_graphs"] <= 5
+    assert 2 < counters["stats"]["unique_graphs"] <= 5
 
 
 def test_checkpoints_are_evaluated_as_they_were_trained(tmp_path: Path) -> None:
