@@ -24,14 +24,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from pressfit.callbacks import GradualPruning, QuantizationAwareTraining, WeightSharing
-from pressfit.experiments.models import LeNet300, ResNet20
+from pressfit.experiments.models import LeNet300, ResNet
 
 __all__ = ["Plain", "Repeat", "main", "step_seconds"]
 
 # Network, shape of a batch, and steps to be measured.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "lenet300": (LeNet300, (256, 1, 28, 28), 400),
-    "resnet20": (ResNet20, (64, 3, 32, 32), 30),
+    "resnet20": (ResNet, (64, 3, 32, 32), 30),
 }
 WARMUP = 0.25  # of the steps that are measured
 

@@ -1,11 +1,13 @@
-"""The networks of the Deep Compression paper, a residual network, and a perceptron of any widths.
+"""The networks of the Deep Compression paper, networks for CIFAR-10, and a perceptron.
 
 ==========  ===============================  ==========  ==========
 network     layers                           parameters  bytes
 ==========  ===============================  ==========  ==========
 LeNet300    784-300-100-10                      266,610   1,066,440
 LeNet5      conv 20, conv 50, fc 500, fc 10     431,080   1,724,320
-ResNet20    3 stages of 3 residual blocks       269,722   1,078,888
+ResNet      3 stages of 3 residual blocks       269,722   1,078,888
+ResNet18    4 stages of 2 residual blocks    11,173,962  44,695,848
+VGG         3 stages of 2 convolutions        4,660,106  18,640,424
 ==========  ===============================  ==========  ==========
 """
 
@@ -15,7 +17,11 @@ from itertools import pairwise
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-__all__ = ["MLP", "LeNet5", "LeNet300", "ResNet20"]
+__all__ = ["MLP", "VGG", "LeNet5", "LeNet300", "ResNet", "ResNet18"]
+
+# Shape of the images that a network is made for, and data that have it.
+_GREY = (1, 28, 28), "mnist"
+_COLOUR = (3, 32, 32), "cifar10"
 
 
 class MLP(nn.Sequential):
@@ -50,7 +56,7 @@ class LeNet300(MLP):
         super().__init__([784, 300, 100, 10])
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(_checked(images))
+        return super().forward(_checked(images, *_GREY))
 
 
 class LeNet5(nn.Module):
@@ -68,60 +74,146 @@ class LeNet5(nn.Module):
         self.fc2 = nn.Linear(500, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.max_pool2d(self.conv1(_checked(images)), 2)
+        x = F.max_pool2d(self.conv1(_checked(images, *_GREY)), 2)
         x = F.max_pool2d(self.conv2(x), 2)
         logits: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
         return logits
 
 
-class ResNet20(nn.Module):
-    """ResNet-20 for images of 32 x 32 pixels in three colours (He et al., 2016, section 4.2).
+class ResNet(nn.Module):
+    """The residual network for images of 32 x 32 pixels (He et al., 2016, section 4.2).
 
-    Three stages of 16, 32 and 64 channels with three blocks each; where the shape changes the
-    shortcut takes every second pixel and fills the new channels with zeros (option A).
+    Three stages with ``n`` blocks of two convolutions each; a stage has twice the channels and half
+    the pixels in each direction of the one before. Where the shape changes the shortcut takes every
+    second pixel and fills the new channels with zeros (option A).
+
+    Args:
+        depth: Layers with weights, ``6 n + 2``: 20, 32, 44, 56, 110.
+        width: Channels of the first stage.
 
     Example:
-        >>> sum(p.numel() for p in ResNet20().parameters())
-        269722
+        >>> [sum(p.numel() for p in ResNet(depth).parameters()) for depth in (20, 56)]
+        [269722, 853018]
     """
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 20, width: int = 16) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(16)
-        widths = [16, *[16] * 3, *[32] * 3, *[64] * 3]
+        n, left = divmod(depth - 2, 6)
+        if left or n < 1:
+            raise ValueError(f"a ResNet has 6 n + 2 layers, as 20 or 56, and got depth={depth}")
+        self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        widths = [width, *[width] * n, *[2 * width] * n, *[4 * width] * n]
         self.blocks = nn.Sequential(*(_Block(*pair) for pair in pairwise(widths)))
-        self.fc = nn.Linear(64, 10)
+        self.fc = nn.Linear(4 * width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.conv(images)))
+        x = F.relu(self.norm(self.conv(_checked(images, *_COLOUR))))
+        logits: Tensor = self.fc(self.blocks(x).mean((2, 3)))
+        return logits
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 with a stem for images of 32 x 32 pixels: one convolution of 3 x 3, no pooling.
+
+    Four stages with two blocks each; where the shape changes the shortcut is a convolution of
+    1 x 1 (He et al., 2016, option B).
+
+    Args:
+        width: Channels of the first stage; the last one has eight times as many.
+
+    Example:
+        >>> sum(p.numel() for p in ResNet18().parameters())
+        11173962
+    """
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        widths = [width << stage for stage in (0, 0, 0, 1, 1, 2, 2, 3, 3)]
+        blocks = (_Block(*pair, projected=True) for pair in pairwise(widths))
+        self.blocks = nn.Sequential(*blocks)
+        self.fc = nn.Linear(8 * width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.conv(_checked(images, *_COLOUR))))
         logits: Tensor = self.fc(self.blocks(x).mean((2, 3)))
         return logits
 
 
 class _Block(nn.Module):
-    """``relu(x + f(x))``; twice as many channels come with half the pixels in each direction."""
+    """``relu(shortcut(x) + f(x))``; twice the channels come with half the pixels a direction."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, projected: bool = False) -> None:
         super().__init__()
-        self.stride = outputs // inputs
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, padding=1, bias=False)
+        stride = outputs // inputs
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if inputs != outputs and projected:
+            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(outputs))
+        elif inputs != outputs:
+            self.shortcut = _Widen(outputs - inputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        shortcut = x[:, :, :: self.stride, :: self.stride]
-        missing = residual.shape[1] - x.shape[1]
-        return F.relu(residual + F.pad(shortcut, (0, 0, 0, 0, missing // 2, missing // 2)))
+        return F.relu(residual + self.shortcut(x))
 
 
-def _checked(images: Tensor) -> Tensor:
-    if images.shape[1:] != (1, 28, 28):
-        channels, height, width = images.shape[1:]
+class _Widen(nn.Module):
+    """Every so manieth pixel in each direction, and channels of zeros on both sides."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.channels, self.stride = channels, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(few, (0, 0, 0, 0, self.channels // 2, self.channels - self.channels // 2))
+
+
+class VGG(nn.Module):
+    """VGG-small, which quantization papers use: six convolutions of 3 x 3 and one linear layer.
+
+    Each of three stages has two convolutions with batch-norm, twice the channels of the one before,
+    and ends in max-pooling.
+
+    Args:
+        width: Channels of the first stage.
+
+    Example:
+        >>> sum(p.numel() for p in VGG().parameters())
+        4660106
+    """
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for stage in range(3):
+            for _ in range(2):
+                outputs = width << stage
+                conv = nn.Conv2d(channels, outputs, 3, padding=1, bias=False)
+                layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+                channels = outputs
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.fc = nn.Linear(16 * channels, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.features(_checked(images, *_COLOUR)).flatten(1))
+        return logits
+
+
+def _checked(images: Tensor, shape: tuple[int, int, int], data: str) -> Tensor:
+    if images.shape[1:] != shape:
+        wanted, got = (" x ".join(map(str, size)) for size in (shape, images.shape[1:]))
         raise ValueError(
-            f"this LeNet takes grey images of 28 x 28 pixels, and got {channels} x {height} x "
-            f"{width}: choose data=mnist, or model=mlp"
+            f"this network takes images of {wanted}, and got {got}: choose data={data}, or "
+            "model=mlp"
         )
     return images

@@ -15,7 +15,7 @@ from pressfit.compressors import Quantize, compress
 from pressfit.compressors.export import export_onnx
 from pressfit.compressors.quantize import attach_quantizer
 from pressfit.experiments.cli import main
-from pressfit.experiments.models import ResNet20
+from pressfit.experiments.models import ResNet
 from training import IMAGES, Net, fit
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -66,7 +66,7 @@ def operators(path: Path) -> list[str]:
 def test_a_residual_network_is_all_integers(bits: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     images = torch.randn(64, 3, 32, 32, generator=GENERATOR)
-    net = quantized(ResNet20(), images, bits)
+    net = quantized(ResNet(), images, bits)
     found = export_onnx(net, tmp_path / "net.onnx", images)
     kinds = operators(tmp_path / "net.onnx")
     assert len(found.integer) == kinds.count("Conv") + kinds.count("Gemm") == 20
