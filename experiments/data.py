@@ -1,72 +1,21 @@
-"""Image data held as tensors: a minibatch is one indexing operation, never a loop over samples."""
+"""Image data held as tensors: a minibatch is one indexing operation, never a loop over samples.
 
-import gzip
-import hashlib
+Images lie on the device that trains, as bytes, and are transformed there.
+"""
+
 import math
-import os
-import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import lightning.pytorch as pl
-import numpy as np
-import pooch
 import torch
-import torch.nn.functional as F  # noqa: N812
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-__all__ = ["Augment", "Batches", "Digits", "Images", "Mnist", "Split"]
+from pressfit.experiments.augmentation import Augmentation
+from pressfit.experiments.sources import Split, cifar10, mnist
 
-
-class Split(NamedTuple):
-    """Images as bytes, shape ``(n, channels, height, width)``, and their classes."""
-
-    images: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class Augment:
-    """A random affine map of each image: ``x -> A x + b`` about the centre, bilinear.
-
-    Args:
-        shift: Most pixels that an image moves, in each direction.
-        rotation: Most degrees that it turns.
-        scale: Most that it grows or shrinks in width and, on its own, in height, as a fraction.
-        shear: Most that a line leans, as a fraction.
-
-    Example:
-        >>> image = torch.eye(8).view(1, 1, 8, 8)
-        >>> still = Augment()(image, torch.Generator())
-        >>> torch.allclose(still, image, atol=1e-5)
-        True
-    """
-
-    shift: float = 0.0
-    rotation: float = 0.0
-    scale: float = 0.0
-    shear: float = 0.0
-
-    def __call__(self, images: Tensor, random: torch.Generator) -> Tensor:
-        """Moved copies of float images ``(n, channels, height, width)``."""
-        count, _, height, width = images.shape
-
-        def within(bound: float) -> Tensor:
-            return (2 * torch.rand(count, generator=random) - 1) * bound
-
-        angle = within(math.radians(self.rotation))
-        wide, high, lean = 1 + within(self.scale), 1 + within(self.scale), within(self.shear)
-        # The grid spans -1 to 1, so a pixel is 2 / width of it.
-        right, down = within(2 * self.shift / width), within(2 * self.shift / height)
-        rows = [wide * angle.cos(), lean - wide * angle.sin(), right]
-        rows += [high * angle.sin(), high * angle.cos(), down]
-        maps = torch.stack(rows, 1).view(count, 2, 3)
-        grid = F.affine_grid(maps, list(images.shape), align_corners=False)
-        return F.grid_sample(images, grid, align_corners=False)
+__all__ = ["Batches", "Cifar10", "Digits", "Images", "Mnist"]
 
 
 class Batches:
@@ -81,7 +30,7 @@ class Batches:
         size: Examples in a batch.
         seed: Seed of the order and of the augmentation; None keeps the order.
         epoch: Returns the number of the epoch that an iteration is for.
-        augment: Transformation of the images, see :class:`Augment`.
+        augment: Transformation of the images, see :mod:`~pressfit.experiments.augmentation`.
         reuse: Epochs that see the same transformed images, in another order each.
         until: Epoch from which on images are left as they are.
 
@@ -97,7 +46,7 @@ class Batches:
         size: int,
         seed: int | None = None,
         epoch: Callable[[], int] = lambda: 0,
-        augment: Augment | None = None,
+        augment: Augmentation | None = None,
         reuse: int = 1,
         until: float = math.inf,
     ) -> None:
@@ -115,6 +64,7 @@ class Batches:
             order = order[torch.randperm(len(order), generator=_generator(self.seed, self.epoch()))]
         images = self._images()
         for index in order.split(self.size)[: len(self)]:
+            index = index.to(images.device)
             yield images[index].float().div_(255), self.split.labels[index]
 
     def _images(self) -> Tensor:
@@ -152,7 +102,7 @@ class Images(pl.LightningDataModule):
         batch_size: int,
         held_out: int,
         seed: int = 0,
-        augment: Augment | None = None,
+        augment: Augmentation | None = None,
         reuse: int = 1,
         augment_until: float = 1.0,
     ) -> None:
@@ -169,7 +119,12 @@ class Images(pl.LightningDataModule):
         """Training and test images."""
 
     def setup(self, stage: str) -> None:
-        self.splits = self.splits or self.load()
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        train, test = self.splits or self.load()
+        self.splits = (
+            Split(*(tensor.to(device) for tensor in train)),
+            Split(*(tensor.to(device) for tensor in test)),
+        )
 
     def train_dataloader(self) -> Batches:
         split = Split(*(tensor[: -self.held_out or None] for tensor in self._split(0)))
@@ -213,83 +168,13 @@ class Digits(Images):
 
 
 class Mnist(Images):
-    """60,000 + 10,000 digits of 28 x 28 pixels (LeCun et al.); the last of the 60,000 are held out.
+    """60,000 + 10,000 digits of 28 x 28 pixels, see :func:`~pressfit.experiments.sources.mnist`."""
 
-    The four original files are looked for in ``$PRESSFIT_DATA/mnist`` and in
-    ``../shared/data/mnist`` beside the repository and the working directory, else they are
-    downloaded.
-
-    Raises:
-        ValueError: A file's content is not the original one.
-        OSError: No mirror answers.
-    """
-
-    @staticmethod
-    def load() -> tuple[Split, Split]:
-        parts = {name: _parse(_content(name)) for name in _MNIST}
-        train_images, train_labels, test_images, test_labels = parts.values()
-        return (
-            Split(train_images[:, None], train_labels.long()),
-            Split(test_images[:, None], test_labels.long()),
-        )
+    load = staticmethod(mnist)
 
 
-# MD5 of each file's *content*: the gzip containers of the mirrors differ.
-_MNIST = {
-    "train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte.gz": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte.gz": "27ae3e4e09519cfbb04c329615203637",
-}
-_MIRRORS = (
-    "https://ossci-datasets.s3.amazonaws.com/mnist/",
-    "https://storage.googleapis.com/cvdf-datasets/mnist/",
-)
+class Cifar10(Images):
+    """50,000 + 10,000 images of 3 x 32 x 32 pixels in ten classes, see
+    :func:`~pressfit.experiments.sources.cifar10`."""
 
-
-def _beside() -> list[Path]:
-    """Where data may lie: beside the repository, or beside the working directory."""
-    repository = Path(__file__).resolve().parents[1]
-    return [folder.parent / "shared" / "data" for folder in (repository, Path.cwd())]
-
-
-def _content(name: str) -> bytes:
-    named = [Path(os.environ["PRESSFIT_DATA"])] if "PRESSFIT_DATA" in os.environ else []
-    for folder in [*named, *_beside()]:
-        if (folder / "mnist" / name).is_file():
-            return _verified(folder / "mnist" / name)
-    problems = []
-    for mirror in _MIRRORS:
-        try:
-            path = Path(pooch.retrieve(mirror + name, None, name, pooch.os_cache("pressfit")))
-        except OSError as error:
-            problems.append(str(error))
-            continue
-        try:
-            return _verified(path)
-        except ValueError as error:
-            path.unlink()  # so that another attempt downloads it anew
-            problems.append(str(error))
-    raise OSError(
-        f"cannot download {name} ({'; '.join(problems)}): put the four MNIST files into a folder "
-        "mnist and name its parent in PRESSFIT_DATA"
-    )
-
-
-def _verified(path: Path) -> bytes:
-    try:
-        with gzip.open(path) as file:
-            content = file.read()
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if hashlib.md5(content).hexdigest() != _MNIST[path.name]:
-        raise ValueError(f"{path} is not the original MNIST file: its checksum differs")
-    return content
-
-
-def _parse(content: bytes) -> Tensor:
-    """The tensor of an idx file: two zeros, type, number of sizes, sizes (big-endian), bytes."""
-    dimensions = content[3]
-    shape = np.frombuffer(content, ">i4", dimensions, offset=4)
-    pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
-    return torch.from_numpy(pixels.reshape(shape).copy())
+    load = staticmethod(cifar10)

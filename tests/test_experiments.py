@@ -1,18 +1,12 @@
 """The command line, the configurations, and what a run leaves behind, on real digits."""
 
-import gzip
-import hashlib
 import inspect
 import json
 import os
-import struct
 import subprocess
 import sys
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -28,11 +22,10 @@ from safetensors.torch import load_file
 import pressfit.configs
 from pressfit.callbacks import Method, Plan
 from pressfit.compressors import load, same_bits
-from pressfit.experiments import data
 from pressfit.experiments.cli import main
-from pressfit.experiments.data import Augment, Batches, Digits, Mnist, Split
+from pressfit.experiments.data import Mnist
 from pressfit.experiments.figures import curve
-from pressfit.experiments.models import LeNet5, LeNet300
+from pressfit.experiments.models import VGG, LeNet5, LeNet300, ResNet, ResNet18
 from pressfit.experiments.summary import summarize
 
 CONFIGS = Path(pressfit.configs.__file__).parent
@@ -145,6 +138,7 @@ def test_inspect_and_decompress(
         (["train", "callbacks@observers=[monitor]", *QUICK], "none writes the file"),
         (["train", "trainer.max_epoch=3"], "max_epoch"),
         (["train", "model=lenet5", *QUICK], "choose data=mnist"),
+        (["train", "model=resnet20", *QUICK], "images of 3 x 32 x 32, and got 1 x 8 x 8"),
     ],
 )
 def test_mistakes_get_one_line(words: list[str], message: str, tmp_path: Path) -> None:
@@ -162,7 +156,7 @@ def test_help_helps() -> None:
     for part in (
         "experiment=deep_compression",
         "callbacks: checkpoint, ema, guard, monitor",
-        "data: digits, mnist",
+        "data: cifar10, digits, mnist",
     ):
         assert part in below.stdout
     assert top.returncode == below.returncode == 0
@@ -202,6 +196,7 @@ def names(group: str) -> list[str]:
 
 
 EXPERIMENTS = [[], *([f"experiment={name}"] for name in names("experiment"))]
+IMAGES = {"mlp": "digits", "lenet300": "mnist", "lenet5": "mnist"}
 MODELS = [name for name in names("model") if name != "classifier"]
 
 
@@ -215,7 +210,7 @@ MODELS = [name for name in names("model") if name != "classifier"]
 def test_every_experiment_composes_and_builds(
     experiment: list[str], model: str, ablation: str
 ) -> None:
-    images = "digits" if model == "mlp" else "mnist"
+    images = IMAGES.get(model, "cifar10")
     config = composed(*experiment, f"model={model}", f"data={images}", f"ablation={ablation}")
     module = instantiate(config.model, _convert_="all")
     callbacks = [
@@ -244,134 +239,22 @@ def test_every_option_is_one_of_its_class(group: str) -> None:
         assert not unknown or any(p.kind is p.VAR_KEYWORD for p in known.values()), (name, unknown)
 
 
+def test_residual_networks_shrink_with_their_width() -> None:
+    images = torch.rand(2, 3, 32, 32)
+    sizes = []
+    for net in (ResNet(20, 8), ResNet(56, 4), ResNet18(8), VGG(8)):
+        assert net(images).shape == (2, 10)
+        sizes.append(sum(p.numel() for p in net.parameters()))
+    assert sizes == [68_050, 54_286, 176_402, 23_426]
+    with pytest.raises(ValueError, match="depth=21"):
+        ResNet(21)
+
+
 def test_the_papers_networks_have_the_papers_sizes() -> None:
     assert sum(p.numel() for p in LeNet300().parameters()) == 266_610
     assert sum(p.numel() for p in LeNet5().parameters()) == 431_080
     images = torch.rand(3, 1, 28, 28)
     assert LeNet300()(images).shape == LeNet5()(images).shape == (3, 10)
-
-
-def test_digits_are_split_without_overlap() -> None:
-    digits = Digits(batch_size=64, held_out=270)
-    digits.setup("fit")
-    parts = [digits.train_dataloader(), digits.val_dataloader(), digits.test_dataloader()]
-    assert [len(part.split.labels) for part in parts] == [1167, 270, 360]
-    seen = [
-        {hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in part.split.images}
-        for part in parts
-    ]
-    # A few of the 1,797 images are equal pixel for pixel.
-    assert len(seen[0] | seen[1] | seen[2]) > 1780
-    assert torch.equal(Digits.load()[1].labels, Digits.load()[1].labels)
-
-
-def test_batches_are_a_function_of_seed_and_epoch() -> None:
-    split = Split(torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1), torch.arange(20))
-
-    def labels(seed: int, epoch: int) -> list[list[int]]:
-        return [batch.tolist() for _, batch in Batches(split, 6, seed, lambda: epoch)]
-
-    assert labels(0, 3) == labels(0, 3)
-    assert labels(0, 3) != labels(0, 4)
-    assert labels(0, 3) != labels(1, 3)
-    assert [len(batch) for batch in labels(0, 3)] == [6, 6, 6]
-    images, order = next(iter(Batches(split, 20, 0)))
-    assert torch.equal(images.flatten() * 255, order.float())
-
-
-def test_augmentation_moves_an_image_by_whole_pixels() -> None:
-    class OnePixel(Augment):
-        def __call__(self, images: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-            torch.rand = lambda count, generator: torch.ones(count)  # type: ignore[assignment]
-            try:
-                return super().__call__(images, random)
-            finally:
-                torch.rand = original  # type: ignore[assignment]
-
-    original = torch.rand
-    image = torch.zeros(1, 1, 8, 8)
-    image[0, 0, 4, 4] = 1.0
-    moved = OnePixel(shift=1.0)(image, torch.Generator())
-    assert moved[0, 0, 3, 3] == pytest.approx(1.0, abs=1e-5)
-    assert moved.sum() == pytest.approx(1.0, abs=1e-4)
-
-
-def test_augmentation_ends_before_the_training_does() -> None:
-    split = Split(torch.full((4, 1, 8, 8), 200, dtype=torch.uint8), torch.arange(4))
-
-    def images(epoch: int) -> torch.Tensor:
-        batches = Batches(split, 4, 0, lambda: epoch, Augment(shift=3.0), until=2)
-        return next(iter(batches))[0]
-
-    assert not torch.equal(images(1), images(2))
-    assert torch.equal(images(2), torch.full((4, 1, 8, 8), 200 / 255))
-
-
-def idx(array: torch.Tensor) -> bytes:
-    head = struct.pack(">HBB", 0, 8, array.dim())
-    return head + struct.pack(f">{array.dim()}i", *array.shape) + array.numpy().tobytes()
-
-
-def test_mnist_is_read_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = torch.arange(2 * 3 * 3, dtype=torch.uint8).view(2, 3, 3)
-    labels = torch.tensor([7, 1], dtype=torch.uint8)
-    (tmp_path / "mnist").mkdir()
-    digests = {}
-    for name in data._MNIST:
-        content = idx(images if "images" in name else labels)
-        digests[name] = hashlib.md5(content).hexdigest()
-        (tmp_path / "mnist" / name).write_bytes(gzip.compress(content))
-    monkeypatch.setenv("PRESSFIT_DATA", str(tmp_path))
-    with pytest.raises(ValueError, match="is not the original MNIST file"):
-        Mnist.load()
-    monkeypatch.setattr(data, "_MNIST", digests)
-    train, test = Mnist.load()
-    assert torch.equal(train.images[:, 0], images)
-    assert test.labels.tolist() == [7, 1]
-
-
-def test_mnist_that_cannot_be_had_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*args: object, **kwargs: object) -> str:
-        raise OSError("no network")
-
-    monkeypatch.setenv("PRESSFIT_DATA", str(tmp_path))
-    monkeypatch.setattr(data, "_beside", list)
-    monkeypatch.setattr(data.pooch, "retrieve", refuse)
-    with pytest.raises(OSError, match=r"no network.*name its parent in PRESSFIT_DATA"):
-        Mnist.load()
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-def test_mnist_is_downloaded_once_and_damage_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    served, cache = tmp_path / "served", tmp_path / "cache"
-    served.mkdir()
-    digests = {}
-    for name in data._MNIST:
-        content = idx(torch.zeros(2, 3, 3, dtype=torch.uint8))
-        digests[name] = hashlib.md5(content).hexdigest()
-        (served / name).write_bytes(gzip.compress(content)[:-9])
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(served)))
-    Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.delenv("PRESSFIT_DATA", raising=False)
-    monkeypatch.setattr(data, "_beside", list)
-    monkeypatch.setattr(data, "_MNIST", digests)
-    monkeypatch.setattr(data, "_MIRRORS", [f"http://127.0.0.1:{server.server_port}/"])
-    monkeypatch.setattr(data.pooch, "os_cache", lambda _: cache)
-    with pytest.raises(OSError, match="is damaged"):
-        Mnist.load()
-    for path in served.iterdir():
-        path.write_bytes(gzip.compress(idx(torch.zeros(2, 3, 3, dtype=torch.uint8))))
-    assert Mnist.load()[0].images.shape == (2, 1, 3, 3)
-    server.shutdown()
-    assert Mnist.load()[1].images.shape == (2, 1, 3, 3)  # from the cache
 
 
 @pytest.mark.slow
