@@ -19,15 +19,39 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from pressfit.compressors.engines import ENGINES, session
 from pressfit.compressors.lattice import blocked, lattice, unblocked
 from pressfit.compressors.quantize import QUANTIZER, TRANSPOSED, detach_quantizer, layout
 
-__all__ = ["Export", "export_onnx"]
+__all__ = ["Agreement", "Export", "export_onnx"]
 
 # The oldest that has a DequantizeLinear for each channel.
 OPSET = 13
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well an engine's outputs agree with those of the module in float32.
+
+    Args:
+        difference: Largest difference of an output, relative to the largest output.
+        equal: Fraction of examples with equal predictions, the largest output of each.
+
+    Example:
+        >>> print(Agreement(difference=0.0131, equal=0.995))
+        99.50 % of the predictions are equal, outputs differ by 0.013 of the largest
+    """
+
+    difference: float
+    equal: float
+
+    def __str__(self) -> str:
+        return (
+            f"{100 * self.equal:.2f} % of the predictions are equal, outputs differ by "
+            f"{self.difference:.2g} of the largest"
+        )
 
 
 @dataclass(frozen=True)
@@ -39,26 +63,29 @@ class Export:
         bytes: Its size.
         integer: Layers that have integer weights and quantized inputs.
         floating: Other layers with weights, which stay as they are.
-        difference: Largest difference of an output, relative to the largest output.
-        equal: Fraction of examples with equal predictions, the largest output of each.
+        agreement: That of each engine which is installed.
     """
 
     path: Path
     bytes: int
     integer: tuple[str, ...]
     floating: tuple[str, ...]
-    difference: float
-    equal: float
+    agreement: dict[str, Agreement]
 
     def table(self, examples: int) -> str:
         """What stands in the file, in a few lines."""
         floating = f"; in float: {', '.join(self.floating)}" if self.floating else ""
-        return (
-            f"{self.path}: {self.bytes:,} bytes\n"
-            f"integer layers: {len(self.integer)} ({', '.join(self.integer)}){floating}\n"
-            f"against the module, on {examples:,} examples: {100 * self.equal:.2f} % of the "
-            f"predictions are equal, outputs differ by {self.difference:.2g} of the largest"
-        )
+        lines = [
+            f"{self.path}: {self.bytes:,} bytes",
+            f"integer layers: {len(self.integer)} ({', '.join(self.integer)}){floating}",
+        ]
+        for engine, (_, extra) in ENGINES.items():
+            if engine in self.agreement:
+                agreement = self.agreement[engine]
+                lines.append(f"{engine} against the module, on {examples:,} examples: {agreement}")
+            else:
+                lines.append(f"{engine}: not verified, pip install 'pressfit[{extra}]'")
+        return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -70,6 +97,8 @@ def export_onnx(
 ) -> Export:
     """Write a quantized module as ONNX, run it, and compare it with the module in float32.
 
+    It is run in onnxruntime, and in OpenVINO where that is installed.
+
     Args:
         module: Module that was trained with
             :class:`~pressfit.callbacks.QuantizationAwareTraining`, or restored from its file.
@@ -80,11 +109,11 @@ def export_onnx(
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing.
-        ValueError: No layer is quantized, the opset is too old, or the file's outputs differ from
-            the module's.
+        ValueError: No layer is quantized, the opset is too old, an engine cannot read the file, or
+            its outputs differ from the module's.
     """
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
         raise ImportError("exporting needs pip install 'pressfit[onnx]'") from error
@@ -104,7 +133,7 @@ def export_onnx(
     floats = [y for y in tree_leaves(_plain(quantized)(*inputs)) if isinstance(y, Tensor)]
     _fold_norms(quantized, inputs)
     folded = [y for y in tree_leaves(_plain(quantized)(*inputs)) if isinstance(y, Tensor)]
-    if not _compared(floats, folded)[0] < _EXACT:
+    if not _compared(floats, folded).difference < _EXACT:
         raise ValueError(
             f"{path} was not written, since folding batch-norm into the layers before it changed "
             "the outputs: please report this"
@@ -126,20 +155,22 @@ def export_onnx(
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "made.onnx"
         program.save(made)
-        session = onnxruntime.InferenceSession(made)
-        names = [node.name for node in session.get_inputs()]
-        feed = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
-        found = [torch.from_numpy(y) for y in session.run(None, feed)]
-        difference, equal = _compared(expected, found)
-        if not (difference < _TOLERANCE and equal >= _AGREEMENT):
-            raise ValueError(
-                f"{path} was not written, since its outputs differ from the module's by "
-                f"{difference:.2g} of the largest one, and {100 * (1 - equal):.1f} % of the "
-                "predictions differ: does the forward depend on more than its inputs?"
-            )
+        agreement = {}
+        for engine in ENGINES:
+            try:
+                run = session(engine, made, torch.get_num_threads())
+            except ImportError:  # the table says so
+                continue
+            agreement[engine] = found = _compared(expected, run(inputs))
+            if not (found.difference < _TOLERANCE and found.equal >= _AGREEMENT):
+                raise ValueError(
+                    f"{path} was not written, since in {engine} {found}: does the forward depend "
+                    "on more than its inputs? Or do sums of 8-bit products saturate, as they may "
+                    "on a processor without VNNI? Weights of 7 bits never do."
+                )
         os.replace(made, path)
     floating = tuple(sorted(layers - set(integer)))
-    return Export(path, path.stat().st_size, tuple(integer), floating, difference, equal)
+    return Export(path, path.stat().st_size, tuple(integer), floating, agreement)
 
 
 # A sum in another order may round to the next level of a grid, and that to more behind it.
@@ -149,17 +180,17 @@ _TOLERANCE, _AGREEMENT = 0.2, 0.99
 _EXACT = 1e-3
 
 
-def _compared(expected: list[Tensor], found: list[Tensor]) -> tuple[float, float]:
+def _compared(expected: list[Tensor], found: list[Tensor]) -> Agreement:
     difference, equal = 0.0, 1.0
     for mine, theirs in zip(expected, found, strict=True):
         if mine.shape != theirs.shape:
-            return float("inf"), 0.0
+            return Agreement(float("inf"), 0.0)
         apart = float((mine - theirs).abs().max()) / (float(mine.abs().max()) or 1.0)
         difference = apart if math.isnan(apart) else max(difference, apart)
         if mine.dim() > 1:
             same = mine.flatten(1).argmax(1) == theirs.flatten(1).argmax(1)
             equal = min(equal, float(same.float().mean()))
-    return difference, equal
+    return Agreement(difference, equal)
 
 
 def _integers(module: nn.Module) -> list[str]:
