@@ -23,7 +23,7 @@ from pressfit.compressors.engines import ENGINES, session
 from pressfit.compressors.lattice import blocked, lattice, unblocked
 from pressfit.compressors.quantize import QUANTIZER, TRANSPOSED, detach_quantizer, layout
 
-__all__ = ["Agreement", "Export", "export_onnx"]
+__all__ = ["Agreement", "Export", "export_onnx", "unquantized", "write_onnx"]
 
 # The oldest that has a DequantizeLinear for each channel.
 OPSET = 13
@@ -139,22 +139,10 @@ def export_onnx(
             "the outputs: please report this"
         )
     layers = {name for name, layer in quantized.named_modules() if isinstance(layer, _LAYERS)}
-    batch = torch.export.Dim("batch")
-    program = torch.onnx.export(
-        quantized,
-        inputs,
-        dynamo=True,
-        opset_version=opset,
-        dynamic_shapes=tuple({0: batch} for _ in inputs),
-        verbose=False,
-    )
-    assert program is not None
-    for node in program.model.graph:  # where in the source each comes from
-        node.metadata_props.clear()
     path = Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "made.onnx"
-        program.save(made)
+        write_onnx(quantized, made, inputs, opset)
         agreement = {}
         for engine in ENGINES:
             try:
@@ -171,6 +159,49 @@ def export_onnx(
         os.replace(made, path)
     floating = tuple(sorted(layers - set(integer)))
     return Export(path, path.stat().st_size, tuple(integer), floating, agreement)
+
+
+def write_onnx(
+    module: nn.Module, path: str | os.PathLike[str], inputs: tuple[Tensor, ...], opset: int = 18
+) -> None:
+    """Write a module as ONNX as it is, for any number of examples.
+
+    Args:
+        module: The module.
+        path: File to write.
+        inputs: A tensor for each argument of the forward, with examples in the first dimension.
+        opset: Version of ONNX's operators.
+    """
+    batch = torch.export.Dim("batch")
+    program = torch.onnx.export(
+        module,
+        inputs,
+        dynamo=True,
+        opset_version=opset,
+        dynamic_shapes=tuple({0: batch} for _ in inputs),
+        verbose=False,
+    )
+    assert program is not None
+    for node in program.model.graph:  # where in the source each comes from
+        node.metadata_props.clear()
+    program.save(path)
+
+
+@torch.no_grad()
+def unquantized(module: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+    """The float32 network beside the one that :func:`export_onnx` writes.
+
+    Its weights have the same values and its batch-norms are folded as well, but no input is
+    rounded.
+
+    Args:
+        module: Quantized module; it stays as it is.
+        inputs: A tensor for each argument of the forward, with examples in the first dimension.
+    """
+    quantized = copy.deepcopy(module).cpu().float().eval()
+    _integers(quantized)
+    _fold_norms(quantized, inputs)
+    return _plain(quantized)
 
 
 # A sum in another order may round to the next level of a grid, and that to more behind it.
@@ -255,6 +286,7 @@ def _plain(module: nn.Module) -> nn.Module:
             along = [1] * layer.integers.dim()
             along[int(isinstance(layer, TRANSPOSED))] = -1
             layer.weight = nn.Parameter(layer.integers * layer.steps.view(along))
+            del layer.integers, layer.steps, layer.input_step, layer.input_zero
     return plain
 
 
@@ -284,9 +316,8 @@ def _fold(layer: Any, norm: Any) -> None:
 
 def _followed_by_norms(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[str, str]]:
     """Names of integer layers and of the batch-norms that alone read them."""
-    plain = _plain(module)
-    layers = dict(plain.named_modules())
-    graph = torch.export.export(plain, inputs, strict=False)
+    layers = dict(module.named_modules())
+    graph = torch.export.export(_plain(module), inputs, strict=False)
     of = {**graph.graph_signature.inputs_to_parameters, **graph.graph_signature.inputs_to_buffers}
     norms = [n for n in graph.graph.nodes if n.target is torch.ops.aten.batch_norm.default]
     calls = Counter(of.get(getattr(norm.args[3], "name", ""), "") for norm in norms)

@@ -1,4 +1,4 @@
-"""The command ``pressfit``: train with compression; inspect, unpack or export what came of it."""
+"""The command ``pressfit``: train with compression; inspect, unpack, export, time the result."""
 
 import argparse
 import os
@@ -10,8 +10,10 @@ from hydra.errors import HydraException, InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import Module
 
-from pressfit.compressors import inspect, load
+from pressfit.compressors import inspect, load, restore
 
 __all__ = ["main"]
 
@@ -78,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, metavar="OUT", help="file to write (default: RUN/model.onnx)"
     )
     export.set_defaults(run=_export)
+    bench = commands.add_parser("bench", help="time an exported run in each engine, on Linux")
+    bench.add_argument("file", type=Path, metavar="FILE", help="RUN/model.onnx")
+    bench.add_argument("--batch", type=int, default=8, help="examples that run at once")
+    bench.add_argument("--threads", type=int, default=1, help="threads that compute")
+    bench.add_argument("--rounds", type=int, default=15, help="times that each engine has a turn")
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -105,21 +113,45 @@ def _decompress(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     # Imported here: the other commands need none of it.
+    from pressfit.compressors.export import export_onnx
+
+    module, images = _restored(options.folder)
+    output = options.output or options.folder / "model.onnx"
+    print(export_onnx(module, output, images, options.opset).table(len(images)))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    # Imported here: the other commands need none of it.
+    from rich.console import Console
+
+    from pressfit.experiments.bench_inference import bench
+
+    file = options.file
+    for path, remedy in (
+        (file, "pressfit export RUN writes it"),
+        (file.parent / "config.yaml", "FILE is in the directory of its run"),
+        (file.parent / "model.pressfit", "FILE is in the directory of its run"),
+    ):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: {remedy}")
+    module, images = _restored(file.parent)
+    table = bench(file, module, images, options.batch, options.threads, options.rounds)
+    Console().print(table)
+
+
+def _restored(folder: Path) -> tuple[Module, Tensor]:
+    """The module of a run's directory, and a batch of the images that it is tested on."""
+    # Imported here: the other commands need none of it.
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from pressfit.compressors import restore
-    from pressfit.compressors.export import export_onnx
-
-    folder = options.folder
     config = OmegaConf.load(folder / "config.yaml")
     module = instantiate(config.model, _convert_="all")
     restore(module, folder / "model.pressfit")
     data = instantiate(config.data, _convert_="all")
     data.setup("test")
     images, _ = next(iter(data.test_dataloader()))
-    output = options.output or folder / "model.onnx"
-    print(export_onnx(module, output, images, options.opset).table(len(images)))
+    return module, images
 
 
 def _one_line(error: Exception) -> str:

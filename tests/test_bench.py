@@ -1,0 +1,107 @@
+"""The table of engines: what runs is timed, what is missing is named."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pressfit.compressors import Quantize, compress, save
+from pressfit.compressors.export import export_onnx
+from pressfit.compressors.quantize import attach_quantizer
+from pressfit.experiments.cli import main
+from pressfit.experiments.models import MLP
+
+CONFIG = """
+model: {_target_: pressfit.experiments.models.MLP, widths: [64, 30, 10]}
+data: {_target_: pressfit.experiments.data.Digits, batch_size: 64, held_out: 270}
+"""
+
+Rows = dict[tuple[str, str], list[str]]
+
+ROWS = [
+    ("eager", "fp32"),
+    ("compiled", "fp32"),
+    ("onnxruntime", "fp32"),
+    ("onnxruntime", "int8"),
+    ("OpenVINO", "fp32"),
+    ("OpenVINO", "int8"),
+]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The directory of a run, with what it exported."""
+    torch.manual_seed(0)
+    net, images = MLP([64, 30, 10]), torch.rand(32, 1, 8, 8)
+    quantizers = [attach_quantizer(layer, bits=8) for layer in net]
+    for quantizer in quantizers:
+        quantizer.observing = True
+    net(images)
+    for quantizer in quantizers:
+        quantizer.commit()
+        quantizer.observing, quantizer.active = False, True
+    compress(net, {"*": Quantize(7)})
+    save(tmp_path / "model.pressfit", net.state_dict())
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    export_onnx(net, tmp_path / "model.onnx", images)
+    return tmp_path
+
+
+def told(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[Rows, str]:
+    """The numbers of each engine and precision in the table, and all that was printed."""
+    main(words)
+    printed = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")] for line in printed.splitlines()]
+    return {(row[0], row[1]): row[2:] for row in rows if len(row) > 1}, printed
+
+
+def test_every_engine_is_timed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run / "model.onnx"
+    found, _ = told(["bench", str(file), "--batch", "4", "--rounds", "2"], capsys)
+    assert [*found] == ROWS
+    for (_, precision), (latency, rate, _, size, ratio, _) in found.items():
+        assert float(rate.replace(",", "")) == pytest.approx(4000 / float(latency), rel=0.5)
+        if precision == "fp32":
+            assert int(size.replace(",", "")) > 4 * (64 * 30 + 30 * 10)
+            assert ratio == "1.00"
+        else:
+            assert size == f"{file.stat().st_size:,}"
+    assert found["eager", "fp32"][-1] == "1.00"
+
+
+@pytest.mark.slow
+def test_an_engine_that_is_missing_is_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Where the processes of the rows look first.
+    (run / "openvino.py").write_text("raise ImportError('not here')")
+    monkeypatch.syspath_prepend(run)
+    found, printed = told(["bench", str(run / "model.onnx"), "--rounds", "1"], capsys)
+    assert [*found] == ROWS
+    missing = [row for row, numbers in found.items() if numbers[0] == "failed"]
+    assert missing == [("OpenVINO", "fp32"), ("OpenVINO", "int8")]
+    assert "OpenVINO is missing: pip install 'pressfit[openvino]'" in " ".join(printed.split())
+
+
+@pytest.mark.parametrize(
+    ("missing", "remedy"),
+    [
+        ("model.onnx", "pressfit export RUN writes it"),
+        ("config.yaml", "FILE is in the directory of its run"),
+        ("model.pressfit", "FILE is in the directory of its run"),
+    ],
+)
+def test_what_a_run_must_hold(
+    missing: str, remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in {"model.onnx", "config.yaml", "model.pressfit"} - {missing}:
+        (tmp_path / name).touch()
+    with pytest.raises(SystemExit):
+        main(["bench", str(tmp_path / "model.onnx")])
+    assert f"pressfit: {tmp_path / missing} does not exist: {remedy}" in capsys.readouterr().err
+
+
+def test_numbers_are_positive(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", str(run / "model.onnx"), "--rounds", "0"])
+    assert "batch, threads and rounds are 1 or more, and got 8, 1 and 0" in capsys.readouterr().err
