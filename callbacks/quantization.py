@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pressfit.callbacks.method import Method
 from pressfit.callbacks.sharding import gather, local, processes, shard, stack
+from pressfit.callbacks.widths import Widths
 from pressfit.compressors.compress import attach_saved
 from pressfit.compressors.lattice import blocked, spread
 from pressfit.compressors.quantize import (
@@ -42,7 +43,7 @@ _RATE = 3e-3
 # Layers that have one input, of activations.
 _QUANTIZED_INPUTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
-Bits = int | Sequence[int | None]
+Bits = int | Sequence[int | str | None]
 
 
 class QuantizationAwareTraining(Method):
@@ -62,7 +63,8 @@ class QuantizationAwareTraining(Method):
     half precision, as they would be without quantization.
 
     Args:
-        weight_bits: 2 to 8, or 16 for half precision.
+        weight_bits: 2 to 8, or 16 for half precision; or ``"auto"``: each weight has a width of its
+            own, 2, 3, 4, 6, 8 or 16, those by which rounding raises the loss least within a budget.
         activation_bits: 2 to 8, or None to leave activations as they are.
         weight_scale: ``"mse"``: the step with the least squared error, found anew ten times in the
             window; ``"learned"``: it starts there, and is trained by its gradient (LSQ, Esser et
@@ -75,8 +77,8 @@ class QuantizationAwareTraining(Method):
         stop: Fraction of training after which steps and ranges stay as they are.
         start_step: The same in optimizer steps, instead of ``start``.
         stop_step: The same in optimizer steps, instead of ``stop``.
-        observe_steps: Steps before ``start`` in which activations are observed; at least the first
-            step of training is.
+        observe_steps: Steps before ``start`` in which activations are observed, and gradients for
+            automatic widths; at least the first step of training is.
         freeze_norms: Fraction of training after which batch-norm layers use their running
             statistics, as they will when they are folded into the weights.
         every: Steps between searches for the weights' steps.
@@ -84,7 +86,14 @@ class QuantizationAwareTraining(Method):
             Conv, Embedding and attention layers.
         exclude: Patterns of parameter names to leave out.
         overrides: Bits by pattern: of weights and activations, or a pair of both. First and last
-            layers are usually kept at 8 bits: ``{"conv1": 8, "fc": 8}``.
+            layers are usually kept at 8 bits: ``{"conv1": 8, "fc": 8}``. ``("auto", 8)`` is an
+            automatic width with inputs of 8 bits.
+        average_bits: Budget of automatic widths: bits of a weight on average, over all that are
+            quantized, overrides among them.
+        max_bytes: The same in bytes, of all that the module saves: weights and their steps before
+            entropy coding, which makes them smaller, and everything else as it is.
+        reallocate: Whether automatic widths are chosen once more, halfway from ``start`` to
+            ``stop``, by the gradients of the ``observe_steps`` before.
 
     Example:
         >>> from pressfit.callbacks import Plan
@@ -102,7 +111,7 @@ class QuantizationAwareTraining(Method):
 
     def __init__(
         self,
-        weight_bits: int = 8,
+        weight_bits: int | Literal["auto"] = 8,
         activation_bits: int | None = 8,
         weight_scale: Literal["mse", "learned"] = "mse",
         activation_scale: Literal["learned", "range"] = "learned",
@@ -117,6 +126,9 @@ class QuantizationAwareTraining(Method):
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
         overrides: Mapping[str, Bits] | None = None,
+        average_bits: float | None = None,
+        max_bytes: int | None = None,
+        reallocate: bool = False,
     ) -> None:
         super().__init__(start, stop, start_step, stop_step, every, include, exclude)
         for name, value, known in (
@@ -135,18 +147,27 @@ class QuantizationAwareTraining(Method):
         self.weight_bits, self.activation_bits = weight_bits, activation_bits
         self.weight_scale, self.activation_scale = weight_scale, activation_scale
         self.granularity, self.observe_steps = granularity, observe_steps
-        self.freeze_norms = freeze_norms
+        self.freeze_norms, self.reallocate = freeze_norms, reallocate
         self.overrides = self._overrides(overrides)
         if not isinstance(observe_steps, int) or observe_steps < 1:
             raise MisconfigurationException(
                 f"QuantizationAwareTraining: observe_steps={observe_steps!r} is no number of "
                 "optimizer steps"
             )
+        auto = weight_bits == "auto"
+        self.widths = Widths(average_bits, max_bytes) if auto else None
+        given = {"average_bits": average_bits, "max_bytes": max_bytes, "reallocate": reallocate}
+        if not auto and (unused := [name for name, value in given.items() if value]):
+            raise MisconfigurationException(
+                f"QuantizationAwareTraining: {', '.join(unused)} is for weight_bits='auto', and "
+                f"weight_bits is {weight_bits!r}"
+            )
         for bits in ((weight_bits, activation_bits), *map(self._pair, self.overrides.values())):
-            Quantize(bits[0], granularity)  # raises for what there is not
+            # Both raise for what there is not.
+            Quantize(8 if auto and bits[0] == "auto" else bits[0], granularity)
             if bits[1] is not None:
                 ActivationQuantizer(bits[1])
-        self.bits: dict[str, tuple[int, int | None]] = {}
+        self.bits: dict[str, tuple[int | Literal["auto"], int | None]] = {}
         self.blocks: dict[str, tuple[int, ...]] = {}
         self.quantizers: dict[str, ActivationQuantizer] = {}
         self.norms: list[nn.Module] = []
@@ -155,7 +176,10 @@ class QuantizationAwareTraining(Method):
         self.reset()
 
     def describe(self) -> str:
-        weights = f"{self.weight_bits}-bit weights ({self.weight_scale})"
+        kind = f"{self.weight_bits}-bit weights"
+        if self.widths is not None:
+            kind = f"weights of automatic widths within {self.widths}"
+        weights = f"{kind} ({self.weight_scale})"
         activations = f"{self.activation_bits}-bit activations ({self.activation_scale})"
         own = f", {len(self.overrides)} overrides" if self.overrides else ""
         return f"{weights}{f', {activations}' if self.activation_bits else ''}{own}"
@@ -189,8 +213,11 @@ class QuantizationAwareTraining(Method):
             if bits is not None and isinstance(layer, _QUANTIZED_INPUTS) and not functional:
                 learned = self.activation_scale == "learned"
                 self.quantizers[name] = attach_quantizer(layer, bits, learned)
+        if self.widths is not None:
+            fixed = {name: bits for name, (bits, _) in self.bits.items() if bits != "auto"}
+            self.widths.attach(module, self.blocks, fixed)
 
-    def _pair(self, bits: Bits) -> tuple[int, int | None]:
+    def _pair(self, bits: Any) -> tuple[Any, Any]:
         if isinstance(bits, int):
             return bits, None if self.activation_bits is None else min(bits, 8)
         pair = isinstance(bits, Sequence) and not isinstance(bits, str) and len(bits) == 2
@@ -200,6 +227,14 @@ class QuantizationAwareTraining(Method):
                 f"activations, and got {bits!r}; to leave a layer out, exclude it"
             )
         return bits[0], bits[1]
+
+    def _width(self, name: str) -> int | None:
+        """Bits of a weight, None before they are chosen."""
+        bits = self.bits[name][0]
+        if bits != "auto":
+            return bits
+        assert self.widths is not None
+        return self.widths.chosen.get(name)
 
     # Lightning's side: quantizers before optimizers, and the phases.
 
@@ -330,26 +365,52 @@ class QuantizationAwareTraining(Method):
         self.log_steps: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.moments: dict[str, list[Tensor]] = {}
+        if self.widths is not None:
+            self.widths.reset()
 
     def holds(self, name: str) -> bool:
         return name in self.steps
 
     @property
     def observes(self) -> bool:
-        return self.weight_scale == "learned"
+        return self.weight_scale == "learned" or self.widths is not None
+
+    def ready(self, name: str) -> bool:
+        if self.widths is not None and name in self.widths.fisher:
+            return True
+        return self._width(name) is not None
 
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
+        if self.widths is not None:
+            self._choose_widths(self.widths, weights)
         for name in weights:
-            bits = self.bits[name][0]
+            bits = self._width(name)
+            if bits is None:  # it waits for its first gradient
+                continue
             if bits == 16:
                 self.steps[name] = weights[name].new_ones(self.blocks[name])
             elif self.weight_scale == "mse" or name not in self.steps:
                 self.steps[name] = steps_of(weights[name], bits, self.blocks[name])
 
+    def _choose_widths(self, widths: Widths, weights: Mapping[str, Tensor]) -> None:
+        assert self.plan is not None
+        again = self.plan.clock >= self._again_at
+        due = [n for n in weights if n in widths.fisher and (again or n not in widths.chosen)]
+        if not due:
+            return
+        for name in due:
+            widths.weigh(name, weights[name])
+        widths.again = widths.again or again
+        for name in widths.solve():
+            for kept in (self.steps, self.log_steps, self.moments):
+                kept.pop(name, None)
+        pl.utilities.rank_zero_info(widths.table())
+
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
         if name not in self.steps:
             return
-        bits = self.bits[name][0]
+        bits = self._width(name)
+        assert bits is not None
         if bits == 16:
             weight.copy_(half(weight))
         else:
@@ -358,11 +419,17 @@ class QuantizationAwareTraining(Method):
     def observe(
         self, name: str, weight: Tensor, gradient: Tensor | None, state: Mapping[str, Any]
     ) -> None:
-        """LSQ's gradient of a weight's step; the latent's own is 0 outside of the range."""
-        latent = state.get("latent")
-        if name not in self.steps or self.bits[name][0] == 16 or latent is None or gradient is None:
+        """Sensitivities, and LSQ's gradient of a weight's step; the latent's own is 0 outside of
+        the range."""
+        if self._gathers(name) and gradient is not None:
+            assert self.widths is not None
+            self.widths.observe(name, gradient)
+        bits, latent = self._width(name), state.get("latent")
+        if self.weight_scale == "mse" or name not in self.steps or bits is None or bits == 16:
             return
-        low, high = bounds(self.bits[name][0])
+        if latent is None or gradient is None:
+            return
+        low, high = bounds(bits)
         u, steps = local(latent).float(), spread(self._own(name).float(), weight.shape)
         inside = (u >= (low - 0.5) * steps) & (u <= (high + 0.5) * steps)
         pruned = (weight == 0) & (u.abs() > 0.5 * steps)
@@ -373,6 +440,23 @@ class QuantizationAwareTraining(Method):
             self.gradients[name] = rows.sum(1).view(self.blocks[name])
         if parameter.grad is not None:
             local(parameter.grad).mul_(inside)
+
+    def _gathers(self, name: str) -> bool:
+        """Whether a gradient counts for the choice of widths that comes next."""
+        if self.widths is None or self.bits[name][0] != "auto":
+            return False
+        assert self.plan is not None
+        first, _ = self.plan.windows[self]
+        choice = self._again_at if name in self.widths.chosen else first
+        return self.plan.clock >= choice - self.observe_steps
+
+    @property
+    def _again_at(self) -> float:
+        """The step from which widths may be chosen once more."""
+        assert self.plan is not None
+        assert self.widths is not None
+        first, last = self.plan.windows[self]
+        return (first + last) / 2 if self.reallocate and not self.widths.again else float("inf")
 
     def update(self, names: Collection[str], rate: float, scale: float) -> None:
         mine = {name: q for name, q in self.quantizers.items() if name in names}
@@ -399,8 +483,9 @@ class QuantizationAwareTraining(Method):
             self._adam(parameters, [g.nan_to_num(0.0, 0.0, 0.0) for g in gradients], rate)
         for name in self.gradients.keys() & names:
             dtype = self.steps[name].dtype
-            steps = rounded(self.log_steps[name].exp(), self.bits[name][0], dtype)
-            self.steps[name] = steps.to(dtype)
+            bits = self._width(name)
+            assert bits is not None
+            self.steps[name] = rounded(self.log_steps[name].exp(), bits, dtype).to(dtype)
         self.skip(names)
 
     @property
@@ -442,7 +527,8 @@ class QuantizationAwareTraining(Method):
                 quantizer.drop()
 
     def choices(self) -> dict[str, Any]:
-        return {"steps": self.steps, "log_steps": self.log_steps, "moments": self.moments}
+        choices = {"steps": self.steps, "log_steps": self.log_steps, "moments": self.moments}
+        return choices if self.widths is None else choices | self.widths.state()
 
     def load_choices(self, choices: dict[str, Any], module: nn.Module) -> None:
         def here(name: str, tensor: Tensor) -> Tensor:
@@ -455,6 +541,8 @@ class QuantizationAwareTraining(Method):
             key: [here(key, first), here(key, second), count]
             for key, (first, second, count) in choices["moments"].items()
         }
+        if self.widths is not None:
+            self.widths.load(choices)
 
     def _own(self, name: str) -> Tensor:
         """Steps of this process's part of a weight."""

@@ -43,8 +43,8 @@ class Case:
             if self.bits is not None:
                 found = lattice(weight.detach().float())
                 assert found is not None
-                assert -(2 ** (self.bits - 1)) <= found[1].min()
-                assert found[1].max() < 2 ** (self.bits - 1)
+                assert -(2 ** (self.bits - 1)) <= int(found[1].min())
+                assert int(found[1].max()) < 2 ** (self.bits - 1)
 
 
 CASES = {
@@ -76,8 +76,13 @@ CASES = {
         sparsity=0.8,
         clusters=6,
     ),
-    "quantization of weights": Case(
-        lambda: [QuantizationAwareTraining(4, None, start=0.3, stop=0.8)], bits=4
+    "quantization to automatic widths": Case(
+        lambda: [
+            QuantizationAwareTraining(
+                "auto", None, start=0.3, stop=0.8, average_bits=3, reallocate=True
+            )
+        ],
+        bits=8,
     ),
     "pruning, learned quantization of weights": Case(
         lambda: [
