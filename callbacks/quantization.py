@@ -70,7 +70,8 @@ class QuantizationAwareTraining(Method):
             window; ``"learned"``: it starts there, and is trained by its gradient (LSQ, Esser et
             al., 2020).
         activation_scale: ``"learned"``, as LSQ, or ``"range"``: the grid covers a moving average of
-            the least and the largest value.
+            the least and the largest value, as it always does for inputs that no gradient reaches,
+            such as the data.
         granularity: ``"channel"``, ``"tensor"``, or a number of inputs of a channel that share a
             step.
         start: Fraction of training after which the network is quantized.

@@ -242,7 +242,8 @@ class ActivationQuantizer(nn.Module):
     Args:
         bits: 2 to 8.
         learned: Whether the step takes gradients, in :attr:`log_step`. It starts at LSQ's
-            ``2 mean |x| / sqrt(2^b - 1)``; otherwise it spreads the grid over all that was seen.
+            ``2 mean |x| / sqrt(2^b - 1)``; otherwise, and for inputs that no gradient reaches, such
+            as the data, it spreads the grid over all that was seen.
 
     Example:
         >>> quantizer = ActivationQuantizer(bits=2)
@@ -269,8 +270,8 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("rounding", torch.tensor(False))
         self.register_buffer("log_step", torch.zeros(()))
         self.register_buffer("zero_point", torch.zeros(()))
-        # Least and largest value, zero among them, and the mean absolute one; -1 before there are
-        # any.
+        # Least and largest value, zero among them, and the mean absolute one: -1 before there are
+        # any, 0 where no gradient reaches the input.
         self.register_buffer("seen", torch.tensor([0.0, 0.0, -1.0]))
         self.register_buffer("staged", torch.tensor([0.0, 0.0, -1.0]), persistent=False)
 
@@ -296,10 +297,15 @@ class ActivationQuantizer(nn.Module):
             wide = x.detach().float()
             low, high = wide.aminmax()
             low, high = low.minimum(self.staged[0]), high.maximum(self.staged[1])
-            self.staged.copy_(torch.stack([low, high, wide.abs().mean()]))
+            mean = low.new_zeros(())
+            if x.requires_grad:
+                mean = torch.linalg.vector_norm(wide, 1) / wide.numel()
+            self.staged.copy_(torch.stack([low, high, mean]))
         if not self._active:
             return x
-        rounded: Tensor = _Rounded.apply(x, self.log_step, self.zero_point, self.high)  # type: ignore[no-untyped-call]
+        # A step of what no gradient reaches would need one: for the data, a matrix product more.
+        log_step = self.log_step if x.requires_grad else self.log_step.detach()
+        rounded: Tensor = _Rounded.apply(x, log_step, self.zero_point, self.high)  # type: ignore[no-untyped-call]
         return rounded
 
     @torch.no_grad()
@@ -316,7 +322,7 @@ class ActivationQuantizer(nn.Module):
         low, high, mean = self.seen
         step = (high - low) / self.high
         self.zero_point.copy_((-low / step).round().nan_to_num(0.0))
-        if self.learned:
+        if self.learned and mean > 0:
             step = 2 * mean / self.high**0.5
         self.log_step.copy_(step.clamp_min(torch.finfo(step.dtype).tiny).log())
 
@@ -351,7 +357,8 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, log_step: Tensor, zero: Tensor, high: int) -> Tensor:
         step = log_step.exp()
-        y = (x.float() / step).round_().clamp_(-zero, high - zero).mul_(step).to(x.dtype)
+        integers = (x.float() / step).round_().add_(zero).clamp_(0, high)
+        y = integers.sub_(zero).mul_(step).to(x.dtype)
         ctx.high = high
         # Both are kept anyway, by the layers before and behind.
         ctx.save_for_backward(x, y, step, zero)
@@ -360,12 +367,15 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, y, step, zero = ctx.saved_tensors
-        inside = (x >= (-zero - 0.5) * step) & (x <= (ctx.high - zero + 0.5) * step)
-        passed = gradient * inside
+        g, wide = gradient.float(), x.float()
+        # The gradient where -0.5 < x/s + z < high + 0.5, else 0, in one pass.
+        levels = (wide / step).add_(zero)
+        passed = torch.ops.aten.hardtanh_backward(g, levels, -0.5, ctx.high + 0.5)
         of_step = None
         if ctx.needs_input_grad[1]:
-            of_step = (gradient.float() * y.float()).sum() - (passed.float() * x.float()).sum()
-        return passed, of_step, None, None
+            of_step = g.reshape(-1).dot(y.float().reshape(-1))
+            of_step -= passed.reshape(-1).dot(wide.reshape(-1))
+        return passed.to(gradient.dtype), of_step, None, None
 
 
 def attach_quantizer(layer: nn.Module, bits: int, learned: bool = False) -> ActivationQuantizer:

@@ -131,7 +131,7 @@ def test_ranges_move_when_a_step_is_taken_and_not_before() -> None:
     quantizer.commit()
     assert quantizer.seen.tolist() == [0, 0, -1]
     for _ in range(2):  # a forward pass that is run again
-        quantizer(torch.tensor([-1.0, 2.0]))
+        quantizer(torch.tensor([-1.0, 2.0], requires_grad=True))
     quantizer.commit()
     assert quantizer.seen.tolist() == [-1, 2, 1.5]
     quantizer.eval()
@@ -139,6 +139,23 @@ def test_ranges_move_when_a_step_is_taken_and_not_before() -> None:
     with torch.no_grad():
         quantizer.train()(torch.tensor([50.0]))
     assert quantizer.staged[2] == -1
+
+
+def test_steps_of_data_are_not_learned(tmp_path: Path) -> None:
+    """A gradient of theirs would need one of the data, a matrix product for nothing else."""
+
+    class Watch(pl.Callback):
+        learns: tuple[bool, ...] = ()
+
+        def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+            layers = module.body[0], module.head
+            self.learns = tuple(x.input_quantizer.log_step.grad is not None for x in layers)
+
+    watch = Watch()
+    module = fit(tmp_path, watch, QuantizationAwareTraining(start=0.3, stop=1.0))
+    assert watch.learns == (False, True)
+    first = module.body[0].input_quantizer
+    assert float(first.log_step.exp()) == pytest.approx(float(IMAGES.max()) / 255)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
