@@ -1,11 +1,12 @@
 """Time of a training step with each method, against plain Lightning.
 
 python -m pressfit.experiments.bench_step [--model lenet300] [--precision 32-true] [--rounds 15]
+    [--accelerator cpu] [--compile] [--methods Pruning]
 
 One process fits the plain network and the compressed ones in turn, round after round, so that a
 busy machine slows all alike; what counts is the median over rounds of the ratio within a round.
 Methods act in every step, and choose anew every 100, about as often as in the recipe; quantization
-has learned steps, and quantizes from the second step on.
+quantizes from the second step on.
 """
 
 import argparse
@@ -31,7 +32,7 @@ __all__ = ["Plain", "Repeat", "main", "step_seconds"]
 # Network, shape of a batch, and steps to be measured.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "lenet300": (LeNet300, (256, 1, 28, 28), 400),
-    "resnet20": (ResNet, (64, 3, 32, 32), 30),
+    "resnet20": (ResNet, (128, 3, 32, 32), 15),
 }
 WARMUP = 0.25  # of the steps that are measured
 
@@ -72,10 +73,18 @@ class Clock(pl.Callback):
         self.start = self.seconds = 0.0
 
     def on_train_batch_end(self, *args: Any) -> None:
-        index = args[-1]
-        if index == self.warmup - 1:
-            self.start = time.perf_counter()
-        self.seconds = time.perf_counter() - self.start
+        if args[-1] == self.warmup - 1:
+            self.start = _now()
+
+    def on_train_epoch_end(self, *args: Any) -> None:
+        self.seconds = _now() - self.start
+
+
+def _now() -> float:
+    """Seconds on a clock, once all that was launched is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 METHODS: dict[str, Callable[[], list[pl.Callback]]] = {
@@ -89,13 +98,25 @@ METHODS: dict[str, Callable[[], list[pl.Callback]]] = {
     "QuantizationAwareTraining": lambda: [
         QuantizationAwareTraining(4, 4, start=0.0, stop=1.0, every=100)
     ],
+    "QuantizationAwareTraining, weight_scale='learned'": lambda: [
+        QuantizationAwareTraining(4, 4, "learned", start=0.0, stop=1.0, every=100)
+    ],
+    "QuantizationAwareTraining, activation_scale='range'": lambda: [
+        QuantizationAwareTraining(4, 4, activation_scale="range", start=0.0, stop=1.0, every=100)
+    ],
     "Lightning's ModelPruning": lambda: [
         ModelPruning("l1_unstructured", amount=0.95, use_global_unstructured=True)
     ],
 }
 
 
-def step_seconds(callbacks: list[pl.Callback], model: str, precision: Any = "32-true") -> float:
+def step_seconds(
+    callbacks: list[pl.Callback],
+    model: str,
+    precision: Any = "32-true",
+    accelerator: str = "cpu",
+    compiled: bool = False,
+) -> float:
     """Seconds of a training step, the mean over all but an epoch's first steps."""
     # In the second epoch, since ModelPruning makes its masks at the end of the first.
     make, shape, steps = MODELS[model]
@@ -103,7 +124,7 @@ def step_seconds(callbacks: list[pl.Callback], model: str, precision: Any = "32-
     clock = Clock(warmup)
     trainer = pl.Trainer(
         max_epochs=2,
-        accelerator="cpu",
+        accelerator=accelerator,
         precision=precision,
         callbacks=[*callbacks, clock],
         logger=False,
@@ -111,7 +132,10 @@ def step_seconds(callbacks: list[pl.Callback], model: str, precision: Any = "32-
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Plain(make()), Repeat(warmup + steps, shape))
+    net = make()
+    if compiled:
+        net.compile()
+    trainer.fit(Plain(net), Repeat(warmup + steps, shape))
     return clock.seconds / steps
 
 
@@ -119,22 +143,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="lenet300")
     parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--accelerator", default="cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--methods", default="", help="only those whose name holds this")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+    where = options.model, options.precision, options.accelerator, options.compile
+    plain, *others = METHODS
+    names = [plain, *(name for name in others if options.methods in name)]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(options.rounds):
-        for name, make in METHODS.items():
-            seconds[name].append(step_seconds(make(), options.model, options.precision))
-    table = Table(title=f"{options.model}, {options.precision}, {options.threads} threads")
+        for name in names:
+            seconds[name].append(step_seconds(METHODS[name](), *where))
+    title = f"{options.model}, {options.precision}, {options.accelerator}"
+    title += f"{', compiled' if options.compile else ''}, {options.threads} threads"
+    table = Table(title=title)
     for column in ("callbacks", "ms a step", "ratio", "quartiles"):
         table.add_column(column, justify="left" if column == "callbacks" else "right")
-    plain = seconds["plain Lightning"]
     for name, times in seconds.items():
-        ratios = [mine / its for mine, its in zip(times, plain, strict=True)]
+        ratios = [mine / its for mine, its in zip(times, seconds[plain], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         milliseconds = f"{1000 * statistics.median(times):.3f}"
         table.add_row(name, milliseconds, f"{middle:.3f}", f"{low:.3f} to {high:.3f}")
