@@ -26,6 +26,7 @@ from pressfit.compressors.quantize import (
     Quantize,
     attach_quantizer,
     bounds,
+    clipped,
     detach_quantizer,
     half,
     layout,
@@ -430,17 +431,20 @@ class QuantizationAwareTraining(Method):
             return
         if latent is None or gradient is None:
             return
+        assert self.plan is not None
         low, high = bounds(bits)
-        u, steps = local(latent).float(), spread(self._own(name).float(), weight.shape)
-        inside = (u >= (low - 0.5) * steps) & (u <= (high + 0.5) * steps)
-        pruned = (weight == 0) & (u.abs() > 0.5 * steps)
-        g, parameter = gradient.float(), self.selection.chosen[name]
-        of_log = g * weight.float() - g * u * (inside & ~pruned)
-        rows = blocked(gather(of_log, parameter), self.blocks[name])
+        u, g, parameter = local(latent).float(), gradient.float(), self.selection.chosen[name]
+        levels = u / spread(self._own(name).float(), weight.shape)
         if self._trains:
+            inside = clipped(g, levels, low, high)
+            if len(self.plan.chain(name)) > 1:  # a weight that was pruned follows no step
+                inside.masked_fill_((weight == 0) & (levels.abs() > 0.5), 0.0)
+            of_log = (g * weight.float()).sub_(inside.mul_(u))
+            rows = blocked(gather(of_log, parameter), self.blocks[name])
             self.gradients[name] = rows.sum(1).view(self.blocks[name])
         if parameter.grad is not None:
-            local(parameter.grad).mul_(inside)
+            grad = local(parameter.grad)
+            grad.copy_(clipped(grad.float(), levels, low, high))
 
     def _gathers(self, name: str) -> bool:
         """Whether a gradient counts for the choice of widths that comes next."""
@@ -470,14 +474,16 @@ class QuantizationAwareTraining(Method):
         for name, gradient in self.gradients.items():
             if name not in names:
                 continue
-            parameters[name] = self.log_steps.setdefault(name, self.steps[name].float().log())
+            if name not in self.log_steps:
+                self.log_steps[name] = self.steps[name].float().log()
+            parameters[name] = self.log_steps[name]
             gradients.append(gradient)
         for name, quantizer in mine.items():
             step = quantizer.log_step
             if step.requires_grad:  # on every process, whether or not it has used the layer
                 parameters[f"{name}:input"] = step.detach()
-                zero = torch.zeros_like(step)
-                gradients.append(zero if step.grad is None else step.grad / scale)
+                own = torch.zeros_like(step) if step.grad is None else step.grad
+                gradients.append(own if scale == 1.0 else own / scale)
         _share_mean(gradients)
         if parameters:
             # A gradient scaler does not look at these.

@@ -23,6 +23,7 @@ __all__ = [
     "Quantize",
     "attach_quantizer",
     "bounds",
+    "clipped",
     "detach_quantizer",
     "half",
     "layout",
@@ -87,9 +88,12 @@ def rounded(steps: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
         (tensor([0.1001, 3.2969]), tensor([0.1016, 3.2500]))
     """
     precision = round(1 - math.log2(torch.finfo(dtype).eps))
-    digits = 2 ** min(8, precision - (bits - 1))
-    mantissas, exponents = steps.float().frexp()
-    few = torch.ldexp((mantissas * digits).round() / digits, exponents)
+    digits = min(8, precision - (bits - 1))
+    if digits == 8:  # as many as a bfloat16 has
+        few = steps.bfloat16().float()
+    else:
+        mantissas, exponents = steps.float().frexp()
+        few = torch.ldexp((mantissas * 2**digits).round() / 2**digits, exponents)
     return few.clamp_min(2.0 ** (math.log2(torch.finfo(dtype).tiny) + 8))
 
 
@@ -133,6 +137,18 @@ def steps_of(weight: Tensor, bits: int, blocks: Sequence[int]) -> Tensor:
         squares = q.square().sum(1, keepdim=True)
         improve(torch.where(squares > 0, (rows * q).sum(1, keepdim=True) / squares, best))
     return best.view(tuple(blocks)).to(weight.dtype)
+
+
+def clipped(gradient: Tensor, levels: Tensor, low: int, high: int) -> Tensor:
+    """The straight-through gradient of ``clip(round(levels), low, high)``: the same inside, 0
+    outside.
+
+    Example:
+        >>> clipped(torch.ones(4), torch.tensor([-2.6, -2.4, 1.4, 1.6]), low=-2, high=1)
+        tensor([0., 1., 1., 0.])
+    """
+    inside: Tensor = torch.ops.aten.hardtanh_backward(gradient, levels, low - 0.5, high + 0.5)
+    return inside
 
 
 def _grid(values: Tensor, steps: Tensor, low: int, high: int) -> Tensor:
@@ -368,9 +384,7 @@ class _Rounded(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, y, step, zero = ctx.saved_tensors
         g, wide = gradient.float(), x.float()
-        # The gradient where -0.5 < x/s + z < high + 0.5, else 0, in one pass.
-        levels = (wide / step).add_(zero)
-        passed = torch.ops.aten.hardtanh_backward(g, levels, -0.5, ctx.high + 0.5)
+        passed = clipped(g, (wide / step).add_(zero), 0, ctx.high)
         of_step = None
         if ctx.needs_input_grad[1]:
             of_step = g.reshape(-1).dot(y.float().reshape(-1))
