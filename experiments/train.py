@@ -51,12 +51,13 @@ def train(config: DictConfig, folder: Path, overrides: list[str]) -> dict[str, A
     warnings.filterwarnings("ignore", "Experiment logs directory")
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
-    callbacks = [*_instances(config.callbacks), *_instances(config.observers)]
+    # A group of which nothing is chosen, `callbacks=[]`, has no node.
+    callbacks = [*_instances(config.get("callbacks")), *_instances(config.get("observers"))]
     checkpoint = next((c for c in callbacks if isinstance(c, CompressedCheckpoint)), None)
     if checkpoint is None:
         raise MisconfigurationException("no checkpoint among the observers: none writes the file")
 
-    trainer, seconds = _fit(config, callbacks, _instances(config.logger))
+    trainer, seconds = _fit(config, callbacks, _instances(config.get("logger")))
     if "val/error" not in trainer.callback_metrics:
         raise MisconfigurationException(
             f"{config.model._target_} logs no val/error in its validation_step, by which runs are "
@@ -120,6 +121,8 @@ def _fit(
         callbacks=callbacks, logger=loggers or False
     )
     model, data = _build(config.model), _build(config.data)
+    if config.init is not None:
+        restore(model, config.init)
     start = time.perf_counter()
     trainer.fit(model, datamodule=data)
     return trainer, time.perf_counter() - start

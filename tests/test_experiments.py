@@ -127,6 +127,15 @@ def test_inspect_and_decompress(
     assert all(same_bits(weights[name], tensor) for name, tensor in load(file).items())
 
 
+def test_training_starts_from_the_weights_of_a_file(sweep: Path, tmp_path: Path) -> None:
+    file = sweep / "0" / "model.pressfit"
+    still = ["model.optimizer.lr=0", "callbacks=[]", "reference=false"]
+    run = pressfit_("train", f"init={file}", *still, *QUICK, f"hydra.run.dir={tmp_path}")
+    assert run.returncode == 0, run.stderr
+    weights = load(tmp_path / "model.pressfit")
+    assert all(same_bits(weights[name], tensor) for name, tensor in load(file).items())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -137,6 +146,7 @@ def test_inspect_and_decompress(
         (["train", "callbacks=[share,prune]", *QUICK], "list GradualPruning first"),
         (["train", "callbacks@observers=[monitor]", *QUICK], "none writes the file"),
         (["train", "trainer.max_epoch=3"], "max_epoch"),
+        (["train", "init=nowhere.pressfit", *QUICK], "nowhere.pressfit"),
         (["train", "model=lenet5", *QUICK], "choose data=mnist"),
         (["train", "model=resnet20", *QUICK], "images of 3 x 32 x 32, and got 1 x 8 x 8"),
     ],
