@@ -7,10 +7,14 @@ are, or are negated.
 """
 
 import copy
+import logging
 import math
 import os
 import tempfile
+import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,18 +177,34 @@ def write_onnx(
         opset: Version of ONNX's operators.
     """
     batch = torch.export.Dim("batch")
-    program = torch.onnx.export(
-        module,
-        inputs,
-        dynamo=True,
-        opset_version=opset,
-        dynamic_shapes=tuple({0: batch} for _ in inputs),
-        verbose=False,
-    )
+    with _quietly():
+        program = torch.onnx.export(
+            module,
+            inputs,
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            verbose=False,
+        )
     assert program is not None
     for node in program.model.graph:  # where in the source each comes from
         node.metadata_props.clear()
     program.save(path)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the exporter's remarks on its own classes, and on torchvision's absence."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
+            warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @torch.no_grad()
