@@ -12,13 +12,15 @@ __all__ = ["ENGINES", "Run", "session"]
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
-def session(engine: str, path: str | os.PathLike[str], threads: int) -> Run:
+def session(engine: str, path: str | os.PathLike[str], threads: int, exact: bool = True) -> Run:
     """What runs a file of ONNX in an engine, from inputs to outputs, in the file's order.
 
     Args:
         engine: One of :data:`ENGINES`.
         path: The file.
         threads: Threads that compute.
+        exact: Whether floats stay float32; otherwise OpenVINO may round them to bfloat16, as it
+            does by default where the processor has instructions for it.
 
     Raises:
         ImportError: The engine is not installed.
@@ -26,14 +28,14 @@ def session(engine: str, path: str | os.PathLike[str], threads: int) -> Run:
     """
     make, extra = ENGINES[engine]
     try:
-        return make(os.fspath(path), threads)
+        return make(os.fspath(path), threads, exact)
     except ImportError as error:
         raise ImportError(f"{engine} is missing: pip install 'pressfit[{extra}]'") from error
     except Exception as error:  # each engine raises its own
         raise ValueError(f"{engine} cannot read {path}: {error}") from error
 
 
-def _onnxruntime(path: str, threads: int) -> Run:
+def _onnxruntime(path: str, threads: int, exact: bool) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -48,15 +50,12 @@ def _onnxruntime(path: str, threads: int) -> Run:
     return run
 
 
-def _openvino(path: str, threads: int) -> Run:
+def _openvino(path: str, threads: int, exact: bool) -> Run:
     import openvino
 
-    # By default floats are rounded to bfloat16 where the processor has instructions for it.
-    settings: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": 1,
-    }
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    if exact:
+        settings["INFERENCE_PRECISION_HINT"] = "f32"
     request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -67,7 +66,7 @@ def _openvino(path: str, threads: int) -> Run:
 
 
 # Each with the extra of pressfit that installs it.
-ENGINES: dict[str, tuple[Callable[[str, int], Run], str]] = {
+ENGINES: dict[str, tuple[Callable[[str, int, bool], Run], str]] = {
     "onnxruntime": (_onnxruntime, "onnx"),
     "OpenVINO": (_openvino, "openvino"),
 }

@@ -1,4 +1,5 @@
-"""Time and memory of an exported network in each engine, in float32 and in integers.
+"""Time and memory of an exported network in each engine, in float32 and in integers; in OpenVINO
+also in bfloat16, where the processor has instructions for it.
 
 pressfit bench RUN/model.onnx [--batch 8] [--threads 1] [--rounds 15]
 
@@ -39,7 +40,7 @@ TURN = 0.2  # seconds, in which at least one batch runs
 
 
 class Row(NamedTuple):
-    """An engine, ``"fp32"`` or ``"int8"``, and the file that it loads."""
+    """An engine, ``"fp32"``, ``"bf16"`` or ``"int8"``, and the file that it loads."""
 
     engine: str
     precision: str
@@ -67,6 +68,7 @@ def bench(
             f"batch, threads and rounds are 1 or more, and got {batch}, {threads} and {rounds}"
         )
     inputs = images[torch.arange(batch) % len(images)]
+    processor = Path("/proc/cpuinfo").read_text()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         networks = {"tiny": nn.Linear(1, 1).eval(), "float": unquantized(module, (inputs,))}
         for (name, network), x in zip(networks.items(), (torch.ones(2, 1), inputs), strict=True):
@@ -75,6 +77,8 @@ def bench(
         rows = [Row(engine, "fp32", Path(folder) / "float.pt") for engine in (EAGER, COMPILED)]
         for engine in ENGINES:
             rows.append(Row(engine, "fp32", Path(folder) / "float.onnx"))
+            if engine == "OpenVINO" and "bf16" in processor:
+                rows.append(Row(engine, "bf16", Path(folder) / "float.onnx"))
             rows.append(Row(engine, "int8", file))
         pools, memory, size, failed = {}, {}, {}, {}
         for row in rows:
@@ -93,7 +97,7 @@ def bench(
                 seconds[row].append(pools[row].submit(_turn).result())
             order.rotate(-1)
 
-    vnni = "yes" if "vnni" in Path("/proc/cpuinfo").read_text() else "no"
+    vnni = "yes" if "vnni" in processor else "no"
     table = Table(
         title=f"{escape(str(file))}, batch: {batch}, threads: {threads}, VNNI: {vnni}",
         caption="\n".join(dict.fromkeys(failed.values())),
@@ -137,9 +141,9 @@ def _load(row: Row, tiny: Path, inputs: Tensor, threads: int) -> int:
     global _run, _inputs
     _inputs = inputs
     try:
-        _session(row.engine, tiny, threads)((torch.ones(2, 1),))
+        _session(row, tiny, threads)((torch.ones(2, 1),))
         before = reset_peak()
-        _run = _session(row.engine, row.file, threads)
+        _run = _session(row, row.file, threads)
         for _ in range(3):
             _run((inputs,))
     except ImportError:
@@ -160,12 +164,12 @@ def _turn() -> float:
     return statistics.median(seconds)
 
 
-def _session(engine: str, path: Path, threads: int) -> Run:
-    if engine in ENGINES:
-        return session(engine, path, threads)
+def _session(row: Row, path: Path, threads: int) -> Run:
+    if row.engine in ENGINES:
+        return session(row.engine, path, threads, exact=row.precision != "bf16")
     torch.set_num_threads(threads)
     module = torch.load(path, weights_only=False)
-    if engine == COMPILED:
+    if row.engine == COMPILED:
         module.compile()
 
     @torch.inference_mode()
