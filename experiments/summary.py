@@ -9,6 +9,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 __all__ = ["Summary", "summarize"]
@@ -54,12 +55,12 @@ def _spread(values: list[float | None]) -> dict[str, float] | None:
 
 def _table(groups: list[dict[str, Any]]) -> Table:
     shared = set.intersection(*(set(group["overrides"]) for group in groups)) if groups else set()
-    table = Table(title=" ".join(sorted(shared)) or None)
+    table = Table(title=escape(" ".join(sorted(shared))) or None)
     for column in ("run", "seeds", "error %", "dense %", "bytes", "ratio", "seconds"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for group in groups:
         table.add_row(
-            " ".join(o for o in group["overrides"] if o not in shared) or "-",
+            escape(" ".join(o for o in group["overrides"] if o not in shared)) or "-",
             str(len(group["seeds"])),
             _cell(group["error"], 100, 2),
             _cell(group["error_dense"], 100, 2),

@@ -46,6 +46,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train",
         "-m",
         "experiment=deep_compression",
+        "callbacks=[prune,share,share_biases]",
         "seed=0,1",
         f"hydra.sweep.dir={folder}",
         *QUICK,
@@ -95,7 +96,9 @@ def test_a_sweep_ends_in_mean_and_spread(sweep: Path) -> None:
         a, b = (run[measure] for run in runs)
         assert group[measure]["mean"] == pytest.approx((a + b) / 2)
         assert group[measure]["std"] == pytest.approx(abs(a - b) / 2**0.5)
-    assert "±" in (sweep / "stdout").read_text()
+    printed = (sweep / "stdout").read_text()
+    assert "±" in printed
+    assert "callbacks=[prune,share,share_biases]" in printed.partition("dense %")[0]
 
 
 def test_summaries_group_by_everything_but_the_seed(tmp_path: Path) -> None:
