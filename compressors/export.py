@@ -143,6 +143,7 @@ def export_onnx(
             "the outputs: please report this"
         )
     layers = {name for name, layer in quantized.named_modules() if isinstance(layer, _LAYERS)}
+    _part_biases(quantized)
     path = Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "made.onnx"
@@ -332,6 +333,24 @@ def _fold(layer: Any, norm: Any) -> None:
     layer.integers = layer.integers * factor.sign().to(torch.int8).view(along)
     layer.steps = torch.where(factor == 0, 1.0, layer.steps * factor.abs())
     layer.bias = nn.Parameter(bias * factor + shift)
+
+
+def _part_biases(module: nn.Module) -> None:
+    """Let biases be added behind layers with inputs of fewer than 8 bits.
+
+    Within a layer onnxruntime rounds them to products of the two steps, which are coarse there.
+    """
+    for layer in module.modules():
+        if getattr(layer, "clip", None) is None or layer.bias is None:
+            continue
+        spatial = [1] * (layer.integers.dim() - 2)
+        layer.register_buffer("offset", layer.bias.detach().view(-1, *spatial))
+        layer.bias = None
+        layer.register_forward_hook(_add_bias)
+
+
+def _add_bias(layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output + layer.offset
 
 
 def _followed_by_norms(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[str, str]]:
