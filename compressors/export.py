@@ -267,6 +267,7 @@ def _integers(module: nn.Module) -> list[str]:
         # Fewer bits are a part of a grid of 8 bits with the same steps.
         clip = float(-zero * step), float((quantizer.high - zero) * step)
         layer.clip = clip if quantizer.high < 255 else None  # type: ignore[assignment]
+        layer.largest = quantizer.high * int(integers.abs().max())
         detach_quantizer(layer)
         layer.register_forward_pre_hook(_dequantize, with_kwargs=True)
         names.append(name)
@@ -335,13 +336,19 @@ def _fold(layer: Any, norm: Any) -> None:
     layer.bias = nn.Parameter(bias * factor + shift)
 
 
-def _part_biases(module: nn.Module) -> None:
-    """Let biases be added behind layers with inputs of fewer than 8 bits.
+# A largest product of integers below which one unit of it is coarse: 32,385 is that of 8 bits.
+_COARSE = 2**13
 
-    Within a layer onnxruntime rounds them to products of the two steps, which are coarse there.
+
+def _part_biases(module: nn.Module) -> None:
+    """Let biases be added behind layers of few bits.
+
+    Within a layer onnxruntime rounds them to units of its products, the step of the weights times
+    that of the inputs, to compute with integers.
     """
+    layer: Any
     for layer in module.modules():
-        if getattr(layer, "clip", None) is None or layer.bias is None:
+        if getattr(layer, "largest", _COARSE) >= _COARSE or layer.bias is None:
             continue
         spatial = [1] * (layer.integers.dim() - 2)
         layer.register_buffer("offset", layer.bias.detach().view(-1, *spatial))
@@ -350,7 +357,8 @@ def _part_biases(module: nn.Module) -> None:
 
 
 def _add_bias(layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output + layer.offset
+    shifted: Tensor = output + layer.offset
+    return shifted
 
 
 def _followed_by_norms(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[str, str]]:
