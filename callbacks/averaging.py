@@ -1,6 +1,7 @@
 """Exponential moving average of the weights, as compressed as the weights themselves."""
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,8 +32,9 @@ class EMA(EMAWeightAveraging):
 
     projects = True  # what tells it from averages that undo compression
 
-    # The averages whose projections stand in the module while it is validated.
-    _averages: dict[str, Tensor]
+    # The averages whose projections stand in the module while it is validated. There are none yet
+    # where another callback refuses the training before this one is set up.
+    _averages: Mapping[str, Tensor] = MappingProxyType({})
     _fitting = True
     # Buffers of activations' quantizers, of the average and of the module.
     _grids: list[tuple[Tensor, Tensor]] | None = None
