@@ -18,7 +18,17 @@ from torch import Tensor
 from pressfit.compressors.coding import CODERS
 from pressfit.compressors.lattice import blocked, lattice, spread, unblocked
 
-__all__ = ["Code", "Dense", "Integer", "Lookup", "Sparse", "exact", "matrix_shape", "same_bits"]
+__all__ = [
+    "Code",
+    "Dense",
+    "Integer",
+    "Lookup",
+    "Sparse",
+    "Sum",
+    "exact",
+    "matrix_shape",
+    "same_bits",
+]
 
 # A codebook pays for itself only while it is small against the weights it replaces; the index
 # streams hold 16-bit symbols, of which 0 means "zero".
@@ -275,6 +285,38 @@ class Integer(Code):
 
     def map(self, encode: Callable[[Tensor], Code]) -> Code:
         return Integer(self.steps.map(encode), self.integers)
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Code):
+    """Two tensors that are added up, ``w = first + second``.
+
+    Example:
+        >>> ones, corner = Dense(torch.ones(2, 2)), torch.tensor([[True, False], [False, False]])
+        >>> Sum(ones, Sparse(corner, Dense(torch.tensor([4.0])))).decode()
+        tensor([[5., 1.],
+                [1., 1.]])
+    """
+
+    first: Code
+    second: Code
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.first.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.first.dtype
+
+    def decode(self) -> Tensor:
+        return self.first.decode() + self.second.decode()
+
+    def bits(self) -> float:
+        return self.first.bits() + self.second.bits()
+
+    def map(self, encode: Callable[[Tensor], Code]) -> Code:
+        return Sum(self.first.map(encode), self.second.map(encode))
 
 
 def exact(tensor: Tensor) -> Code:

@@ -1,13 +1,18 @@
 """Projections: the nearest tensor that can be stored cheaply."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from pressfit.compressors.codes import Code
+from pressfit.compressors.codes import Code, Sum
 
-__all__ = ["Chain", "Projection"]
+__all__ = ["Additive", "Chain", "Projection"]
+
+# Turns of a sum at most, and the fraction of the error that a turn has to gain.
+_TURNS, _GAIN = 100, 1e-4
 
 
 class Projection(ABC):
@@ -39,6 +44,45 @@ class Projection(ABC):
             tensor([4., 0., 0., 4.])
         """
         return Chain(self, then)
+
+    def __add__(self, other: "Projection") -> "Projection":
+        """``first + second`` finds two tensors that add up to the weight.
+
+        Example:
+            >>> from pressfit.compressors import KMeans, TopK
+            >>> import torch
+            >>> (KMeans(1) + TopK(0.75)).project(torch.tensor([1.0, 1.0, 1.0, 9.0]))
+            tensor([1., 1., 1., 9.])
+        """
+        return Additive(self, other)
+
+
+@dataclass(frozen=True)
+class Additive(Projection):
+    """``min ||w - a - b||^2`` over what each of two projections can hold: low rank and a few
+    weights of their own, or a codebook and a few exceptions.
+
+    In turns each projects what the other leaves, until that gains nothing (Zhou and Tao, 2011,
+    "GoDec"). Every turn comes closer, though not always to the nearest of all sums.
+    """
+
+    first: Projection
+    second: Projection
+
+    def encode(self, weight: Tensor) -> Code:
+        weight = weight.detach()
+        best, error = None, math.inf
+        rest = torch.zeros_like(weight)
+        for _ in range(_TURNS):
+            first = self.first.encode(weight - rest)
+            second = self.second.encode(weight - first.decode())
+            rest = second.decode()
+            left = float((weight - first.decode() - rest).norm())
+            if best is not None and left >= (1 - _GAIN) * error:
+                break
+            best, error = Sum(first, second), left
+        assert best is not None
+        return best
 
 
 @dataclass(frozen=True)

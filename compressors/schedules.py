@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["Cosine", "Cubic", "Iterative", "Linear", "OneShot", "Schedule"]
+__all__ = ["Cosine", "Cubic", "Exponential", "Iterative", "Linear", "OneShot", "Schedule"]
 
 Schedule = Callable[[float], float]
 
@@ -67,6 +67,28 @@ class Cosine:
 
     def __call__(self, progress: float) -> float:
         return (1.0 - math.cos(math.pi * progress)) / 2.0
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """The same factor in equal times: ``s(t) = first^(1 - t)``.
+
+    Args:
+        first: Strength at the beginning, in (0, 1].
+
+    Example:
+        >>> [round(Exponential(first=0.01)(t), 4) for t in (0.0, 0.5, 1.0)]
+        [0.01, 0.1, 1.0]
+    """
+
+    first: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.first <= 1.0:
+            raise ValueError(f"Exponential starts above 0 and not above 1, got first={self.first}")
+
+    def __call__(self, progress: float) -> float:
+        return float(self.first ** (1.0 - progress))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,395 @@
+r"""Low rank: a matrix ``W`` of ``m x n`` as a product of ``m x r`` and ``r x n`` numbers.
+
+A convolution is a matrix in two ways, its *forms*, with kernels of ``h x w``:
+
+=============  ===========================  ==============================================
+form           matrix                       the two layers that compute the product
+=============  ===========================  ==============================================
+``channels``   ``out x (in h w)``           ``r`` kernels of ``h x w``, then 1 x 1
+``separable``  ``(out h) x (in w)``         ``r`` kernels of ``1 x w``, then ``h x 1``
+=============  ===========================  ==============================================
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pressfit.compressors.codes import Code, Dense
+from pressfit.compressors.projections import Projection
+
+__all__ = [
+    "DENSE",
+    "FORMS",
+    "Factors",
+    "Metric",
+    "Options",
+    "Rank",
+    "Spectrum",
+    "Truncate",
+    "choose_ranks",
+    "matrix",
+    "price_of",
+    "tensor",
+]
+
+FORMS = ("channels", "separable")
+
+# From here on a small part of the singular values is found faster by random projections
+# (Halko et al., 2011) than all of them.
+_LARGE, _FEW = 1024, 8
+
+
+def matrix(weight: Tensor, form: str = "channels") -> Tensor:
+    """A weight as the matrix of a form.
+
+    Example:
+        >>> weight = torch.zeros(20, 3, 5, 4)
+        >>> matrix(weight).shape, matrix(weight, "separable").shape
+        (torch.Size([20, 60]), torch.Size([100, 12]))
+    """
+    if weight.dim() < 2:
+        raise ValueError(f"a tensor of shape {tuple(weight.shape)} is no matrix and has no rank")
+    if form == "channels":
+        return weight.flatten(1)
+    if form != "separable" or weight.dim() != 4:
+        raise ValueError(
+            f"form {form!r} of a weight of shape {tuple(weight.shape)}: choose channels, or "
+            "separable for convolutions in two dimensions"
+        )
+    return weight.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def tensor(matrix: Tensor, shape: torch.Size, form: str = "channels") -> Tensor:
+    """The weight that a matrix is a form of.
+
+    Example:
+        >>> weight = torch.randn(20, 3, 5, 4)
+        >>> torch.equal(tensor(matrix(weight, "separable"), weight.shape, "separable"), weight)
+        True
+    """
+    if form == "channels":
+        return matrix.view(shape)
+    outputs, inputs, height, width = shape
+    return matrix.view(outputs, height, inputs, width).transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Factors(Code):
+    """A product of two matrices, ``W = left right``.
+
+    Args:
+        left: Code of the ``m x r`` matrix.
+        right: Code of the ``r x n`` matrix.
+        whole: Shape of the weight.
+        form: How the weight is a matrix.
+
+    Example:
+        >>> column, row = Dense(torch.tensor([[1.0], [2.0]])), Dense(torch.tensor([[3.0, 4.0]]))
+        >>> Factors(column, row, torch.Size([2, 2])).decode()
+        tensor([[3., 4.],
+                [6., 8.]])
+    """
+
+    left: Code
+    right: Code
+    whole: torch.Size
+    form: str = "channels"
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.whole
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.left.dtype
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[1]
+
+    def decode(self) -> Tensor:
+        return tensor(self.left.decode() @ self.right.decode(), self.whole, self.form)
+
+    def bits(self) -> float:
+        return self.left.bits() + self.right.bits()
+
+    def map(self, encode: Callable[[Tensor], Code]) -> Code:
+        return Factors(self.left.map(encode), self.right.map(encode), self.whole, self.form)
+
+
+class Spectrum:
+    """Singular values of a matrix, and what it is without the smallest of them.
+
+    They are square roots of the eigenvalues of ``W W^T``, computed in double precision, which is
+    several times faster than a singular value decomposition.
+
+    Args:
+        matrix: Matrix of ``m x n`` finite numbers.
+        most: Number of singular values that are wanted at most; by default all.
+
+    Raises:
+        ValueError: The matrix holds NaN or infinity.
+
+    Example:
+        >>> Spectrum(torch.tensor([[3.0, 0.0], [0.0, -4.0]])).values
+        tensor([4., 3.], dtype=torch.float64)
+    """
+
+    def __init__(self, matrix: Tensor, most: int | None = None) -> None:
+        if not matrix.isfinite().all():
+            raise ValueError("a weight holds NaN or infinity: did training diverge?")
+        self.matrix = matrix
+        wide = matrix.double()
+        self.flipped = wide.shape[0] > wide.shape[1]
+        self._wide = wide = wide.T if self.flipped else wide
+        size = len(wide)
+        most = size if most is None else min(most, size)
+        if size > _LARGE and most < size // _FEW:
+            with torch.random.fork_rng(devices=[wide.device] if wide.is_cuda else []):
+                torch.manual_seed(0)  # the same on every process
+                basis, values, _ = torch.svd_lowrank(wide, q=most + _FEW, niter=4)
+            squares = values.square()
+        else:
+            squares, basis = _eigen(wide @ wide.T)
+            squares, basis = squares.flip(0).clamp_min(0), basis.flip(1)
+        self._squares, self._basis = squares[:most], basis[:, :most]
+
+    @property
+    def values(self) -> Tensor:
+        """Singular values, from the largest on."""
+        return self._squares.sqrt()
+
+    @property
+    def tails(self) -> Tensor:
+        """``||W - W_r||^2`` of the best approximations of rank ``r`` = 1, 2, ..."""
+        return (self.norm - self._squares.cumsum(0)).clamp_min(0)
+
+    @property
+    def norm(self) -> float:
+        """``||W||^2``"""
+        return float(self._wide.square().sum())
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """The best approximation of a rank as a product of ``m x r`` and ``r x n``, each with the
+        square root of the singular values, so that neither learns faster than the other."""
+        basis = self._basis[:, :rank]
+        root = self._squares[:rank].pow(0.25)
+        left = basis * root
+        right = (basis / root.clamp_min(torch.finfo(root.dtype).tiny)).T @ self._wide
+        left, right = (right.T, left.T) if self.flipped else (left, right)
+        return left.to(self.matrix.dtype), right.to(self.matrix.dtype)
+
+
+class Metric:
+    r"""How far apart two weights are for the loss, instead of entry by entry.
+
+    To second order a change ``D`` of a weight raises the loss by ``vec(D)^T H vec(D) / 2``, and the
+    Hessian of a layer is about ``H = A (x) B``, a Kronecker product of a matrix of its outputs and
+    one of its inputs. Both are found in gradients ``G``: ``A = E[G G^T]`` and ``B = E[G^T G]``,
+    divided by the trace that they share (the preconditioner of Shampoo, Gupta et al., 2018; Morwani
+    et al., 2024). So ``D^T H D = ||A^(1/2) D B^(1/2)||^2``: what is nearest in the usual sense to
+    ``A^(1/2) W B^(1/2)`` is nearest to ``W`` in this one. For convolutions the matrices act on
+    channels, and all places of a kernel count alike.
+
+    Args:
+        outputs: ``A``, of as many rows as the weight has outputs, up to a factor.
+        inputs: ``B``, of as many rows as it has inputs, up to a factor.
+        damping: Fraction of the mean eigenvalue that is added to each, since gradients never reach
+            all directions, and a weight must not become arbitrary in the others.
+
+    Example:
+        >>> metric = Metric(torch.eye(2), torch.diag(torch.tensor([9.0, 1.0])), damping=0.0)
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> metric.whiten(weight)
+        tensor([[0.9487, 0.0000],
+                [0.0000, 0.6325]], dtype=torch.float64)
+        >>> torch.allclose(metric.unwhiten(metric.whiten(weight)), weight.double())
+        True
+    """
+
+    def __init__(self, outputs: Tensor, inputs: Tensor, damping: float = 1e-2) -> None:
+        self.trace = outputs.double().trace()
+        self._outputs, self._inputs = _roots(outputs, damping), _roots(inputs, damping)
+
+    def whiten(self, weight: Tensor) -> Tensor:
+        """``A^(1/2) W B^(1/2)`` in double precision: there the usual distance is the loss's."""
+        return self._apply(weight.double(), 0) * (self.trace / weight.numel()).sqrt()
+
+    def unwhiten(self, weight: Tensor) -> Tensor:
+        """The weight that :meth:`whiten` made this one of."""
+        return self._apply(weight, 1) / (self.trace / weight.numel()).sqrt()
+
+    def _apply(self, weight: Tensor, which: int) -> Tensor:
+        by_place = weight.reshape(*weight.shape[:2], -1)
+        left, right = self._outputs[which], self._inputs[which]
+        return torch.einsum("ij,jkp,kl->ilp", left, by_place, right).view(weight.shape)
+
+
+def _roots(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The square root of a matrix over its mean eigenvalue, damped, and its inverse."""
+    wide = gram.double()
+    mean = wide.diagonal().mean().clamp_min(torch.finfo(wide.dtype).tiny)
+    values, basis = _eigen(wide / mean)
+    root = (values.clamp_min(0) + damping).sqrt()
+    return (basis * root) @ basis.T, (basis / root) @ basis.T
+
+
+def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of a symmetric matrix without negative ones, ascending, and its vectors."""
+    try:
+        values, basis = torch.linalg.eigh(gram)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        # Another algorithm, slower, which converges.
+        basis, values, _ = torch.linalg.svd(gram)
+        values, basis = values.flip(0), basis.flip(1)
+    return values, basis
+
+
+@dataclass(frozen=True)
+class Truncate(Projection):
+    r"""The nearest weight of a rank: ``min ||W - V||^2`` subject to ``rank(V) <= r``.
+
+    Eckart and Young (1936): the largest singular values stay, the others become zero.
+
+    Args:
+        rank: Number of singular values that stay, at least 1.
+        energy: Instead: as few as hold this fraction of ``||W||^2``.
+        form: How a convolution is a matrix, ``channels`` or ``separable``.
+
+    Example:
+        >>> Truncate(rank=1).project(torch.tensor([[3.0, 0.0], [0.0, -4.0]])).abs()
+        tensor([[0., 0.],
+                [0., 4.]])
+        >>> Truncate(energy=0.6).encode(torch.tensor([[3.0, 0.0], [0.0, -4.0]])).rank
+        1
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    form: str = "channels"
+
+    def __post_init__(self) -> None:
+        if (self.rank is None) == (self.energy is None):
+            raise ValueError("Truncate takes a rank or an energy")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"a rank is at least 1, got {self.rank}")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise ValueError(f"energy is a fraction in (0, 1], got {self.energy}")
+        if self.form not in FORMS:
+            raise ValueError(f"unknown form {self.form!r}: choose {' or '.join(FORMS)}")
+
+    def encode(self, weight: Tensor) -> Code:
+        spectrum = Spectrum(matrix(weight.detach(), self.form), self.rank)
+        rank = self.rank
+        if self.energy is not None:
+            left_out = (1 - self.energy) * float(weight.double().square().sum())
+            rank = 1 + int((spectrum.tails > left_out).count_nonzero())
+        left, right = spectrum.factors(min(rank or 1, len(spectrum.values)))
+        return Factors(Dense(left), Dense(right), weight.shape, self.form)
+
+
+class Rank(NamedTuple):
+    """What becomes of a layer: a rank in a form; without one it stays as it is."""
+
+    form: str
+    rank: int | None
+
+    def __str__(self) -> str:
+        return "dense" if self.rank is None else f"{self.rank} ({self.form})"
+
+
+DENSE = Rank("channels", None)
+
+
+class Options:
+    r"""Every rank that a layer may have, with its cost and its error ``||W - W_r||^2``.
+
+    Args:
+        spectra: Spectrum of the layer's weight in each form.
+        units: Cost of one rank in each form.
+        dense: Cost of the layer as it is, without an error; a rank that costs as much is no option.
+
+    Example:
+        >>> weight = torch.diag(torch.tensor([5.0, 4.0, 1.0, 0.0]))
+        >>> options = Options({"channels": Spectrum(weight)}, {"channels": 7.0}, dense=16.0)
+        >>> options.cheapest(price=2.0), options.cheapest(price=4.0)
+        (Rank(form='channels', rank=2), Rank(form='channels', rank=1))
+    """
+
+    def __init__(
+        self, spectra: Mapping[str, Spectrum], units: Mapping[str, float], dense: float
+    ) -> None:
+        self.norm = max(spectrum.norm for spectrum in spectra.values())
+        self.ranks, self.costs, errors = [DENSE], [dense], [0.0]
+        for form, spectrum in spectra.items():
+            for rank, tail in enumerate(spectrum.tails.tolist(), start=1):
+                if rank * units[form] >= dense:
+                    break
+                self.ranks.append(Rank(form, rank))
+                self.costs.append(rank * units[form])
+                errors.append(tail)
+        self._costs = torch.tensor(self.costs, dtype=torch.float64)
+        self._errors = torch.tensor(errors, dtype=torch.float64)
+
+    @property
+    def least(self) -> float:
+        """The lowest cost."""
+        return min(self.costs)
+
+    def cheapest(self, price: float) -> Rank:
+        """``min over r of price C(r) + error(r)``."""
+        return self.ranks[self._best(price)]
+
+    def cost(self, price: float) -> float:
+        """The cost of that."""
+        return self.costs[self._best(price)]
+
+    def _best(self, price: float) -> int:
+        if math.isinf(price):
+            return int(self._costs.argmin())
+        return int((price * self._costs + self._errors).argmin())
+
+
+def choose_ranks(options: Mapping[str, Options], price: float) -> dict[str, Rank]:
+    r"""The ranks that minimise ``price C(r) + sum over layers of ||W - W_r||^2``.
+
+    In closed form, since layers do not depend on each other (Idelbayev and Carreira-Perpinan,
+    2020, who charge a layer for full rank more than it costs as it is; here it stays as it is).
+    """
+    return {name: mine.cheapest(price) for name, mine in options.items()}
+
+
+def price_of(options: Mapping[str, Options], budget: float) -> float:
+    """The lowest price at which the ranks chosen cost no more than a budget, by bisection.
+
+    Raises:
+        ValueError: Not even a rank of 1 everywhere is cheap enough.
+
+    Example:
+        >>> weight = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0]))
+        >>> options = {"a": Options({"channels": Spectrum(weight)}, {"channels": 7.0}, dense=16.0)}
+        >>> choose_ranks(options, price_of(options, budget=7.5))
+        {'a': Rank(form='channels', rank=1)}
+    """
+
+    def cost(price: float) -> float:
+        return sum(mine.cost(price) for mine in options.values())
+
+    if cost(0.0) <= budget:
+        return 0.0
+    least = sum(mine.least for mine in options.values())
+    if least > budget:
+        raise ValueError(f"a rank of 1 everywhere costs {least:,.0f}, above {budget:,.0f}")
+    # Beyond the largest error of a unit of cost nothing changes.
+    costs = [cost for mine in options.values() for cost in mine.costs if cost]
+    high = 2 * max(mine.norm for mine in options.values()) / min(costs)
+    high *= max(costs) / min(costs)
+    low = 1e-15 * high
+    for _ in range(100):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if cost(middle) <= budget else (middle, high)
+    return high
