@@ -8,6 +8,7 @@ from pressfit.callbacks.method import methods_of
 from pressfit.callbacks.sharding import whole
 from pressfit.compressors.artifact import estimate
 from pressfit.compressors.codes import Integer, Lookup, Sparse, exact
+from pressfit.compressors.factorize import weights_saved
 from pressfit.compressors.select import select
 
 __all__ = ["CompressionMonitor"]
@@ -24,6 +25,9 @@ class CompressionMonitor(pl.Callback):
     ``compression/sparsity/<parameter>``  fraction of zeros
     ``compression/clusters/<parameter>``  distinct non-zero values, once they are few
     ``compression/bits/<parameter>``      bits of its integers, once it is quantized
+    ``compression/rank/<parameter>``      its rank, while ranks are learned
+    ``compression/flops``                 multiply-adds that the ranks leave, as a fraction
+    ``compression/size``                  parameters that the ranks leave, as a fraction
     ====================================  =======================================================
 
     They are also in ``trainer.callback_metrics``, so that ``ModelCheckpoint`` and schedulers can
@@ -59,6 +63,8 @@ class CompressionMonitor(pl.Callback):
         codes = {name: unique[id(tensor)] for name, tensor in state.items()}
         size = estimate(codes)
         dense = sum(code.shape.numel() * code.dtype.itemsize for code in unique.values())
+        for name, count in weights_saved({n: code.shape for n, code in codes.items()}).items():
+            dense += count * codes[f"{name}.reduce.weight"].dtype.itemsize
         found: dict[str, Any] = {"bytes": float(size), "ratio": dense / size}
         methods = methods_of(trainer)
         weights = {name: p for method in methods for name, p in method.selection.chosen.items()}
@@ -78,4 +84,6 @@ class CompressionMonitor(pl.Callback):
                 found[f"clusters/{name}"] = float(code.codebook.shape.numel())
             elif isinstance(code, Integer):
                 found[f"bits/{name}"] = float(code.width)
+        for method in methods:
+            found |= method.metrics()
         return {f"compression/{name}": value for name, value in found.items()}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pressfit.compressors.artifact import HARMLESS, load
 from pressfit.compressors.codes import Code
+from pressfit.compressors.factorize import attach_factors
 from pressfit.compressors.projections import Projection
 from pressfit.compressors.quantize import QUANTIZER, attach_quantizer
 from pressfit.compressors.select import Selection, match, select
@@ -67,7 +68,8 @@ def compress(
 def restore(module: Module, path: str | os.PathLike[str]) -> Module:
     """Put the weights of a file into a module of the plain class, bit for bit, and return it.
 
-    Layers whose inputs were quantized in training get their quantizers back.
+    Layers whose inputs were quantized in training get their quantizers back, and layers that became
+    two become two.
 
     Raises:
         ValueError: The file is damaged, or holds other tensors than the module.
@@ -84,6 +86,7 @@ def restore(module: Module, path: str | os.PathLike[str]) -> Module:
     # What the module itself takes is no more than its owner can afford; twice, for names it lacks.
     limit = 2 * sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
     tensors = load(path, max(limit, HARMLESS))
+    attach_factors(module, tensors)
     attach_saved(module, tensors)
     expected = module.state_dict()
     problems = [f"{name} is missing" for name in expected if name not in tensors]

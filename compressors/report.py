@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from pressfit.compressors.artifact import Entry, Symbols, entries, payloads
+from pressfit.compressors.factorize import weights_saved
 
 __all__ = ["Report", "TensorReport", "inspect"]
 
@@ -88,8 +89,15 @@ class Report:
 
     @property
     def bytes_dense(self) -> int:
-        """The same tensors uncompressed."""
-        return sum(tensor.bytes_dense for tensor in self.tensors)
+        """The same tensors uncompressed, and layers that became two as they were."""
+        return sum(tensor.bytes_dense for tensor in self.tensors) + self.bytes_factored
+
+    @property
+    def bytes_factored(self) -> int:
+        """What layers took more, uncompressed, before two of low rank took their place."""
+        width = {t.name: t.bytes_dense // max(1, t.weights) for t in self.tensors}
+        saved = weights_saved({tensor.name: tensor.shape for tensor in self.tensors})
+        return sum(count * width[f"{name}.reduce.weight"] for name, count in saved.items())
 
     @property
     def ratio(self) -> float:
@@ -159,7 +167,9 @@ class Report:
         rule = "-" * len(lines[0])
         lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
         summary = f"{self.path.name}: {self.total:,} bytes, {self.ratio:.1f} times smaller than"
-        return "\n".join([*lines, "", f"{summary} the {self.bytes_dense:,} bytes it restores"])
+        factored = ", its layers of low rank as they were" if self.bytes_factored else ""
+        dense = f"the {self.bytes_dense:,} bytes it restores{factored}"
+        return "\n".join([*lines, "", f"{summary} {dense}"])
 
 
 def inspect(path: str | os.PathLike[str], limit: int | None = None) -> Report:
