@@ -103,6 +103,11 @@ class Method(pl.Callback):
         return True
 
     @property
+    def manner(self) -> str:
+        """How training meets the projection, in a word."""
+        return "straight-through" if self.straight_through else "hard"
+
+    @property
     def observes(self) -> bool:
         """Whether the method collects statistics in every step."""
         return False
@@ -114,6 +119,14 @@ class Method(pl.Callback):
     def remarks(self) -> list[str]:
         """What else the plan's table says of the method, a line each."""
         return []
+
+    def metrics(self) -> dict[str, float]:
+        """What the method has to add to the curves of compression."""
+        return {}
+
+    def stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The module's whole state dict as the compressed file shall hold it."""
+        return tensors
 
     @abstractmethod
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:

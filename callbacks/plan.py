@@ -33,7 +33,7 @@ from pressfit.compressors.allocation import Lazy
 if TYPE_CHECKING:
     from pressfit.callbacks.method import Method
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "gradient_scale"]
 
 LATENT = "latent"
 
@@ -70,7 +70,7 @@ class Plan:
         self._members: dict[Optimizer, tuple[list[int], dict[str, nn.Parameter]]] = {}
         self._open = self._stepping = self._scaled = False
         self._hooks: list[RemovableHandle] = []
-        self._select()
+        self.select()
         if horizon is not None:
             self.begin(horizon)
 
@@ -89,10 +89,9 @@ class Plan:
         for method in self.methods:
             window = self.windows.get(method)
             when = f"steps {window[0]:,} to {window[1]:,}" if window else _words(method)
-            coupling = "straight-through" if method.straight_through else "hard"
             chosen = method.selection.chosen
             weights = sum(parameter.numel() for parameter in chosen.values())
-            lines.append(f"  {type(method).__name__}: {method.describe()}, {coupling}, {when}")
+            lines.append(f"  {type(method).__name__}: {method.describe()}, {method.manner}, {when}")
             lines.append(f"    {len(chosen)} tensors, {weights:,} weights: {', '.join(chosen)}")
             lines.extend(f"    {remark}" for remark in method.remarks())
         touched = set(self.names.values())
@@ -173,10 +172,8 @@ class Plan:
                 f"{type(optimizer).__name__} computes the loss more than once in a step, at "
                 "weights of its own that are not compressed: use an optimizer that computes it once"
             )
-        # Fused optimizers get scaled gradients, and unscale them by themselves.
-        fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
         of_loss = scaler.get_scale() if scaler is not None else 1.0
-        scale = of_loss if fused else 1.0
+        scale = gradient_scale(optimizer, scaler)
         parameters = self._parameters(optimizer)
         for method in self.methods:
             if method.observes:
@@ -255,6 +252,20 @@ class Plan:
         for method in self.chain(name):
             self._project_average_(method, name, average)
 
+    def reselect(self) -> None:
+        """Let every method select anew in the middle of training, from a module that changed."""
+        # What takes part goes on, also while another optimizer's turn has switched it off.
+        switched = [parameter for parameter in self.names if not parameter.requires_grad]
+        for parameter in switched:
+            parameter.requires_grad_(True)
+        for method in self.methods:
+            method.unhook()
+        self.select()
+        for parameter in switched:
+            parameter.requires_grad_(False)
+        for method in self.methods:
+            method.hook()
+
     def latents(self) -> dict[str, Tensor]:
         """Latent weights by name, of the parameters that have one."""
         return {
@@ -274,7 +285,8 @@ class Plan:
         norm = sum(float(whole(u.square().sum())) for u in latents.values())
         return float((gap / norm) ** 0.5) if norm else 0.0
 
-    def _select(self) -> None:
+    def select(self) -> None:
+        """Let every method select its parameters, and check that they fit together."""
         for method in self.methods:
             method.attach(self.module)
         self.names = {
@@ -295,17 +307,7 @@ class Plan:
         ):
             return
         known = set(self.names.values())
-        # What takes part goes on, also while another optimizer's turn has switched it off.
-        switched = [parameter for parameter in self.names if not parameter.requires_grad]
-        for parameter in switched:
-            parameter.requires_grad_(True)
-        for method in self.methods:
-            method.unhook()
-        self._select()
-        for parameter in switched:
-            parameter.requires_grad_(False)
-        for method in self.methods:
-            method.hook()
+        self.reselect()
         joined = ", ".join(name for name in self.names.values() if name not in known)
         rank_zero_info(f"joined the compression plan at step {self.step:,}: {joined}")
 
@@ -468,6 +470,13 @@ class Plan:
                         f"{second} on {name} projects the latent weight itself and cannot follow "
                         f"{first}, which is straight-through: list it first"
                     )
+
+
+def gradient_scale(optimizer: Optimizer, scaler: GradScaler | None) -> float:
+    """What gradients are multiplied by when Lightning is about to step."""
+    # Fused optimizers get scaled gradients, and unscale them by themselves.
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return float(scaler.get_scale()) if scaler is not None and fused else 1.0
 
 
 def _words(method: Method) -> str:

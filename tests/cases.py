@@ -6,8 +6,14 @@ from dataclasses import dataclass
 import pytest
 from torch import nn
 
-from pressfit.callbacks import GradualPruning, Method, QuantizationAwareTraining, WeightSharing
-from pressfit.compressors import CRITERIA
+from pressfit.callbacks import (
+    GradualPruning,
+    LearningCompression,
+    Method,
+    QuantizationAwareTraining,
+    WeightSharing,
+)
+from pressfit.compressors import CRITERIA, KMeans, TopK
 from pressfit.compressors.lattice import lattice
 from training import WEIGHTS, sparsity
 
@@ -91,6 +97,11 @@ CASES = {
         ],
         sparsity=0.8,
         bits=3,
+    ),
+    "learned pruning and sharing": Case(
+        lambda: [LearningCompression(TopK(0.8) | KMeans(6), stop=0.8)],
+        sparsity=0.8,
+        clusters=6,
     ),
 }
 
