@@ -11,8 +11,10 @@ from pressfit.callbacks.method import Method, methods_of, plan_of
 from pressfit.callbacks.monitor import CompressionMonitor
 from pressfit.callbacks.pareto import ParetoCheckpoint
 from pressfit.callbacks.plan import Plan
+from pressfit.callbacks.proximal import LearningCompression
 from pressfit.callbacks.pruning import GradualPruning
 from pressfit.callbacks.quantization import QuantizationAwareTraining
+from pressfit.callbacks.rank import RankLearning
 from pressfit.callbacks.resume import RandomState, ResumableLoader
 from pressfit.callbacks.sharing import WeightSharing
 
@@ -23,12 +25,14 @@ __all__ = [
     "CompressionMonitor",
     "EarlyStoppingOnceCompressed",
     "GradualPruning",
+    "LearningCompression",
     "Method",
     "ModelCheckpointOnceCompressed",
     "ParetoCheckpoint",
     "Plan",
     "QuantizationAwareTraining",
     "RandomState",
+    "RankLearning",
     "ResumableLoader",
     "WeightSharing",
     "methods_of",

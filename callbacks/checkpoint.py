@@ -118,6 +118,8 @@ class CompressedCheckpoint(pl.Callback):
         if trainer.is_global_zero:
             if self.weights == "best":
                 tensors = self._best(trainer) or tensors
+            for method in methods_of(trainer):
+                tensors = method.stored(tensors)
             _warn_of_nan(tensors)
             size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             self.path = self._save(folder, tensors, trainer)

@@ -28,11 +28,12 @@ from pressfit.callbacks import (
     GradualPruning,
     QuantizationAwareTraining,
     RandomState,
+    RankLearning,
     ResumableLoader,
     plan_of,
 )
 from pressfit.callbacks.sharding import whole
-from pressfit.compressors import load
+from pressfit.compressors import load, restore
 from training import IMAGES, LABELS, Net
 
 EVERY = CASES | {
@@ -46,6 +47,9 @@ EVERY = CASES | {
     )
     for scale in ("mse", "learned")
 }
+
+
+RANKS = "rank learning"
 
 
 class Sharded(Net):
@@ -64,6 +68,41 @@ def digest(tensors: Any) -> str:
         if isinstance(leaf, torch.Tensor):
             buffer.write(leaf.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return hashlib.sha256(buffer.getvalue()).hexdigest()
+
+
+def learn_ranks(folder: Path, strategy: Any, path: Path | None = None) -> dict[str, Any]:
+    """The network becomes another one, under sharding only in the file."""
+    pl.seed_everything(1 + int(os.environ["RANK"]), verbose=False)
+    ranks, file = RankLearning(keep_size=0.6), CompressedCheckpoint(folder / "ranks")
+    runner = pl.Trainer(
+        max_epochs=4,
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        callbacks=[
+            ranks,
+            CompressionMonitor(),
+            RandomState(),
+            file,
+            ModelCheckpoint(folder / "ranks", "{step}", every_n_train_steps=15, save_top_k=-1),
+        ],
+        logger=CSVLogger(folder / "ranks"),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Sharded() if isinstance(strategy, ModelParallelStrategy) else Net()
+    data = ResumableLoader(TensorDataset(IMAGES[:640], LABELS[:640]), 64, shuffle=True)
+    runner.fit(module, data)
+    assert file.path is not None
+    stored = load(file.path)
+    rank = ranks.ranks["body.0.weight"].rank
+    assert ranks.ranks.keys() == {"body.0.weight", "head.weight"}
+    assert stored["body.0.reduce.weight"].shape == (rank, 64)
+    restored = restore(Net(), file.path).eval()
+    assert (restored(IMAGES[:640]).argmax(1) == LABELS[:640]).float().mean() > 0.8
+    weights = {name: whole(parameter.detach()) for name, parameter in module.named_parameters()}
+    kept = {name: stored[name] for name in weights if isinstance(strategy, DDPStrategy)}
+    return {"weights": digest(weights), "choices": digest(ranks.choices()), "file": digest(kept)}
 
 
 def train(
@@ -120,7 +159,7 @@ def as_plain(state: dict[str, Any]) -> Net:
 
 def ddp(folder: Path) -> dict[str, Any]:
     """Each process sees other data, and starts from another seed."""
-    return {
+    results = {
         name: train(
             name,
             folder,
@@ -129,6 +168,13 @@ def ddp(folder: Path) -> dict[str, Any]:
         )
         for name in EVERY
     }
+    ranks = learn_ranks(folder, DDPStrategy(process_group_backend="gloo"))
+    assert ranks["file"] == ranks["weights"]
+    for step in (15, 30):  # before layers became two, and behind it
+        saved = folder / "ranks" / f"step={step}.ckpt"
+        again = learn_ranks(folder / "again", DDPStrategy(process_group_backend="gloo"), saved)
+        assert again == ranks, step
+    return {**results, RANKS: ranks}
 
 
 def fsdp(folder: Path) -> dict[str, Any]:
@@ -147,7 +193,11 @@ def fsdp(folder: Path) -> dict[str, Any]:
             for step in (5, 15) if sharded else (15,):
                 resumed = train(name, saves / "again", strategy(), saves / f"step={step}.ckpt")
                 assert resumed == results[f"{name}, {kind}"], (name, kind, step)
-    return results
+    ranks = learn_ranks(folder, ModelParallelStrategy(2, 1))
+    for step in (15, 30):
+        saved = folder / "ranks" / f"step={step}.ckpt"
+        assert learn_ranks(folder / "again", ModelParallelStrategy(2, 1), saved) == ranks, step
+    return {**results, f"{RANKS}, full": ranks}
 
 
 def main() -> None:

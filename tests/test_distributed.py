@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from distributed import EVERY
+from distributed import EVERY, RANKS
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -25,6 +25,9 @@ def test_two_processes_agree(strategy: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
-    assert {name.rsplit(", ", 1)[0] if strategy == "fsdp" else name for name in first} == {*EVERY}
+    assert {name.rsplit(", ", 1)[0] if strategy == "fsdp" else name for name in first} == {
+        *EVERY,
+        RANKS,
+    }
     if strategy == "ddp":  # under EMA the file holds the average, as the module does
         assert all(hashes["file"] == hashes["weights"] for hashes in first.values())

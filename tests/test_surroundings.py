@@ -44,6 +44,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "schedule": {"class_path": "pressfit.compressors.Iterative", "init_args": {"rounds": 3}},
     },
     "QuantizationAwareTraining": {"include": "head.weight", "overrides": {"head": [4, 8]}},
+    "LearningCompression": {
+        "projection": {
+            "class_path": "pressfit.compressors.TopK",
+            "init_args": {"sparsity": 0.5},
+        },
+        "include": "body.1.weight",
+    },
+    "RankLearning": {"keep_size": 0.9, "include": "body.0", "stop": 0.4},
     "WeightSharing": {"clusters": 6, "init": "optimal", "start": 0.5, "exclude": "head"},
     "EMA": {"decay": 0.9},
     "AccuracyGuard": {"monitor": "val/error", "tolerance": 0.5},
@@ -86,8 +94,9 @@ def test_lightning_cli_builds_every_callback(
     callbacks = [
         {"class_path": f"pressfit.callbacks.{name}", "init_args": settings}
         for name, settings in SETTINGS.items()
+        if name != "RankLearning"  # which refuses averages
     ]
-    config = {
+    config: dict[str, Any] = {
         "trainer": {
             "max_epochs": 4,
             "accelerator": "cpu",
@@ -104,13 +113,20 @@ def test_lightning_cli_builds_every_callback(
     assert cli.model.head.input_quantizer.active
     assert Path("files/model.pressfit").exists()
     assert Path("pareto/pareto.json").exists()
+    ranks = [{"class_path": "pressfit.callbacks.RankLearning", "init_args": {"keep_size": 0.8}}]
+    config["trainer"]["callbacks"] = ranks
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    cli = LightningCLI(Plain, args=["fit", "--config", "config.yaml"], save_config_callback=None)
+    assert sum(p.numel() for p in cli.model.parameters()) <= 0.8 * 3090
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_hydra_builds_every_callback(name: str) -> None:
     settings = dict(SETTINGS[name])
-    if "schedule" in settings:
-        settings["schedule"] = {"_target_": "pressfit.compressors.Iterative", "rounds": 3}
+    for key in ("schedule", "projection"):  # LightningCLI's way to name a class, and Hydra's
+        if key in settings:
+            named = settings[key]
+            settings[key] = {"_target_": named["class_path"], **named["init_args"]}
     made = hydra.utils.instantiate({"_target_": f"pressfit.callbacks.{name}", **settings})
     assert type(made).__name__ == name
 
