@@ -33,6 +33,7 @@ class Batches:
         augment: Transformation of the images, see :mod:`~pressfit.experiments.augmentation`.
         reuse: Epochs that see the same transformed images, in another order each.
         until: Epoch from which on images are left as they are.
+        mean: Image that is subtracted from each.
 
     Example:
         >>> split = Split(torch.full((5, 1, 2, 2), 255, dtype=torch.uint8), torch.arange(5))
@@ -49,8 +50,9 @@ class Batches:
         augment: Augmentation | None = None,
         reuse: int = 1,
         until: float = math.inf,
+        mean: Tensor | None = None,
     ) -> None:
-        self.split, self.size, self.seed = split, size, seed
+        self.split, self.size, self.seed, self.mean = split, size, seed, mean
         self.epoch, self.augment, self.reuse, self.until = epoch, augment, reuse, until
         self._transformed = (-1, split.images)
 
@@ -65,7 +67,8 @@ class Batches:
         images = self._images()
         for index in order.split(self.size)[: len(self)]:
             index = index.to(images.device)
-            yield images[index].float().div_(255), self.split.labels[index]
+            batch = images[index].float().div_(255)
+            yield batch if self.mean is None else batch.sub_(self.mean), self.split.labels[index]
 
     def _images(self) -> Tensor:
         if self.augment is None or self.epoch() >= self.until:
@@ -95,6 +98,7 @@ class Images(pl.LightningDataModule):
         reuse: Epochs that see the same transformed images.
         augment_until: Fraction of the epochs after which training images are left as they are: a
             small network cannot afford to end on images that it will never be asked about.
+        centre: Subtract the mean of the training images, held-out ones among them.
     """
 
     def __init__(
@@ -105,12 +109,15 @@ class Images(pl.LightningDataModule):
         augment: Augmentation | None = None,
         reuse: int = 1,
         augment_until: float = 1.0,
+        centre: bool = False,
     ) -> None:
         super().__init__()
         if not 0.0 <= augment_until <= 1.0:
             raise ValueError(f"augment_until is a fraction of the epochs, got {augment_until}")
         self.batch_size, self.held_out, self.seed = batch_size, held_out, seed
         self.augment, self.reuse, self.augment_until = augment, reuse, augment_until
+        self.centre = centre
+        self.mean: Tensor | None = None
         self.splits: tuple[Split, Split] | None = None
 
     @staticmethod
@@ -125,6 +132,8 @@ class Images(pl.LightningDataModule):
             Split(*(tensor.to(device) for tensor in train)),
             Split(*(tensor.to(device) for tensor in test)),
         )
+        if self.centre:
+            self.mean = self.splits[0].images.float().mean(0) / 255
 
     def train_dataloader(self) -> Batches:
         split = Split(*(tensor[: -self.held_out or None] for tensor in self._split(0)))
@@ -134,15 +143,22 @@ class Images(pl.LightningDataModule):
                 raise ValueError("augment_until is a fraction of the epochs: set max_epochs")
             until = self.augment_until * self.trainer.max_epochs  # type: ignore[operator]
         return Batches(
-            split, self.batch_size, self.seed, self._epoch, self.augment, self.reuse, until
+            split,
+            self.batch_size,
+            self.seed,
+            self._epoch,
+            self.augment,
+            self.reuse,
+            until,
+            self.mean,
         )
 
     def val_dataloader(self) -> Batches:
         kept = [tensor[len(tensor) - self.held_out :] for tensor in self._split(0)]
-        return Batches(Split(*kept), size=2048)
+        return Batches(Split(*kept), size=2048, mean=self.mean)
 
     def test_dataloader(self) -> Batches:
-        return Batches(self._split(1), size=2048)
+        return Batches(self._split(1), size=2048, mean=self.mean)
 
     def _split(self, which: int) -> Split:
         assert self.splits is not None, "setup comes first"

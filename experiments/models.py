@@ -14,6 +14,7 @@ VGG         3 stages of 2 convolutions        4,660,106  18,640,424
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
@@ -29,14 +30,16 @@ class MLP(nn.Sequential):
 
     Args:
         widths: Units of the input, of each hidden layer and of the output.
+        activation: What is between layers instead, ``"tanh"`` for example, by its name in torch.
 
     Example:
         >>> MLP([64, 30, 10]).fc2
         Linear(in_features=30, out_features=10, bias=True)
     """
 
-    def __init__(self, widths: Sequence[int]) -> None:
+    def __init__(self, widths: Sequence[int], activation: str = "relu") -> None:
         super().__init__()
+        self.activation = activation
         for number, (inputs, outputs) in enumerate(pairwise(widths), start=1):
             self.add_module(f"fc{number}", nn.Linear(inputs, outputs))
 
@@ -44,7 +47,7 @@ class MLP(nn.Sequential):
         *hidden, last = self
         x = images.flatten(1)
         for layer in hidden:
-            x = F.relu(layer(x))
+            x = getattr(torch, self.activation)(layer(x))
         logits: Tensor = last(x)
         return logits
 
@@ -52,8 +55,8 @@ class MLP(nn.Sequential):
 class LeNet300(MLP):
     """LeNet-300-100 (LeCun et al., 1998): 266,610 parameters, for images of 28 x 28 pixels."""
 
-    def __init__(self) -> None:
-        super().__init__([784, 300, 100, 10])
+    def __init__(self, activation: str = "relu") -> None:
+        super().__init__([784, 300, 100, 10], activation)
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(_checked(images, *_GREY))

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["Split", "cifar10", "mnist"]
+__all__ = ["Split", "cifar10", "found", "mnist"]
 
 Content = TypeVar("Content")
 
@@ -90,6 +90,21 @@ def _folders() -> list[Path]:
     named = [Path(os.environ["PRESSFIT_DATA"])] if "PRESSFIT_DATA" in os.environ else []
     repository = Path(__file__).resolve().parents[1]
     return [*named, *(place.parent / "shared" / "data" for place in (repository, Path.cwd()))]
+
+
+def found(folder: str, name: str) -> Path:
+    """A file that cannot be downloaded, in a folder of ``$PRESSFIT_DATA`` or beside it.
+
+    Raises:
+        FileNotFoundError: It is in none of them.
+    """
+    for place in _folders():
+        if (place / folder / name).is_file():
+            return place / folder / name
+    raise FileNotFoundError(
+        f"{folder}/{name} is in none of {', '.join(map(str, _folders()))}: put it into a folder, "
+        "and name that one in PRESSFIT_DATA"
+    )
 
 
 def _obtained(
