@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from hydra.errors import HydraException, InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
@@ -80,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, metavar="OUT", help="file to write (default: RUN/model.onnx)"
     )
     export.set_defaults(run=_export)
+    ranks = commands.add_parser("ranks", help="show how many dimensions each layer of a run needs")
+    ranks.add_argument("folder", type=Path, metavar="RUN", help="directory of a run")
+    ranks.add_argument(
+        "--tolerance", type=float, default=0.1, help="error of a layer's outputs, as a fraction"
+    )
+    ranks.add_argument("--images", type=int, default=512, help="training images that it is shown")
+    ranks.set_defaults(run=_ranks)
     bench = commands.add_parser("bench", help="time an exported run in each engine, on Linux")
     bench.add_argument("file", type=Path, metavar="FILE", help="RUN/model.onnx")
     bench.add_argument("--batch", type=int, default=8, help="examples that run at once")
@@ -139,8 +147,21 @@ def _bench(options: argparse.Namespace) -> None:
     Console().print(table)
 
 
-def _restored(folder: Path) -> tuple[Module, Tensor]:
-    """The module of a run's directory, and a batch of the images that it is tested on."""
+def _ranks(options: argparse.Namespace) -> None:
+    # Imported here: the other commands need none of it.
+    from rich.console import Console
+
+    from pressfit.experiments.ranks import ranks
+
+    if options.images < 2:
+        raise ValueError(f"images are fitted on one half, so 2 at least, and got {options.images}")
+    module, images = _restored(options.folder, "train", options.images)
+    Console().print(ranks(module, images, options.tolerance, options.folder / "ranks.png"))
+
+
+def _restored(folder: Path, part: str = "test", most: int | None = None) -> tuple[Module, Tensor]:
+    """The module of a run's directory, and a batch of the images that it is tested on, or as many
+    as are wanted of those that it was trained on."""
     # Imported here: the other commands need none of it.
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
@@ -150,8 +171,15 @@ def _restored(folder: Path) -> tuple[Module, Tensor]:
     restore(module, folder / "model.pressfit")
     data = instantiate(config.data, _convert_="all")
     data.setup("test")
-    images, _ = next(iter(data.test_dataloader()))
-    return module, images
+    if part == "test":
+        images, _ = next(iter(data.test_dataloader()))
+        return module, images
+    batches: list[Tensor] = []
+    for images, _ in data.train_dataloader():
+        batches.append(images)
+        if most is not None and sum(map(len, batches)) >= most:
+            break
+    return module, torch.cat(batches)[:most]
 
 
 def _one_line(error: Exception) -> str:

@@ -14,11 +14,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from pressfit.compressors import Report
 
-__all__ = ["curve", "draw"]
+__all__ = ["curve", "draw", "ranks", "style", "title"]
 
 INK, FAINT, MARK = "#22262e", "#8b929e", "#b8322a"
 PARTS = {"positions": "#2a5c8a", "values": "#e08e45", "codebooks, biases": "#7fb58a"}
 HEADER = "#b9bec7"
+
+_RANK = "compression/rank/"
 
 
 def curve(metrics: Path) -> list[tuple[float, float]]:
@@ -26,16 +28,32 @@ def curve(metrics: Path) -> list[tuple[float, float]]:
 
     Empty if there is no such file: a run may log elsewhere.
     """
-    if not metrics.is_file():
-        return []
-    epochs: dict[str, dict[str, float]] = defaultdict(dict)
-    with open(metrics, newline="") as file:
-        for row in csv.DictReader(file):
-            # A row holds what was logged together, and an epoch has several.
-            epochs[row["epoch"]] |= {name: float(value) for name, value in row.items() if value}
     keys = ("compression/bytes", "val/error")
-    points = (tuple(row[key] for key in keys) for row in epochs.values() if row.keys() >= {*keys})
+    rows = _epochs(metrics)
+    points = (tuple(row[key] for key in keys) for row in rows if row.keys() >= {*keys})
     return [(size, error) for size, error in points]
+
+
+def ranks(metrics: Path) -> dict[str, list[float]]:
+    """The rank of each layer after each epoch, 0 for one that is cheaper as it is."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in _epochs(metrics):
+        for key, value in row.items():
+            name, prefix, layer = key.rpartition(_RANK)
+            if prefix and not name:
+                found[layer.removesuffix(".weight").removeprefix("net.")].append(value)
+    return dict(found)
+
+
+def _epochs(metrics: Path) -> list[dict[str, float]]:
+    """What was logged in each epoch."""
+    epochs: dict[str, dict[str, float]] = defaultdict(dict)
+    if metrics.is_file():
+        with open(metrics, newline="") as file:
+            for row in csv.DictReader(file):
+                # A row holds what was logged together, and an epoch has several.
+                epochs[row["epoch"]] |= {name: float(value) for name, value in row.items() if value}
+    return list(epochs.values())
 
 
 def draw(path: Path, report: Report, metrics: Path, marks: dict[str, tuple[float, float]]) -> None:
@@ -48,21 +66,23 @@ def draw(path: Path, report: Report, metrics: Path, marks: dict[str, tuple[float
         marks: Bytes and error of what was measured at the end, by what to call it.
     """
     layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12, wspace=0.06)
-    figure = Figure(figsize=(12, 5.2), dpi=150, layout=layout)
-    left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(FAINT)
-        axes.tick_params(colors=INK, labelsize=9)
-    _draw_curve(left, curve(metrics), marks)
-    _draw_bytes(right, report)
+    learned = ranks(metrics)
+    panels = [1.15, 1, 1] if learned else [1.15, 1]
+    figure = Figure(figsize=(5.6 * sum(panels), 5.2), dpi=150, layout=layout)
+    every = figure.subplots(1, len(panels), width_ratios=panels)
+    for axes in every:
+        style(axes)
+    _draw_curve(every[0], curve(metrics), marks)
+    _draw_bytes(every[1], report)
+    if learned:
+        _draw_ranks(every[2], learned)
     figure.savefig(path)
 
 
 def _draw_curve(
     axes: Axes, points: list[tuple[float, float]], marks: dict[str, tuple[float, float]]
 ) -> None:
-    _title(axes, "Error against bytes", "held-out error after each epoch, from dark to light")
+    title(axes, "Error against bytes", "held-out error after each epoch, from dark to light")
     if points:
         sizes, errors = np.array(points).T
         axes.plot(sizes, errors, color=HEADER, linewidth=0.8, zorder=1)
@@ -102,7 +122,7 @@ def _draw_curve(
 
 
 def _draw_bytes(axes: Axes, report: Report) -> None:
-    _title(
+    title(
         axes,
         f"Where the {report.total:,} bytes went",
         f"{report.ratio:.0f} times smaller than the {report.bytes_dense:,} they restore",
@@ -143,8 +163,31 @@ def _draw_bytes(axes: Axes, report: Report) -> None:
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
 
 
-def _title(axes: Axes, title: str, subtitle: str) -> None:
-    axes.set_title(title, loc="left", pad=26, fontsize=14, fontweight="bold", color=INK)
+def _draw_ranks(axes: Axes, learned: dict[str, list[float]]) -> None:
+    title(axes, "Ranks", "of each layer after each epoch; those that stay as they are not shown")
+    shown = {name: values for name, values in learned.items() if any(values)}
+    colours = colormaps["viridis"](np.linspace(0, 0.9, max(1, len(shown))))
+    for (name, values), colour in zip(shown.items(), colours, strict=True):
+        heights = np.where(np.array(values) > 0, values, np.nan)
+        axes.plot(np.arange(1, len(values) + 1), heights, color=colour, label=name)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("epoch", color=INK, fontsize=10)
+    axes.grid(color="#eceef1", linewidth=0.8)
+    if shown:
+        columns = 1 + len(shown) // 11
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=columns)
+
+
+def style(axes: Axes) -> None:
+    """Two thin axes."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=INK, labelsize=9)
+
+
+def title(axes: Axes, text: str, subtitle: str) -> None:
+    """A title, and below it what it means."""
+    axes.set_title(text, loc="left", pad=26, fontsize=14, fontweight="bold", color=INK)
     axes.annotate(
         subtitle,
         (0, 1),
