@@ -24,7 +24,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from pressfit.callbacks import GradualPruning, QuantizationAwareTraining, WeightSharing
+from pressfit.callbacks import (
+    GradualPruning,
+    QuantizationAwareTraining,
+    RankLearning,
+    WeightSharing,
+)
 from pressfit.experiments.models import LeNet300, ResNet
 
 __all__ = ["Plain", "Repeat", "main", "step_seconds"]
@@ -104,6 +109,7 @@ METHODS: dict[str, Callable[[], list[pl.Callback]]] = {
     "QuantizationAwareTraining, activation_scale='range'": lambda: [
         QuantizationAwareTraining(4, 4, activation_scale="range", start=0.0, stop=1.0, every=100)
     ],
+    "RankLearning": lambda: [RankLearning(keep_flops=0.5, stop=1.0, every=100)],
     "Lightning's ModelPruning": lambda: [
         ModelPruning("l1_unstructured", amount=0.95, use_global_unstructured=True)
     ],
