@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from pressfit.compressors import Report
 
@@ -21,6 +21,7 @@ PARTS = {"positions": "#2a5c8a", "values": "#e08e45", "codebooks, biases": "#7fb
 HEADER = "#b9bec7"
 
 _RANK = "compression/rank/"
+_ROWS = 20  # of layers, that can be read
 
 
 def curve(metrics: Path) -> list[tuple[float, float]]:
@@ -137,6 +138,11 @@ def _draw_bytes(axes: Axes, report: Report) -> None:
             parts[0] += tensor.position_bytes
             parts[1] += tensor.value_bytes
             parts[2] += tensor.float_bytes
+    if len(layers) > _ROWS:
+        sizes = sorted(layers, key=lambda name: sum(layers[name]))
+        few = sizes[: len(layers) - _ROWS + 1]
+        together = [sum(parts) for parts in zip(*(layers.pop(name) for name in few), strict=True)]
+        layers[f"{len(few)} others"] = together
     names = [*layers, "header"]
     rows = np.arange(len(names))[::-1]
     starts = np.zeros(len(layers))
@@ -160,22 +166,28 @@ def _draw_bytes(axes: Axes, report: Report) -> None:
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("bytes", color=INK, fontsize=10)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
 
 
 def _draw_ranks(axes: Axes, learned: dict[str, list[float]]) -> None:
-    title(axes, "Ranks", "of each layer after each epoch; those that stay as they are not shown")
+    title(axes, "Ranks", "of layers that become two, after each epoch")
     shown = {name: values for name, values in learned.items() if any(values)}
     colours = colormaps["viridis"](np.linspace(0, 0.9, max(1, len(shown))))
     for (name, values), colour in zip(shown.items(), colours, strict=True):
         heights = np.where(np.array(values) > 0, values, np.nan)
         axes.plot(np.arange(1, len(values) + 1), heights, color=colour, label=name)
     axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch", color=INK, fontsize=10)
     axes.grid(color="#eceef1", linewidth=0.8)
     if shown:
-        columns = 1 + len(shown) // 11
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=columns)
+        axes.legend(
+            frameon=False,
+            fontsize=8,
+            labelcolor=INK,
+            loc="upper left",
+            bbox_to_anchor=(1.0, 1.0),
+        )
 
 
 def style(axes: Axes) -> None:

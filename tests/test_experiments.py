@@ -16,15 +16,17 @@ from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
 from lightning.pytorch import Callback
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 import pressfit.configs
 from pressfit.callbacks import Method, Plan
-from pressfit.compressors import load, same_bits
+from pressfit.compressors import load, same_bits, save
+from pressfit.compressors.report import inspect as report_of
 from pressfit.experiments.cli import main
 from pressfit.experiments.data import Mnist
-from pressfit.experiments.figures import curve
+from pressfit.experiments.figures import _draw_bytes, curve
 from pressfit.experiments.models import VGG, LeNet5, LeNet300, ResNet, ResNet18
 from pressfit.experiments.summary import summarize
 
@@ -54,6 +56,15 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert run.returncode == 0, run.stderr
     (folder / "stdout").write_text(run.stdout)
     return folder
+
+
+def test_a_picture_of_many_layers_can_be_read(tmp_path: Path) -> None:
+    tensors = {f"net.{n}.weight": torch.randn(n, 10) for n in range(1, 61)}
+    save(tmp_path / "model.pressfit", tensors)
+    (axes,) = Figure().subplots(1, 1, squeeze=False).flat
+    _draw_bytes(axes, report_of(tmp_path / "model.pressfit"))
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == [*map(str, range(42, 61)), "41 others", "header"]
 
 
 def test_a_run_leaves_everything_behind(sweep: Path) -> None:
