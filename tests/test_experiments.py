@@ -195,7 +195,7 @@ def test_help_helps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     below = capsys.readouterr().out
     for part in (
         "experiment=deep_compression",
-        "callbacks: checkpoint, ema, guard, monitor",
+        "callbacks: checkpoint, ema, guard, learn, monitor",
         "data: cifar10, digits, mnist",
     ):
         assert part in below
