@@ -195,7 +195,7 @@ def write_onnx(
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the exporter's remarks on its own classes, and on torchvision's absence."""
+    """Without the exporter's remarks on its own classes, and on packages that are not there."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)
