@@ -24,8 +24,10 @@ from pressfit.compressors.factorize import (
     factorable,
     forms,
     is_factor,
+    places,
     replace_layer,
     split,
+    unit_costs,
 )
 from pressfit.compressors.lowrank import (
     DENSE,
@@ -302,26 +304,20 @@ class RankLearning(LearningCompression):
 
     def _dense(self, name: str, kind: str) -> float:
         """Cost of a layer as it is."""
-        places, _ = self._places(name.rpartition(".")[0], kind)
-        return float(places * self._layer(name).weight.numel())
+        after, _ = self._places(name.rpartition(".")[0], kind)
+        return float(after * self._layer(name).weight.numel())
 
     def _units(self, name: str, kind: str) -> dict[str, float]:
         """Cost of a rank of a layer, by form."""
-        layer = self._layer(name)
-        after, between = self._places(name.rpartition(".")[0], kind)
-        units = {}
-        for form in forms(layer):
-            rows, columns = matrix(layer.weight, form).shape
-            units[form] = rows * after + columns * (after if form == "channels" else between)
-        return units
+        return unit_costs(self._layer(name), *self._places(name.rpartition(".")[0], kind))
 
     def _total(self, kind: str) -> float:
         if kind == "size":
             return self.parameters
         return float(
             sum(
-                places * self.layers[name].weight.numel()
-                for name, (places, _) in self.positions.items()
+                after * self.layers[name].weight.numel()
+                for name, (after, _) in self.positions.items()
             )
         )
 
@@ -452,7 +448,7 @@ class RankLearning(LearningCompression):
 
     def choices(self) -> dict[str, Any]:
         ranks = {name: [rank.form, rank.rank] for name, rank in self.ranks.items()}
-        positions = {name: list(places) for name, places in self.positions.items()}
+        positions = {name: list(both) for name, both in self.positions.items()}
         own = {"ranks": ranks, "positions": positions, "left": self.left, "done": self.done}
         if self.done:
             return own
@@ -483,9 +479,6 @@ class _Meter:
     def __call__(self, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         if not layer.training:
             return
-        after = output.numel() / layer.weight.shape[0]
-        between = after
-        if isinstance(layer, nn.Conv2d):
-            between = after / output.shape[-2] * inputs[0].shape[-2]
+        after, between = places(layer, inputs[0], output)
         before = self.positions.get(self.name, (0.0, 0.0))
         self.positions[self.name] = before[0] + after, before[1] + between

@@ -18,8 +18,10 @@ __all__ = [
     "factorize",
     "forms",
     "is_factor",
+    "places",
     "replace_layer",
     "split",
+    "unit_costs",
     "weights_saved",
 ]
 
@@ -101,6 +103,35 @@ def forms(layer: Any) -> tuple[str, ...]:
         return ()
     flat = kind is nn.Conv2d and 1 not in layer.kernel_size
     return FORMS if flat else FORMS[:1]
+
+
+def places(layer: Any, inputs: Tensor, outputs: Tensor) -> tuple[float, float]:
+    """At how many places a layer computes outputs, and the first of a separable pair would.
+
+    Example:
+        >>> layer, images = nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.ones(1, 3, 32, 32)
+        >>> places(layer, images, layer(images))
+        (256.0, 512.0)
+    """
+    after: float = outputs.numel() / layer.weight.shape[0]
+    if isinstance(layer, nn.Conv2d):
+        return after, after / outputs.shape[-2] * inputs.shape[-2]
+    return after, after
+
+
+def unit_costs(layer: Any, after: float = 1.0, between: float = 1.0) -> dict[str, float]:
+    """What one rank of a layer costs in each form: multiply-adds, given its :func:`places`, or by
+    default weights.
+
+    Example:
+        >>> unit_costs(nn.Conv2d(16, 32, 3))
+        {'channels': 176.0, 'separable': 144.0}
+    """
+    costs = {}
+    for form in forms(layer):
+        rows, columns = matrix(layer.weight, form).shape
+        costs[form] = rows * after + columns * (after if form == FORMS[0] else between)
+    return costs
 
 
 def _kind(layer: Any) -> Any:

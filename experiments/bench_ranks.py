@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pressfit.compressors.engines import ENGINES, session
 from pressfit.compressors.export import write_onnx
-from pressfit.compressors.factorize import factorize, forms
+from pressfit.compressors.factorize import factorize, places, unit_costs
 from pressfit.compressors.lowrank import (
     FORMS,
     Options,
@@ -45,28 +45,23 @@ TURN = 0.3  # seconds, in which at least one batch runs
 
 def ranks_within(net: nn.Module, keep: float, among: Sequence[str]) -> dict[str, Rank]:
     """Ranks of a network's convolutions within a fraction of its multiply-adds."""
-    places: dict[str, tuple[float, float]] = {}
-
-    def measure(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            after = output[0, 0].numel()
-            places[name] = after, after / output.shape[-2] * inputs[0].shape[-2]
-
-        return hook
-
+    seen: dict[str, tuple[float, float]] = {}
     layers = {n: layer for n, layer in net.named_modules() if isinstance(layer, nn.Conv2d)}
-    handles = [layer.register_forward_hook(measure(name)) for name, layer in layers.items()]
+    handles = [
+        layer.register_forward_hook(
+            lambda layer, x, y, name=name: seen.update({name: places(layer, x[0], y)})
+        )
+        for name, layer in layers.items()
+    ]
     net(torch.zeros(1, 3, 32, 32))
     for handle in handles:
         handle.remove()
     options, total = {}, 0.0
     for name, layer in layers.items():
-        after, between = places[name]
-        spectra, units = {}, {}
-        for form in [form for form in forms(layer) if form in among]:
-            spectra[form] = Spectrum(matrix(layer.weight.detach(), form))
-            rows, columns = matrix(layer.weight, form).shape
-            units[form] = rows * after + columns * (after if form == "channels" else between)
+        after, between = seen[name]
+        units = unit_costs(layer, after, between)
+        weight = layer.weight.detach()
+        spectra = {form: Spectrum(matrix(weight, form)) for form in units if form in among}
         dense = after * layer.weight.numel()
         total += dense
         if spectra:
