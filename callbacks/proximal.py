@@ -1,6 +1,7 @@
 """Learning-compression: training pulls weights towards their projection, ever more strongly."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,10 +15,10 @@ from pressfit.compressors.projections import Projection
 from pressfit.compressors.schedules import Exponential, Schedule
 from pressfit.compressors.select import match
 
-__all__ = ["LearningCompression"]
+__all__ = ["LearningCompression", "Proximal"]
 
 
-class LearningCompression(Method):
+class Proximal(Method):
     r"""Minimise the loss subject to ``w = projection(w)``, by the LC algorithm.
 
     Carreira-Perpinan and Idelbayev (2017, 2018). The augmented Lagrangian of
@@ -36,56 +37,31 @@ class LearningCompression(Method):
     the gradients, and diverge where ``mu`` is large.
 
     Args:
-        projection: One for all selected parameters, as ``TopK(0.9) | KMeans(16)``, or projections
-            by pattern; parameters that no pattern matches are left out.
         schedule: ``rho`` as a function of progress through the window; 1 at its end.
         start: Fraction of training at which the pull begins.
         stop: Fraction of training at which weights become their projection.
         start_step: The same in optimizer steps, instead of ``start``.
         stop_step: The same in optimizer steps, instead of ``stop``.
-        every: Steps between projections; by default 50 are spread over the window.
-        include: Patterns of parameter names that replace the default, the weights of Linear,
-            Conv, Embedding and attention layers.
+        every: Steps between projections.
+        include: Patterns of parameter names that replace the default.
         exclude: Patterns of parameter names to leave out.
-
-    Example:
-        >>> from pressfit.callbacks import Plan
-        >>> from pressfit.compressors import TopK
-        >>> print(Plan([LearningCompression(TopK(0.9))], nn.Linear(20, 10), horizon=1000))
-        Compression plan
-          LearningCompression: TopK(sparsity=0.9), proximal, steps 0 to 1,000
-            1 tensors, 200 weights: weight
-          left out (not the weight of a Linear, Conv, Embedding or attention layer): bias
     """
 
-    place = 0
     times = 50
 
     def __init__(
         self,
-        projection: Projection | Mapping[str, Projection],
-        schedule: Schedule | None = None,
-        start: float = 0.0,
-        stop: float = 1.0,
-        start_step: int | None = None,
-        stop_step: int | None = None,
-        every: int | None = None,
-        include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] = (),
+        schedule: Schedule | None,
+        start: float,
+        stop: float,
+        start_step: int | None,
+        stop_step: int | None,
+        every: int | None,
+        include: str | Sequence[str] | None,
+        exclude: str | Sequence[str],
     ) -> None:
         super().__init__(start, stop, start_step, stop_step, every, include, exclude)
         self.schedule = self._schedule(schedule, Exponential())
-        by_pattern = {"*": projection} if isinstance(projection, Projection) else projection
-        known = isinstance(by_pattern, Mapping) and all(
-            isinstance(own, Projection) for own in by_pattern.values()
-        )
-        if not by_pattern or not known:
-            raise MisconfigurationException(
-                "LearningCompression: a projection is TopK(0.9), KMeans(16) or another of "
-                f"pressfit.compressors, or several by pattern, and got {projection!r}"
-            )
-        self.by_pattern = dict(by_pattern)
-        self.projections: dict[str, Projection] = {}
         self.reset()
 
     @property
@@ -96,22 +72,8 @@ class LearningCompression(Method):
     def manner(self) -> str:
         return "proximal"
 
-    def describe(self) -> str:
-        return ", ".join(map(str, dict.fromkeys(self.by_pattern.values())))
-
     def strength(self, progress: float) -> float:
         return 1.0 if progress >= 1 else self.schedule(progress)
-
-    def attach(self, module: nn.Module) -> None:
-        super().attach(module)
-        self.projections = match(self.by_pattern, list(self.selection.chosen))
-        self.selection = self.selection.without(
-            {
-                name: "it has no projection"
-                for name in self.selection.chosen
-                if name not in self.projections
-            }
-        )
 
     def reset(self) -> None:
         # The targets ``P + l / mu``, and ``l / mu``; of this process's part of a weight.
@@ -147,9 +109,9 @@ class LearningCompression(Method):
     def prepare(self, weights: Mapping[str, Tensor]) -> None:
         """Choose anew what :meth:`nearest` depends on, from all weights together."""
 
+    @abstractmethod
     def nearest(self, name: str, weight: Tensor) -> Tensor:
         """The projection of a weight."""
-        return self.projections[name].project(weight)
 
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
         if math.isinf(self.penalty):
@@ -186,3 +148,74 @@ class LearningCompression(Method):
 
         self.penalty = choices["penalty"]
         self.targets, self.multipliers = own("targets"), own("multipliers")
+
+
+class LearningCompression(Proximal):
+    """Pull weights to any projection, by the LC algorithm: see :class:`Proximal`.
+
+    Args:
+        projection: One for all selected parameters, as ``TopK(0.9) | KMeans(16)``, or projections
+            by pattern; parameters that no pattern matches are left out.
+        schedule: ``rho`` as a function of progress through the window; 1 at its end.
+        start: Fraction of training at which the pull begins.
+        stop: Fraction of training at which weights become their projection.
+        start_step: The same in optimizer steps, instead of ``start``.
+        stop_step: The same in optimizer steps, instead of ``stop``.
+        every: Steps between projections; by default 50 are spread over the window.
+        include: Patterns of parameter names that replace the default, the weights of Linear,
+            Conv, Embedding and attention layers.
+        exclude: Patterns of parameter names to leave out.
+
+    Example:
+        >>> from pressfit.callbacks import Plan
+        >>> from pressfit.compressors import TopK
+        >>> print(Plan([LearningCompression(TopK(0.9))], nn.Linear(20, 10), horizon=1000))
+        Compression plan
+          LearningCompression: TopK(sparsity=0.9), proximal, steps 0 to 1,000
+            1 tensors, 200 weights: weight
+          left out (not the weight of a Linear, Conv, Embedding or attention layer): bias
+    """
+
+    place = 0
+
+    def __init__(
+        self,
+        projection: Projection | Mapping[str, Projection],
+        schedule: Schedule | None = None,
+        start: float = 0.0,
+        stop: float = 1.0,
+        start_step: int | None = None,
+        stop_step: int | None = None,
+        every: int | None = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+    ) -> None:
+        super().__init__(schedule, start, stop, start_step, stop_step, every, include, exclude)
+        by_pattern = {"*": projection} if isinstance(projection, Projection) else projection
+        known = isinstance(by_pattern, Mapping) and all(
+            isinstance(own, Projection) for own in by_pattern.values()
+        )
+        if not by_pattern or not known:
+            raise MisconfigurationException(
+                "LearningCompression: a projection is TopK(0.9), KMeans(16) or another of "
+                f"pressfit.compressors, or several by pattern, and got {projection!r}"
+            )
+        self.by_pattern = dict(by_pattern)
+        self.projections: dict[str, Projection] = {}
+
+    def describe(self) -> str:
+        return ", ".join(map(str, dict.fromkeys(self.by_pattern.values())))
+
+    def attach(self, module: nn.Module) -> None:
+        super().attach(module)
+        self.projections = match(self.by_pattern, list(self.selection.chosen))
+        self.selection = self.selection.without(
+            {
+                name: "it has no projection"
+                for name in self.selection.chosen
+                if name not in self.projections
+            }
+        )
+
+    def nearest(self, name: str, weight: Tensor) -> Tensor:
+        return self.projections[name].project(weight)

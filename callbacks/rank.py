@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pressfit.callbacks.factors import decay_, transplant_
 from pressfit.callbacks.plan import gradient_scale
-from pressfit.callbacks.proximal import LearningCompression
+from pressfit.callbacks.proximal import Proximal
 from pressfit.callbacks.sharding import gather
 from pressfit.compressors.factorize import (
     Factored,
@@ -53,13 +53,13 @@ _SAMPLES = 10
 _COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class RankLearning(LearningCompression):
+class RankLearning(Proximal):
     r"""Find the rank of every layer during training, and make two smaller layers of it.
 
     Idelbayev and Carreira-Perpinan, "Low-rank compression of neural nets: learning the rank of each
     layer" (CVPR 2020), inside of one training. From ``start`` to ``stop`` weights are pulled to
     their best approximations of low rank, ever more strongly, as
-    :class:`~pressfit.callbacks.LearningCompression` does it. Ranks are chosen anew every time: with
+    :class:`~pressfit.callbacks.proximal.Proximal` does it. Ranks are chosen anew every time: with
     the singular values of all layers,
 
         min over ranks  price C(r) + sum over layers of ||W - W_r||^2,
@@ -117,18 +117,7 @@ class RankLearning(LearningCompression):
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
     ) -> None:
-        # The projection of each weight follows from its rank.
-        super().__init__(
-            Truncate(rank=1),
-            schedule,
-            start,
-            stop,
-            start_step,
-            stop_step,
-            every,
-            include,
-            exclude,
-        )
+        super().__init__(schedule, start, stop, start_step, stop_step, every, include, exclude)
         choices = {"keep_flops": keep_flops, "keep_size": keep_size, "price": price}
         given = {name: value for name, value in choices.items() if value is not None}
         if len(given) != 1:
