@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
 )
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from pressfit.callbacks.plan import Plan
 from pressfit.compressors.schedules import Schedule
@@ -79,6 +80,7 @@ class Method(pl.Callback):
         self.span: tuple[int, int] | None = None
         self.saved: dict[str, Any] | None = None
         self.fitting = True
+        self._reading: RemovableHandle | None = None
 
     def _schedule(self, schedule: Schedule | None, default: Schedule) -> Schedule:
         if schedule is not None and not callable(schedule):
@@ -170,6 +172,9 @@ class Method(pl.Callback):
         """Select the module's parameters and check that the method can act on them."""
         self.selection = select(module, self.include, self.exclude)
 
+    def before_reading(self, module: nn.Module, state: dict[str, Any]) -> None:
+        """Change a module so that a state dict can be read into it, or complete the state dict."""
+
     def hook(self) -> None:
         """Place what has to watch the module while it trains."""
 
@@ -221,6 +226,11 @@ class Method(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.fitting = stage == "fit"
+        self._stop_reading()
+        if type(self).before_reading is not Method.before_reading:
+            # Checkpoints are read before callbacks hear of it, and before on_fit_start.
+            register: Any = pl_module.register_load_state_dict_pre_hook
+            self._reading = register(lambda module, state, *_: self.before_reading(module, state))
         if not self.fitting:
             return
         _refuse_rivals(trainer)
@@ -230,6 +240,7 @@ class Method(pl.Callback):
             self.plan = self.chosen_at = self.span = self.saved = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_reading()
         # By now the module has all of its parameters, and the optimizers exist.
         methods = methods_of(trainer)
         if methods[0] is not self:
@@ -301,8 +312,14 @@ class Method(pl.Callback):
                 pl.utilities.rank_zero_warn(warning)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._stop_reading()
         if stage == "fit" and self._drives and self.plan is not None:
             self.plan.unhook()
+
+    def _stop_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.remove()
+            self._reading = None
 
     def state_dict(self) -> dict[str, Any]:
         if self.plan is None:

@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.adam import adam
-from torch.utils.hooks import RemovableHandle
 
 from pressfit.callbacks.method import Method
 from pressfit.callbacks.sharding import gather, local, processes, shard, stack
@@ -174,7 +173,6 @@ class QuantizationAwareTraining(Method):
         self.quantizers: dict[str, ActivationQuantizer] = {}
         self.norms: list[nn.Module] = []
         self._norms_from = float("inf")
-        self._reading: RemovableHandle | None = None
         self.reset()
 
     def describe(self) -> str:
@@ -256,9 +254,6 @@ class QuantizationAwareTraining(Method):
                     self.quantizers[name].reset()
                 elif name.endswith("weight"):
                     detach_quantizer(pl_module.get_submodule(_layer(name)))
-        self._unhook_reading()
-        register: Any = pl_module.register_load_state_dict_pre_hook
-        self._reading = register(self._before_reading)
 
     def _attach_early(self, module: nn.Module) -> None:
         try:
@@ -266,27 +261,14 @@ class QuantizationAwareTraining(Method):
         except ValueError:  # no layers yet; the plan asks again, and says so
             return
 
-    def _before_reading(self, module: nn.Module, state: dict[str, Any], *args: Any) -> None:
-        """Let a checkpoint be read that has other quantizers than the module: of layers that
-        configure_model made or that joined later, or none at all."""
+    def before_reading(self, module: nn.Module, state: dict[str, Any]) -> None:
+        # A checkpoint may have other quantizers than the module: of layers that configure_model
+        # made or that joined later, or none at all.
         self._attach_early(module)
         attach_saved(module, state)
         for name, tensor in module.state_dict().items():
             if f"{QUANTIZER}." in name:
                 state.setdefault(name, tensor)
-
-    def _unhook_reading(self) -> None:
-        if self._reading is not None:
-            self._reading.remove()
-            self._reading = None
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._unhook_reading()
-        super().on_fit_start(trainer, pl_module)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._unhook_reading()
-        super().teardown(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -141,7 +141,6 @@ class RankLearning(Proximal):
         self.cost = cost if name == "price" else name.removeprefix("keep_")
         self.layers: dict[str, Any] = {}
         self._meters: list[RemovableHandle] = []
-        self._reading: RemovableHandle | None = None
 
     def describe(self) -> str:
         if self.keep is None:
@@ -329,22 +328,9 @@ class RankLearning(Proximal):
                     f"{type(callback).__name__} averages a network that RankLearning is about to "
                     "rebuild: average in a training of its own, behind this one"
                 )
-        self._unhook_reading()
-        register: Any = pl_module.register_load_state_dict_pre_hook
-        self._reading = register(lambda module, state, *_: attach_factors(module, state))
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._unhook_reading()
-        super().on_fit_start(trainer, pl_module)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._unhook_reading()
-        super().teardown(trainer, pl_module, stage)
-
-    def _unhook_reading(self) -> None:
-        if self._reading is not None:
-            self._reading.remove()
-            self._reading = None
+    def before_reading(self, module: nn.Module, state: dict[str, Any]) -> None:
+        attach_factors(module, state)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
