@@ -35,7 +35,8 @@ class GradualPruning(Method):
     Args:
         sparsity: Final fraction of zeros, over all selected parameters together.
         criterion: What makes a weight matter: ``magnitude``, ``gradient``, ``activation``,
-            ``hessian``, ``adam`` or ``movement``, see :mod:`pressfit.compressors.criteria`.
+            ``hessian``, ``adam``, ``movement`` or ``random``, see
+            :mod:`pressfit.compressors.criteria`.
         allocation: How the sparsity is spread over tensors: ``global``, ``uniform``, ``erk`` or
             ``lamp``, see :mod:`pressfit.compressors.allocation`.
         schedule: Strength as a function of progress through the window.

@@ -15,6 +15,7 @@ input_norm          root of the summed squares of each input feature            
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "hessian",
     "magnitude",
     "movement",
+    "random",
 ]
 
 Statistics = Mapping[str, Tensor]
@@ -35,7 +37,6 @@ def magnitude(weight: Tensor, statistics: Statistics) -> Tensor:
     """``|w|``: what the nearest sparse tensor keeps (Han et al., 2015).
 
     Example:
-        >>> import torch
         >>> magnitude(torch.tensor([2.0, -3.0]), {})
         tensor([2., 3.])
     """
@@ -46,7 +47,6 @@ def gradient(weight: Tensor, statistics: Statistics) -> Tensor:
     """``|w E[g]|``: first-order Taylor estimate of the loss a removal costs (Molchanov, 2017).
 
     Example:
-        >>> import torch
         >>> gradient(torch.tensor([2.0, -3.0]), {"gradient": torch.tensor([-1.0, 0.5])})
         tensor([2.0000, 1.5000])
     """
@@ -57,7 +57,6 @@ def activation(weight: Tensor, statistics: Statistics) -> Tensor:
     """``|w_ij| ||x_j||``: magnitude times the norm of the input it meets (Wanda, Sun et al., 2023).
 
     Example:
-        >>> import torch
         >>> activation(torch.tensor([[2.0, -3.0]]), {"input_norm": torch.tensor([2.0, 1.0])})
         tensor([[4., 3.]])
     """
@@ -69,7 +68,6 @@ def hessian(weight: Tensor, statistics: Statistics) -> Tensor:
     (Optimal Brain Damage, LeCun et al., 1990).
 
     Example:
-        >>> import torch
         >>> hessian(torch.tensor([2.0, -3.0]), {"squared_gradient": torch.tensor([1.0, 0.5])})
         tensor([2.0000, 2.2500])
     """
@@ -84,7 +82,6 @@ def adam(weight: Tensor, statistics: Statistics) -> Tensor:
     and leave too little to layers whose gradients are small.
 
     Example:
-        >>> import torch
         >>> adam(torch.tensor([2.0, -3.0]), {"squared_gradient": torch.tensor([1.0, 0.25])})
         tensor([2.0000, 2.2500])
     """
@@ -95,11 +92,22 @@ def movement(weight: Tensor, statistics: Statistics) -> Tensor:
     """``-sum w g``: weights that training drives away from zero (Sanh et al., 2020).
 
     Example:
-        >>> import torch
         >>> movement(torch.tensor([2.0, -3.0]), {"movement": torch.tensor([-1.0, 4.0])})
         tensor([-1.,  4.])
     """
     return statistics["movement"]
+
+
+def random(weight: Tensor, statistics: Statistics) -> Tensor:
+    """A uniform number, the same whenever it is asked for: the floor that every other criterion has
+    to stay above (ShrinkBench, Blalock et al., 2020).
+
+    Example:
+        >>> random(torch.zeros(2, 2), {}).equal(random(torch.ones(2, 2), {}))
+        True
+    """
+    generator = torch.Generator().manual_seed(weight.numel())
+    return torch.rand(weight.shape, generator=generator).to(weight.device)
 
 
 @dataclass(frozen=True)
@@ -122,4 +130,5 @@ CRITERIA = {
     "hessian": Criterion(hessian, ("squared_gradient",)),
     "adam": Criterion(adam, ("squared_gradient",)),
     "movement": Criterion(movement, ("movement",)),
+    "random": Criterion(random),
 }
