@@ -27,7 +27,7 @@ class RandomState(pl.Callback):
     then equals the uninterrupted one bit for bit, dropout and augmentation included, as long as
     they are drawn in the training process.
 
-    It also gives every ResumableLoader its place back, since Lightning forgets it where
+    It also gives every loader that has a state its place back, since Lightning forgets it where
     ``configure_optimizers`` asks for ``estimated_stepping_batches``.
 
     Gradients that are being accumulated are in no checkpoint: one that is written between two
@@ -91,8 +91,7 @@ class RandomState(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loaders = [x for x in tree_leaves(trainer.train_dataloader) if hasattr(x, "state_dict")]
         for loader, place in zip(loaders, self.places, strict=False):
-            if isinstance(loader, ResumableLoader):
-                loader.load_state_dict(place)
+            loader.load_state_dict(place)
         self.places = []
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):

@@ -1,57 +1,30 @@
-"""Training of an image classifier, as anyone would write it: nothing here knows of compression."""
+"""Training of an image classifier: nothing here knows of compression."""
 
-import math
-from collections.abc import Callable, Iterable
-from functools import partial
+from typing import Any
 
-import lightning.pytorch as pl
 import torch.nn.functional as F  # noqa: N812
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
 from torchmetrics.classification import MulticlassHammingDistance
 
-__all__ = ["Classifier", "warmup_cosine"]
+from pressfit.experiments.scheduled import Scheduled
+
+__all__ = ["Classifier"]
 
 Batch = tuple[Tensor, Tensor]
 
 
-def warmup_cosine(progress: float, warmup: float, floor: float) -> float:
-    r"""Learning-rate factor: up in a line, then down half a cosine from 1 to ``floor``.
-
-    Example:
-        >>> [round(warmup_cosine(t, warmup=0.2, floor=0.1), 4) for t in (0.0, 0.1, 0.2, 0.6, 1.0)]
-        [0.0, 0.5, 1.0, 0.55, 0.1]
-    """
-    if progress < warmup:
-        return progress / warmup
-    fraction = (progress - warmup) / (1 - warmup)
-    return floor + (1 - floor) * (1 + math.cos(math.pi * fraction)) / 2
-
-
-class Classifier(pl.LightningModule):
+class Classifier(Scheduled):
     r"""Minimise cross-entropy; log ``train/loss``, ``val/error``, ``test/error`` (fractions).
 
     Args:
-        net: Images to logits.
-        optimizer: Makes the optimizer, given the parameters.
-        warmup: Fraction of training in which the learning rate rises.
-        floor: Fraction of the learning rate that is left at the end.
+        args: Of :class:`~pressfit.experiments.scheduled.Scheduled`; the network takes images to
+            logits.
         classes: Number of classes.
+        kwargs: As ``args``.
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-        warmup: float = 0.02,
-        floor: float = 0.02,
-        classes: int = 10,
-    ) -> None:
-        super().__init__()
-        self.net, self.optimizer = net, optimizer
-        self.warmup, self.floor = warmup, floor
+    def __init__(self, *args: Any, classes: int = 10, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # With micro averaging this is the fraction of wrong answers.
         self.error = MulticlassHammingDistance(classes, average="micro")
 
@@ -72,22 +45,7 @@ class Classifier(pl.LightningModule):
     def test_step(self, batch: Batch, index: int) -> None:
         self._measure("test/error", batch)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer(self.parameters())
-        total = self.trainer.estimated_stepping_batches
-        # The first step counts as one: a learning rate of exactly zero would waste it.
-        factor = partial(_factor, total=total, warmup=self.warmup, floor=self.floor)
-        schedule = LambdaLR(optimizer, factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
-
     def _measure(self, name: str, batch: Batch) -> None:
         images, labels = batch
         self.error(self(images), labels)
         self.log(name, self.error, on_step=False, on_epoch=True, prog_bar=True)
-
-
-def _factor(step: int, total: float, warmup: float, floor: float) -> float:
-    return warmup_cosine(min(1.0, (step + 1) / total), warmup, floor)

@@ -5,7 +5,7 @@ Images lie on the device that trains, as bytes, and are transformed there.
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import lightning.pytorch as pl
 import torch
@@ -13,17 +13,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from pressfit.experiments.augmentation import Augmentation
+from pressfit.experiments.batches import Batches, generator
 from pressfit.experiments.sources import Split, cifar10, mnist
 
-__all__ = ["Batches", "Cifar10", "Digits", "Images", "Mnist"]
+__all__ = ["Cifar10", "Digits", "ImageBatches", "Images", "Mnist"]
 
 
-class Batches:
+class ImageBatches(Batches):
     """Minibatches ``(images in [0, 1], labels)`` of a split.
-
-    Without a seed they come in order and complete. With one they are shuffled, the last
-    incomplete one is left out, and an epoch is a pure function of the seed and its number: a
-    resumed run sees the batches that an uninterrupted one would have seen.
 
     Args:
         split: Images and labels.
@@ -37,7 +34,7 @@ class Batches:
 
     Example:
         >>> split = Split(torch.full((5, 1, 2, 2), 255, dtype=torch.uint8), torch.arange(5))
-        >>> [labels.tolist() for images, labels in Batches(split, size=2)]
+        >>> [labels.tolist() for images, labels in ImageBatches(split, size=2)]
         [[0, 1], [2, 3], [4]]
     """
 
@@ -52,39 +49,37 @@ class Batches:
         until: float = math.inf,
         mean: Tensor | None = None,
     ) -> None:
-        self.split, self.size, self.seed, self.mean = split, size, seed, mean
-        self.epoch, self.augment, self.reuse, self.until = epoch, augment, reuse, until
+        super().__init__(size, seed, epoch)
+        self.split, self.mean = split, mean
+        self.augment, self.reuse, self.until = augment, reuse, until
         self._transformed = (-1, split.images)
 
-    def __len__(self) -> int:
-        count = len(self.split.labels)
-        return math.ceil(count / self.size) if self.seed is None else count // self.size
+    def examples(self) -> int:
+        return len(self.split.labels)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.arange(len(self.split.labels))
-        if self.seed is not None:
-            order = order[torch.randperm(len(order), generator=_generator(self.seed, self.epoch()))]
+    def take(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         images = self._images()
-        for index in order.split(self.size)[: len(self)]:
+
+        def batch(index: Tensor) -> tuple[Tensor, Tensor]:
             index = index.to(images.device)
-            batch = images[index].float().div_(255)
-            yield batch if self.mean is None else batch.sub_(self.mean), self.split.labels[index]
+            chosen = images[index].float().div_(255)
+            if self.mean is not None:
+                chosen.sub_(self.mean)
+            return chosen, self.split.labels[index]
+
+        return batch
 
     def _images(self) -> Tensor:
         if self.augment is None or self.epoch() >= self.until:
             return self.split.images
         number = self.epoch() // self.reuse
         if self._transformed[0] != number:
-            random = _generator(self.seed or 0, number)
+            random = generator(self.seed or 0, number)
             # In blocks that fit a processor's cache.
             blocks = self.split.images.split(512)
             moved = [self.augment(block.float(), random).round_().byte() for block in blocks]
             self._transformed = (number, torch.cat(moved))
         return self._transformed[1]
-
-
-def _generator(seed: int, epoch: int) -> torch.Generator:
-    return torch.Generator().manual_seed(1_000_003 * seed + epoch)
 
 
 class Images(pl.LightningDataModule):
@@ -135,14 +130,14 @@ class Images(pl.LightningDataModule):
         if self.centre:
             self.mean = self.splits[0].images.float().mean(0) / 255
 
-    def train_dataloader(self) -> Batches:
+    def train_dataloader(self) -> ImageBatches:
         split = Split(*(tensor[: -self.held_out or None] for tensor in self._split(0)))
         until = math.inf
         if self.trainer and self.augment_until < 1:
             if (self.trainer.max_epochs or -1) < 0:
                 raise ValueError("augment_until is a fraction of the epochs: set max_epochs")
             until = self.augment_until * self.trainer.max_epochs  # type: ignore[operator]
-        return Batches(
+        return ImageBatches(
             split,
             self.batch_size,
             self.seed,
@@ -153,12 +148,12 @@ class Images(pl.LightningDataModule):
             self.mean,
         )
 
-    def val_dataloader(self) -> Batches:
+    def val_dataloader(self) -> ImageBatches:
         kept = [tensor[len(tensor) - self.held_out :] for tensor in self._split(0)]
-        return Batches(Split(*kept), size=2048, mean=self.mean)
+        return ImageBatches(Split(*kept), size=2048, mean=self.mean)
 
-    def test_dataloader(self) -> Batches:
-        return Batches(self._split(1), size=2048, mean=self.mean)
+    def test_dataloader(self) -> ImageBatches:
+        return ImageBatches(self._split(1), size=2048, mean=self.mean)
 
     def _split(self, which: int) -> Split:
         assert self.splits is not None, "setup comes first"
@@ -177,7 +172,7 @@ class Digits(Images):
     @staticmethod
     def load() -> tuple[Split, Split]:
         digits = load_digits()
-        order = torch.randperm(len(digits.target), generator=_generator(0, 0))
+        order = torch.randperm(len(digits.target), generator=generator(0, 0))
         pixels = torch.from_numpy(digits.images)[order, None]
         images, labels = (pixels * 255 / 16).round().byte(), torch.from_numpy(digits.target)[order]
         return Split(images[:-360], labels[:-360]), Split(images[-360:], labels[-360:])

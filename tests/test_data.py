@@ -18,8 +18,10 @@ from pyarrow import parquet
 
 from pressfit.experiments import sources
 from pressfit.experiments.augmentation import Affine, CropFlip
-from pressfit.experiments.data import Batches, Cifar10, Digits, Mnist
+from pressfit.experiments.data import Cifar10, Digits, ImageBatches, Mnist
 from pressfit.experiments.sources import Split
+from pressfit.experiments.text import StandardLibrary, Texts
+from pressfit.experiments.transformer import Transformer
 
 
 def test_digits_are_split_without_overlap() -> None:
@@ -40,14 +42,58 @@ def test_batches_are_a_function_of_seed_and_epoch() -> None:
     split = Split(torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1), torch.arange(20))
 
     def labels(seed: int, epoch: int) -> list[list[int]]:
-        return [batch.tolist() for _, batch in Batches(split, 6, seed, lambda: epoch)]
+        return [batch.tolist() for _, batch in ImageBatches(split, 6, seed, lambda: epoch)]
 
     assert labels(0, 3) == labels(0, 3)
     assert labels(0, 3) != labels(0, 4)
     assert labels(0, 3) != labels(1, 3)
     assert [len(batch) for batch in labels(0, 3)] == [6, 6, 6]
-    images, order = next(iter(Batches(split, 20, 0)))
+    images, order = next(iter(ImageBatches(split, 20, 0)))
     assert torch.equal(images.flatten() * 255, order.float())
+
+
+def test_batches_go_on_where_they_were() -> None:
+    text = torch.randint(256, (1000,), dtype=torch.uint8)
+    whole = [batch.tolist() for batch in Texts(text, 10, 8, seed=0, epoch=lambda: 2)]
+    begun = Texts(text, 10, 8, seed=0, epoch=lambda: 2)
+    first = [batch.tolist() for batch, _ in zip(begun, range(3), strict=False)]
+    resumed = Texts(text, 10, 8, seed=0, epoch=lambda: 2)
+    # The loop above has taken a fourth batch to find that it was not needed.
+    resumed.load_state_dict(begun.state_dict() | {"taken": 3})
+    assert first + [batch.tolist() for batch in resumed] == whole
+    assert begun.state_dict() == {"epoch": 2, "taken": 4}
+    assert [batch.tolist() for batch in resumed] == whole  # the next epoch begins at its beginning
+
+
+def test_the_standard_library_is_split_by_file() -> None:
+    data = StandardLibrary(batch_size=4, length=64, evaluated=6_400)
+    data.setup("fit")
+    parts = {name: bytes(part.tolist()) for name, part in data.parts.items()}
+    assert len(parts["train"]) > 5 * max(len(parts["val"]), len(parts["test"])) > 500_000
+    assert b"class JSONDecoder(object):" in parts["test"]
+    assert not any(b"class JSONDecoder(object):" in parts[name] for name in ("train", "val"))
+    texts = next(iter(data.train_dataloader()))
+    assert texts.shape == (4, 65)
+    assert all(bytes(text.tolist()) in parts["train"] for text in texts)
+    evaluated = [bytes(text.tolist()) for texts in data.test_dataloader() for text in texts]
+    assert sum(map(len, evaluated)) == pytest.approx(6_400, rel=0.1)
+    assert all(text in parts["test"] for text in evaluated)
+    # They come from everywhere.
+    assert parts["test"].index(evaluated[-1]) > 0.95 * len(parts["test"]) - 65
+
+
+def test_a_transformer_looks_back_only() -> None:
+    torch.manual_seed(0)
+    net = Transformer(width=64, depth=2).eval()
+    text = torch.randint(256, (2, 30))
+    changed = text.clone()
+    changed[:, 20:] = 0
+    assert torch.equal(net(text)[:, :20], net(changed)[:, :20])
+    assert not torch.equal(net(text)[:, 20:], net(changed)[:, 20:])
+    # Order counts.
+    assert not torch.equal(net(text.flip(1))[:, -1], net(text)[:, -1])
+    with pytest.raises(ValueError, match="width=48"):
+        Transformer(width=48)
 
 
 def test_augmentation_moves_an_image_by_whole_pixels() -> None:
@@ -71,7 +117,7 @@ def test_augmentation_ends_before_the_training_does() -> None:
     split = Split(torch.full((4, 1, 8, 8), 200, dtype=torch.uint8), torch.arange(4))
 
     def images(epoch: int) -> torch.Tensor:
-        batches = Batches(split, 4, 0, lambda: epoch, Affine(shift=3.0), until=2)
+        batches = ImageBatches(split, 4, 0, lambda: epoch, Affine(shift=3.0), until=2)
         return next(iter(batches))[0]
 
     assert not torch.equal(images(1), images(2))

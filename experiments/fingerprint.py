@@ -1,0 +1,61 @@
+"""What a run is, by everything that decides what comes out of it."""
+
+import copy
+import hashlib
+import json
+from importlib.metadata import version
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
+
+__all__ = ["fingerprint"]
+
+# Where a run writes, and what it shows while it trains.
+_ASIDE = {"hydra", "folder", "cache", "logger", "observers"}
+_ASIDE_OF_TRAINER = {
+    "default_root_dir",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "log_every_n_steps",
+}
+
+
+def fingerprint(config: DictConfig) -> str:
+    """Twelve hexadecimal digits that are equal for two runs if, and nearly only if, their resolved
+    configurations are, apart from where they write and log.
+
+    Example:
+        >>> a = OmegaConf.create({"seed": 0, "folder": "here", "trainer": {"max_epochs": 3}})
+        >>> b = OmegaConf.create({"seed": 0, "folder": "there", "trainer": {"max_epochs": 3}})
+        >>> fingerprint(a) == fingerprint(b) != fingerprint(OmegaConf.create({"seed": 1}))
+        True
+    """
+    config = copy.deepcopy(config)
+    OmegaConf.set_struct(config, False)
+    for name in _ASIDE & config.keys():
+        config[name] = None
+    for name in _ASIDE_OF_TRAINER & (config.get("trainer") or {}).keys():
+        config.trainer[name] = None
+    known = {str(name): _plain(config, name) for name in config}
+    # Settings of methods that are not in use decide nothing.
+    methods = known.get("callbacks") or {}
+    known["callbacks"] = {name: node for name, node in methods.items() if "_target_" in node}
+    if not known["callbacks"]:
+        known.pop("fine_tune", None)
+    text = json.dumps([version("pressfit"), known], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _plain(config: DictConfig, name: Any) -> Any:
+    node = config._get_node(name)
+    if not isinstance(node, DictConfig | ListConfig):
+        return config[name]
+    try:
+        return OmegaConf.to_container(node, resolve=True)
+    except InterpolationResolutionError:  # of Hydra's own values, which only a running job has
+        return OmegaConf.to_container(node, resolve=False)
+
+
+# As the name of a job's directory: a sweep that is started again finds what it has done.
+OmegaConf.register_new_resolver("fingerprint", lambda *, _root_: fingerprint(_root_), replace=True)
