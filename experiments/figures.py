@@ -13,6 +13,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from pressfit.compressors import Report
+from pressfit.experiments.metric import scale, shown
 
 __all__ = ["curve", "draw", "ranks", "style", "title"]
 
@@ -24,12 +25,12 @@ _RANK = "compression/rank/"
 _ROWS = 20  # of layers, that can be read
 
 
-def curve(metrics: Path) -> list[tuple[float, float]]:
+def curve(metrics: Path, metric: str = "error") -> list[tuple[float, float]]:
     """Estimated bytes and held-out error after each epoch, from a ``metrics.csv``.
 
     Empty if there is no such file: a run may log elsewhere.
     """
-    keys = ("compression/bytes", "val/error")
+    keys = ("compression/bytes", f"val/{metric}")
     rows = _epochs(metrics)
     points = (tuple(row[key] for key in keys) for row in rows if row.keys() >= {*keys})
     return [(size, error) for size, error in points]
@@ -57,7 +58,13 @@ def _epochs(metrics: Path) -> list[dict[str, float]]:
     return list(epochs.values())
 
 
-def draw(path: Path, report: Report, metrics: Path, marks: dict[str, tuple[float, float]]) -> None:
+def draw(
+    path: Path,
+    report: Report,
+    metrics: Path,
+    marks: dict[str, tuple[float, float]],
+    metric: str = "error",
+) -> None:
     """Draw a run into a PNG.
 
     Args:
@@ -65,6 +72,7 @@ def draw(path: Path, report: Report, metrics: Path, marks: dict[str, tuple[float
         report: What the compressed file holds.
         metrics: The run's ``metrics.csv``.
         marks: Bytes and error of what was measured at the end, by what to call it.
+        metric: Name of the error.
     """
     layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12, wspace=0.06)
     learned = ranks(metrics)
@@ -73,7 +81,7 @@ def draw(path: Path, report: Report, metrics: Path, marks: dict[str, tuple[float
     every = figure.subplots(1, len(panels), width_ratios=panels)
     for axes in every:
         style(axes)
-    _draw_curve(every[0], curve(metrics), marks)
+    _draw_curve(every[0], curve(metrics, metric), marks, metric)
     _draw_bytes(every[1], report)
     if learned:
         _draw_ranks(every[2], learned)
@@ -81,9 +89,14 @@ def draw(path: Path, report: Report, metrics: Path, marks: dict[str, tuple[float
 
 
 def _draw_curve(
-    axes: Axes, points: list[tuple[float, float]], marks: dict[str, tuple[float, float]]
+    axes: Axes,
+    points: list[tuple[float, float]],
+    marks: dict[str, tuple[float, float]],
+    metric: str,
 ) -> None:
-    title(axes, "Error against bytes", "held-out error after each epoch, from dark to light")
+    name = metric.replace("_", " ")
+    heading = f"{name[0].upper()}{name[1:]} against bytes"
+    title(axes, heading, f"held-out {name} after each epoch, from dark to light")
     if points:
         sizes, errors = np.array(points).T
         axes.plot(sizes, errors, color=HEADER, linewidth=0.8, zorder=1)
@@ -94,7 +107,7 @@ def _draw_curve(
         outwards = "right" if size == largest and len(marks) > 1 else "left"
         axes.scatter(size, error, marker="D", s=64, color=MARK, zorder=3, linewidths=0)
         axes.annotate(
-            f"{name}\n{_size(size)}, {100 * error:.2f} %",
+            f"{name}\n{_size(size)}, {shown(metric, error)}",
             (size, error),
             (8 if outwards == "right" else -8, 12),
             textcoords="offset points",
@@ -110,13 +123,14 @@ def _draw_curve(
     axes.margins(x=0.12, y=0.08)
     axes.grid(color="#eceef1", linewidth=0.8)
     axes.set_axisbelow(True)
-    for axis, text in ((axes.xaxis, _size), (axes.yaxis, "{:.3g} %".format)):
-        scale = 100 if axis is axes.yaxis else 1
-        axis.set_major_locator(
-            LogLocator(subs=(1, 2, 5) if axis is axes.xaxis else (1, 1.5, 2, 3, 5))
-        )
+    written = "{:.3g} %" if scale(metric) == 100 else "{:.3g}"
+    for axis, text, factor, subs in (
+        (axes.xaxis, _size, 1.0, (1, 2, 5)),
+        (axes.yaxis, written.format, scale(metric), (1, 1.5, 2, 3, 5)),
+    ):
+        axis.set_major_locator(LogLocator(subs=subs))
         axis.set_major_formatter(
-            FuncFormatter(lambda value, _, text=text, scale=scale: text(scale * value))
+            FuncFormatter(lambda value, _, text=text, factor=factor: text(factor * value))
         )
         axis.set_minor_locator(NullLocator())
     axes.set_xlabel("size of the file", color=INK, fontsize=10)
@@ -218,7 +232,7 @@ def _size(count: float) -> str:
         >>> _size(512), _size(6412), _size(202440), _size(1066440)
         ('512 B', '6.41 KB', '202 KB', '1.07 MB')
     """
-    for unit, scale in (("MB", 1e6), ("KB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
+    for unit, size in (("MB", 1e6), ("KB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
     return f"{count:.0f} B"
