@@ -99,8 +99,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(overrides: list[str]) -> None:
     # Imported here: the other commands need none of it.
+    from hydra.core.plugins import Plugins
+    from hydra_plugins.pressfit.grids import Grids
+
     from pressfit.experiments.train import main as train
 
+    # Hydra finds what is installed as a copy by itself; an editable installation it overlooks.
+    Plugins.instance().register(Grids)
     sys.argv = [sys.argv[0], *overrides]
     # So that Hydra raises what went wrong instead of printing a report of its own.
     os.environ["HYDRA_FULL_ERROR"] = "1"

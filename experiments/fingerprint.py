@@ -1,15 +1,16 @@
-"""What a run is, by everything that decides what comes out of it."""
+"""What a run is, by everything that decides what comes out of it, and whether it has come out."""
 
 import copy
 import hashlib
 import json
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "finished"]
 
 # Where a run writes, and what it shows while it trains.
 _ASIDE = {"hydra", "folder", "cache", "logger", "observers"}
@@ -37,7 +38,7 @@ def fingerprint(config: DictConfig) -> str:
         config[name] = None
     for name in _ASIDE_OF_TRAINER & (config.get("trainer") or {}).keys():
         config.trainer[name] = None
-    known = {str(name): _plain(config, name) for name in config}
+    known = {str(name): _plain(config, name) for name in config if name not in _ASIDE}
     # Settings of methods that are not in use decide nothing.
     methods = known.get("callbacks") or {}
     known["callbacks"] = {name: node for name, node in methods.items() if "_target_" in node}
@@ -45,6 +46,15 @@ def fingerprint(config: DictConfig) -> str:
         known.pop("fine_tune", None)
     text = json.dumps([version("pressfit"), known], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def finished(config: DictConfig) -> dict[str, Any] | None:
+    """What ``result.json`` says, if a run of this very configuration has ended in its folder."""
+    path = Path(config.folder) / "result.json"
+    if not path.is_file():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result if result.get("fingerprint") == fingerprint(config) else None
 
 
 def _plain(config: DictConfig, name: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,11 @@ class Summary(Callback):
         (folder / "summary.json").write_text(json.dumps(groups, indent=2) + "\n")
         Console().print(_table(groups))
         print(folder / "summary.json")
+        if failed := sorted(folder.glob("*/error.txt")):
+            print(f"{len(failed)} failed; the same command tries them again:", file=sys.stderr)
+            for path in failed:
+                print(f"  {path}: {path.read_text().strip().splitlines()[-1]}", file=sys.stderr)
+            sys.exit(1)
 
 
 def _spread(values: list[float | None]) -> dict[str, float] | None:

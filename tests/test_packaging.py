@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("callbacks", "compressors", "configs", "experiments")
+# Where each package is in the tree.
+FOLDERS = {
+    f"pressfit.{folder}": folder
+    for folder in ("callbacks", "compressors", "configs", "experiments")
+}
+FOLDERS["hydra_plugins.pressfit"] = "sweepers"
 
 # What each layer may not import, at any depth of a function.
 FORBIDDEN = {
@@ -55,12 +60,22 @@ def test_compressors_load_without_lightning_and_hydra() -> None:
     assert run.stdout.strip() == "[]"
 
 
+def test_sweepers_load_without_torch() -> None:
+    """Hydra imports the plugins of every package for every command, whatever it is for."""
+    code = (
+        "import sys, hydra_plugins.pressfit.grids\n"
+        "print(sorted({'torch', 'lightning', 'matplotlib'} & sys.modules.keys()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
 def test_the_package_list_is_the_tree() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert sorted(settings["packages"]) == [f"pressfit.{folder}" for folder in FOLDERS]
-    for folder in FOLDERS:
-        assert settings["package-dir"][f"pressfit.{folder}"] == folder
-        assert (ROOT / ".typing" / "pressfit" / folder).resolve() == ROOT / folder
+    assert settings["package-dir"] == FOLDERS
+    assert set(settings["packages"]) == FOLDERS.keys()
+    for package, folder in FOLDERS.items():
+        assert (ROOT / ".typing" / package.replace(".", "/")).resolve() == ROOT / folder
         # A Python package below would vanish from the wheel without a word.
         assert not list((ROOT / folder).glob("*/**/*.py"))
 
@@ -74,8 +89,8 @@ def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     patterns = ("*.py", "**/*.yaml", "py.typed")
     expected = {
-        f"pressfit/{path.relative_to(ROOT)}"
-        for folder in FOLDERS
+        f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder)}"
+        for package, folder in FOLDERS.items()
         for pattern in patterns
         for path in (ROOT / folder).glob(pattern)
     }

@@ -1,0 +1,283 @@
+"""Networks of every size under one budget: trained, then compressed within what is left of it.
+
+The part of training that comes before compression is the same for all runs that differ in their
+compression alone. It is done once and kept in ``cache``, under the fingerprint of its settings.
+"""
+
+import copy
+import json
+import shutil
+import statistics
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from torch.optim import Optimizer
+
+from pressfit.compressors import restore
+from pressfit.experiments.fingerprint import fingerprint, finished
+from pressfit.experiments.operations import counter, needed
+from pressfit.experiments.run import build, fit, run
+
+__all__ = ["AMOUNTS", "Budget", "Pace", "Still", "pace", "spend"]
+
+AMOUNTS = ("flops", "seconds", "steps")
+
+_WARM, _TIMED = 3, 12  # steps
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What one optimizer step costs, on all processes together.
+
+    Args:
+        flops: Floating-point operations.
+        seconds: Its duration.
+    """
+
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What training may cost, whatever the network.
+
+    Args:
+        flops: Floating-point operations in all.
+        seconds: Time in all, at the pace that the network has on this machine.
+        steps: Optimizer steps.
+        dense: Fraction of it that is spent before compression begins.
+        calibration: Steps in which a network is compressed that is not trained meanwhile.
+        validations: Times that the curve is measured, spread evenly.
+
+    Raises:
+        ValueError: Not exactly one of the three is given, or a fraction is none.
+
+    Example:
+        >>> Budget(flops=1e9).steps_at(Pace(flops=4e6, seconds=0.1))
+        250
+    """
+
+    flops: float | None = None
+    seconds: float | None = None
+    steps: int | None = None
+    dense: float = 0.5
+    calibration: int = 20
+    validations: int = 20
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.flops, self.seconds, self.steps) if value is not None]
+        if len(given) != 1 or given[0] <= 0:
+            raise ValueError(
+                f"a budget is one of flops, seconds and steps, and positive: got flops="
+                f"{self.flops}, seconds={self.seconds}, steps={self.steps}"
+            )
+        if not 0.0 <= self.dense < 1.0:
+            raise ValueError(
+                f"budget.dense is the fraction before compression begins, got {self.dense}"
+            )
+
+    def steps_at(self, pace: Pace) -> int:
+        """Optimizer steps that it pays for.
+
+        Raises:
+            ValueError: Not even two.
+        """
+        if self.steps is not None:
+            steps = self.steps
+        elif self.flops is not None:
+            steps = int(self.flops / pace.flops)
+        else:
+            assert self.seconds is not None
+            steps = int(self.seconds / pace.seconds)
+        if steps < 2:
+            raise ValueError(
+                f"the budget pays for {steps} steps: one costs {pace.flops:.3g} operations and "
+                f"{pace.seconds:.3g} seconds; give more, or take a smaller network or batch"
+            )
+        return steps
+
+
+class Still(pl.Callback):
+    """Holds the weights as they are: with it the callbacks that compress a network during training
+    compress one that was trained before, without fine-tuning."""
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+
+
+def pace(config: DictConfig) -> Pace:
+    """Measure what a step costs, by taking a few."""
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
+    watch = _Watch()
+    with counter() as counted:
+        trainer, _ = fit(_with(config, quiet | {"max_steps": 1, "max_epochs": -1}), [], [])
+    if config.budget.seconds is not None:
+        fit(_with(config, quiet | {"max_steps": _WARM + _TIMED, "max_epochs": -1}), [watch], [])
+    flops = float(counted.get_total_flops()) * trainer.world_size
+    return Pace(flops, trainer.strategy.broadcast(watch.pace()))
+
+
+class _Watch(pl.Callback):
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def pace(self) -> float:
+        """The median duration of a step."""
+        steps = [after - before for before, after in pairwise(self.times)]
+        return statistics.median(steps[_WARM:]) if steps else 0.0
+
+
+def spend(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """Train a network, compress it, and return what ``result.json`` says.
+
+    Without methods among the callbacks all of the budget is spent on the network as it is. With
+    ``fine_tune`` a fraction of it is, and the rest on training while it is compressed; otherwise
+    the network is compressed once all is spent.
+
+    Args:
+        config: As ``configs/train.yaml`` composes it, with a ``budget``.
+        overrides: Words that made the configuration, for the record.
+
+    Raises:
+        ValueError: The budget is none, or too small for the network.
+    """
+    settings: Any = OmegaConf.to_container(config.budget, resolve=True)
+    budget, cost = Budget(**settings), _pace(config)
+    total = budget.steps_at(cost)
+    methods = any("_target_" in node for node in (config.get("callbacks") or {}).values())
+    before = round(budget.dense * total) if methods and config.fine_tune else total
+    after = 0 if not methods else total - before if config.fine_tune else budget.calibration
+    validations = budget.validations
+
+    folder, init = Path(config.folder), config.init
+    result: dict[str, Any] = {}
+    if before:
+        plain = _limited(config, before, validations, callbacks={}, compression=None)
+        plain.folder = str(Path(config.cache).absolute() / fingerprint(plain))
+        with _alone(Path(plain.folder)):
+            result = finished(plain) or run(plain, overrides)
+        init = str(Path(plain.folder) / "model.pressfit")
+    error_before = result.get("error")
+    if methods:
+        still = {} if config.fine_tune else {"still": {"_target_": f"{__name__}.Still"}}
+        observers = {**config.observers, **still}
+        result = run(
+            _limited(config, after, validations, init=init, observers=observers), overrides
+        )
+    elif _first():
+        shutil.copytree(plain.folder, folder, dirs_exist_ok=True)
+    result = result | {
+        "fingerprint": fingerprint(config),
+        "size": str(config.size or _words_of("model", overrides) or config.model._target_),
+        "compression": str(config.compression or _words_of("callbacks", overrides) or "none"),
+        "fine_tune": bool(config.fine_tune and methods),
+        "budget": settings,
+        "flops_per_step": cost.flops,
+        "steps": before + after,
+        "steps_before": before,
+        "error_before": error_before,
+        "curve": init,
+        "seed": config.seed,
+        "overrides": overrides,
+    }
+    if _first():
+        result |= _operations(config, folder / "model.pressfit")
+        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _pace(config: DictConfig) -> Pace:
+    """The pace of this network and data, measured once for all seeds and compressions."""
+    changes: dict[str, Any] = {
+        "callbacks": {},
+        "compression": None,
+        "fine_tune": None,
+        "seed": 0,
+        "init": None,
+    }
+    timed = config.budget.seconds is not None
+    key = fingerprint(_with(config, {}, budget={"seconds": timed}, **changes))
+    path = Path(config.cache) / f"{key}.pace.json"
+    with _alone(path):
+        if not path.is_file():
+            found = pace(config)
+            if _first():
+                path.write_text(json.dumps(asdict(found)) + "\n")
+            return found
+    return Pace(**json.loads(path.read_text()))
+
+
+def _limited(config: DictConfig, steps: int, validations: int, **changes: Any) -> DictConfig:
+    """The configuration of one training of so many steps."""
+    batches = steps * config.trainer.accumulate_grad_batches
+    limits = {
+        "max_steps": steps,
+        "max_epochs": -1,
+        "check_val_every_n_epoch": None,
+        "val_check_interval": max(1, batches // validations),
+    }
+    return _with(config, limits, budget=None, reference=False, **changes)
+
+
+def _with(config: DictConfig, trainer: dict[str, Any], **changes: Any) -> DictConfig:
+    config = copy.deepcopy(config)
+    OmegaConf.set_struct(config, False)
+    config.trainer.update(trainer)
+    config.update(changes)
+    return config
+
+
+def _alone(path: Path) -> AbstractContextManager[Any]:
+    """One job at a time makes what others wait for; its own further processes come with it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not _first():
+        return nullcontext()
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        print(f"waiting for {path}, which another job trains")
+        lock.acquire()
+    return lock
+
+
+def _first() -> bool:
+    """Whether this is the first of the processes that train together, or will be."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _operations(config: DictConfig, file: Path) -> dict[str, float]:
+    """Of the restored network on a batch of held-out examples: all, and those that are needed."""
+    module: pl.LightningModule = restore(build(config.model), file)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        limit_val_batches=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with counter() as counted:
+        trainer.validate(module, datamodule=build(config.data), verbose=False)
+    total = float(counted.get_total_flops())
+    return {"operations": total, "operations_needed": needed(counted, module)}
+
+
+def _words_of(group: str, overrides: list[str]) -> str:
+    return " ".join(word for word in overrides if word.startswith(group))

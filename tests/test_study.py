@@ -1,0 +1,204 @@
+"""Sweeps under one budget: equal costs, shared beginnings, and what is left when they stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pressfit.compressors import load, same_bits
+from pressfit.experiments.budget import Budget, Pace
+from pressfit.experiments.operations import counter, needed
+
+STUDY = [
+    "experiment=train_big_then_compress",
+    "trainer.accelerator=cpu",
+    "budget.flops=null",
+    "budget.steps=80",
+    "budget.validations=4",
+]
+SIZES = "model.net.widths=[64,8,10],[64,16,10]"
+
+
+def study(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+    code = "from pressfit.experiments.cli import main; main()"
+    command = [sys.executable, "-c", code, "train", "-m", *STUDY, *words]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "200", **environment},
+    )
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in folder.glob("runs/*/*/*/result.json")]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sizes, two compressions of each, with training and without."""
+    folder = tmp_path_factory.mktemp("study")
+    compressions = "compression=none,bits4,zeros80_bits4"
+    run = study(folder, "seed=0", SIZES, compressions, "fine_tune=true,false")
+    output, errors = run.communicate()
+    assert run.returncode == 0, errors
+    (folder / "stdout").write_text(output)
+    return folder
+
+
+def test_every_run_spends_the_budget(swept: Path) -> None:
+    found = results(swept)
+    # Without compression there is nothing that could be tuned: these two are one run.
+    assert len(found) == 2 * (1 + 2 * 2)
+    for result in found:
+        tuned = result["fine_tune"]
+        plain = result["compression"] == "none"
+        assert result["steps_before"] == (40 if tuned else 80)
+        assert result["steps"] == (80 if tuned or plain else 100)
+        assert 0 < result["operations_needed"] <= result["operations"]
+        if "80 % zeros" in result["compression"]:
+            assert result["operations_needed"] < 0.35 * result["operations"]
+
+
+def test_runs_that_differ_in_compression_alone_begin_alike(swept: Path) -> None:
+    begun = [path for path in (swept / "runs" / "dense").iterdir() if path.is_dir()]
+    assert len(begun) == 2 * 2  # sizes, half of the budget or all of it
+    for path in begun:
+        # Each was trained once: its folder has one curve, of four points.
+        curve = (path / "metrics.csv").read_text().splitlines()
+        column = curve[0].split(",").index("val/error")
+        assert sum(bool(line.split(",")[column]) for line in curve[1:]) == 4
+    tuned = {result["curve"] for result in results(swept) if result["fine_tune"]}
+    assert {str(path / "model.pressfit") for path in begun} > tuned
+    assert len(tuned) == 2
+
+
+def test_without_fine_tuning_weights_stay(swept: Path) -> None:
+    for path in swept.glob("runs/*/*/*/result.json"):
+        folder, result = path.parent, json.loads(path.read_text())
+        if result["compression"] == "80 % zeros, 4 bits" and not result["fine_tune"]:
+            config = (folder / "config.yaml").read_text()
+            assert "budget.Still" in config
+            dense, compressed = load(result["curve"]), load(folder / "model.pressfit")
+            for name, weight in dense.items():
+                if name.endswith("weight"):
+                    zero = compressed[name] == 0
+                    assert weight[zero].abs().mean() < weight[~zero].abs().mean()
+                    error = (compressed[name] - weight)[~zero].abs().max()
+                    assert error < 0.5 * weight.abs().max()
+                else:
+                    assert same_bits(compressed[name], weight)
+
+
+def test_a_finished_study_is_not_done_again(swept: Path) -> None:
+    times = {path: path.stat().st_mtime for path in swept.glob("runs/**/*") if path.is_file()}
+    compressions = "compression=none,bits4,zeros80_bits4"
+    run = study(swept, "seed=0", SIZES, compressions, "fine_tune=true,false")
+    output, errors = run.communicate()
+    assert run.returncode == 0, errors
+    assert "10 jobs in" in output
+    assert "10 of them finished before" in output
+    for path, changed in times.items():
+        if path.name not in ("multirun.yaml", "summary.json"):
+            assert path.stat().st_mtime == changed, path
+
+
+def test_a_job_that_fails_sinks_no_other(tmp_path: Path) -> None:
+    run = study(tmp_path, "seed=0", "model.net.widths=[64,8,10],[63,8,10]", "compression=none")
+    output, errors = run.communicate()
+    assert run.returncode == 1
+    (result,) = results(tmp_path)
+    assert result["size"] == "[64, 8, 10]"
+    assert "2 of 2" in output
+    assert "1 failed" in errors
+    assert "mat1 and mat2 shapes cannot be multiplied" in errors
+    (failure,) = tmp_path.glob("runs/*/*/*/error.txt")
+    command, _, trace = failure.read_text().partition("\n\n")
+    assert command.startswith("pressfit train seed=0 'model.net.widths=[63,8,10]'")
+    assert trace.startswith("Traceback")
+
+
+def test_a_killed_study_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    words = [
+        "seed=0",
+        "model.net.widths=[64,8,10]",
+        "compression=none,zeros80_bits4",
+        "budget.steps=3000",
+        "observers.resume.train_time_interval={_target_: datetime.timedelta, seconds: 1}",
+    ]
+    for folder in (whole, killed):
+        folder.mkdir()
+    run = study(killed, *words)
+    while not list(killed.glob("runs/dense/*/resume.ckpt")):
+        assert run.poll() is None, run.stderr
+        time.sleep(0.05)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    assert not results(killed)
+    (saved,) = killed.glob("runs/dense/*/resume.ckpt")
+    step = int(torch.load(saved, weights_only=False)["global_step"])
+    assert 0 < step < 3000
+    for folder in (killed, whole):
+        run = study(folder, *words)
+        _, errors = run.communicate()
+        assert run.returncode == 0, errors
+    pairs = [{r["compression"]: r for r in results(folder)} for folder in (killed, whole)]
+    assert len(pairs[0]) == 2
+    for name, result in pairs[0].items():
+        assert result["error"] == pairs[1][name]["error"]
+        assert result["bytes"] == pairs[1][name]["bytes"]
+    curves = [
+        min(folder.glob("runs/dense/*/metrics.csv")).read_text() for folder in (killed, whole)
+    ]
+    assert [line.count(",") for line in curves[0].splitlines()] == [
+        line.count(",") for line in curves[1].splitlines()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("amounts", "message"),
+    [
+        ({}, "one of flops, seconds and steps"),
+        ({"flops": 1e9, "steps": 10}, "one of flops, seconds and steps"),
+        ({"seconds": -1.0}, "positive"),
+        ({"steps": 10, "dense": 1.0}, "budget.dense"),
+    ],
+)
+def test_a_budget_is_one_amount(amounts: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Budget(**amounts)
+
+
+def test_a_budget_buys_steps() -> None:
+    pace = Pace(flops=1e6, seconds=0.5)
+    assert Budget(steps=7).steps_at(pace) == 7
+    assert Budget(flops=2e7).steps_at(pace) == 20
+    assert Budget(seconds=30).steps_at(pace) == 60
+    with pytest.raises(ValueError, match="pays for 1 steps: one costs 1e"):
+        Budget(flops=1.5e6).steps_at(pace)
+
+
+def test_operations_are_counted_by_layer() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.Flatten(), nn.Linear(36, 5, bias=False))
+    net[0].weight.data[0] = 0
+    net[2].weight.data[:, :18] = 0
+    with counter() as counted:
+        net(torch.ones(3, 2, 5, 5))
+    convolution, linear = 2 * 3 * 9 * 4 * 18, 2 * 3 * 36 * 5
+    assert counted.get_total_flops() == convolution + linear
+    assert needed(counted, net) == 0.75 * convolution + 0.5 * linear
+    query = torch.ones(1, 2, 10, 8, requires_grad=True)
+    with counter() as counted:
+        nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+    assert counted.get_total_flops() == 2 * (2 * 2 * 10 * 10 * 8)
