@@ -18,7 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch.optim import Optimizer
 
 from pressfit.compressors import restore
@@ -183,15 +183,15 @@ def spend(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
         shutil.copytree(plain.folder, folder, dirs_exist_ok=True)
     result = result | {
         "fingerprint": fingerprint(config),
-        "size": str(config.size or _words_of("model", overrides) or config.model._target_),
+        "size": _name(config.size) or _words_of("model", overrides) or config.model._target_,
         "compression": str(config.compression or _words_of("callbacks", overrides) or "none"),
         "fine_tune": bool(config.fine_tune and methods),
-        "budget": settings,
+        "budget": vars(budget),
         "flops_per_step": cost.flops,
         "steps": before + after,
         "steps_before": before,
         "error_before": error_before,
-        "curve": init,
+        "init": init,
         "seed": config.seed,
         "overrides": overrides,
     }
@@ -277,6 +277,11 @@ def _operations(config: DictConfig, file: Path) -> dict[str, float]:
         trainer.validate(module, datamodule=build(config.data), verbose=False)
     total = float(counted.get_total_flops())
     return {"operations": total, "operations_needed": needed(counted, module)}
+
+
+def _name(size: Any) -> str:
+    """What networks of a size are called; a list of widths is joined."""
+    return "-".join(map(str, size)) if isinstance(size, ListConfig) else str(size or "")
 
 
 def _words_of(group: str, overrides: list[str]) -> str:

@@ -88,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     ranks.add_argument("--images", type=int, default=512, help="training images that it is shown")
     ranks.set_defaults(run=_ranks)
+    report = commands.add_parser("report", help="show what a sweep of sizes and compressions says")
+    report.add_argument("folders", type=Path, nargs="+", metavar="RUNS", help="folder of a sweep")
+    report.add_argument(
+        "-o", "--output", type=Path, metavar="OUT", help="folder to write (default: RUNS/report)"
+    )
+    report.set_defaults(run=_report)
     bench = commands.add_parser("bench", help="time an exported run in each engine, on Linux")
     bench.add_argument("file", type=Path, metavar="FILE", help="RUN/model.onnx")
     bench.add_argument("--batch", type=int, default=8, help="examples that run at once")
@@ -162,6 +168,13 @@ def _ranks(options: argparse.Namespace) -> None:
         raise ValueError(f"images are fitted on one half, so 2 at least, and got {options.images}")
     module, images = _restored(options.folder, "train", options.images)
     Console().print(ranks(module, images, options.tolerance, options.folder / "ranks.png"))
+
+
+def _report(options: argparse.Namespace) -> None:
+    # Imported here: the other commands need none of it.
+    from pressfit.experiments.report import report
+
+    report(options.folders, options.output or options.folders[0] / "report")
 
 
 def _restored(folder: Path, part: str = "test", most: int | None = None) -> tuple[Module, Tensor]:

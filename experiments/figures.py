@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from pressfit.compressors import Report
 from pressfit.experiments.metric import scale, shown
 
-__all__ = ["curve", "draw", "ranks", "style", "title"]
+__all__ = ["curve", "draw", "ranks", "size_of", "style", "title"]
 
 INK, FAINT, MARK = "#22262e", "#8b929e", "#b8322a"
 PARTS = {"positions": "#2a5c8a", "values": "#e08e45", "codebooks, biases": "#7fb58a"}
@@ -107,7 +107,7 @@ def _draw_curve(
         outwards = "right" if size == largest and len(marks) > 1 else "left"
         axes.scatter(size, error, marker="D", s=64, color=MARK, zorder=3, linewidths=0)
         axes.annotate(
-            f"{name}\n{_size(size)}, {shown(metric, error)}",
+            f"{name}\n{size_of(size)}, {shown(metric, error)}",
             (size, error),
             (8 if outwards == "right" else -8, 12),
             textcoords="offset points",
@@ -125,7 +125,7 @@ def _draw_curve(
     axes.set_axisbelow(True)
     written = "{:.3g} %" if scale(metric) == 100 else "{:.3g}"
     for axis, text, factor, subs in (
-        (axes.xaxis, _size, 1.0, (1, 2, 5)),
+        (axes.xaxis, size_of, 1.0, (1, 2, 5)),
         (axes.yaxis, written.format, scale(metric), (1, 1.5, 2, 3, 5)),
     ):
         axis.set_major_locator(LogLocator(subs=subs))
@@ -225,11 +225,11 @@ def title(axes: Axes, text: str, subtitle: str) -> None:
     )
 
 
-def _size(count: float) -> str:
+def size_of(count: float) -> str:
     """Bytes in the largest unit that leaves a whole number.
 
     Example:
-        >>> _size(512), _size(6412), _size(202440), _size(1066440)
+        >>> size_of(512), size_of(6412), size_of(202440), size_of(1066440)
         ('512 B', '6.41 KB', '202 KB', '1.07 MB')
     """
     for unit, size in (("MB", 1e6), ("KB", 1e3)):

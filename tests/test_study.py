@@ -78,7 +78,7 @@ def test_runs_that_differ_in_compression_alone_begin_alike(swept: Path) -> None:
         curve = (path / "metrics.csv").read_text().splitlines()
         column = curve[0].split(",").index("val/error")
         assert sum(bool(line.split(",")[column]) for line in curve[1:]) == 4
-    tuned = {result["curve"] for result in results(swept) if result["fine_tune"]}
+    tuned = {result["init"] for result in results(swept) if result["fine_tune"]}
     assert {str(path / "model.pressfit") for path in begun} > tuned
     assert len(tuned) == 2
 
@@ -89,7 +89,7 @@ def test_without_fine_tuning_weights_stay(swept: Path) -> None:
         if result["compression"] == "80 % zeros, 4 bits" and not result["fine_tune"]:
             config = (folder / "config.yaml").read_text()
             assert "budget.Still" in config
-            dense, compressed = load(result["curve"]), load(folder / "model.pressfit")
+            dense, compressed = load(result["init"]), load(folder / "model.pressfit")
             for name, weight in dense.items():
                 if name.endswith("weight"):
                     zero = compressed[name] == 0
@@ -118,7 +118,7 @@ def test_a_job_that_fails_sinks_no_other(tmp_path: Path) -> None:
     output, errors = run.communicate()
     assert run.returncode == 1
     (result,) = results(tmp_path)
-    assert result["size"] == "[64, 8, 10]"
+    assert result["size"] == "64-8-10"
     assert "2 of 2" in output
     assert "1 failed" in errors
     assert "mat1 and mat2 shapes cannot be multiplied" in errors

@@ -1,0 +1,87 @@
+"""The page of a study: one file that opens without a network."""
+
+import platform
+from datetime import UTC, datetime
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+from string import Template
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from pressfit.experiments.budget import AMOUNTS
+from pressfit.experiments.charts import heat_map, pareto, timeline
+from pressfit.experiments.sheet import Sheet
+from pressfit.experiments.study import Study
+
+__all__ = ["page"]
+
+
+def page(
+    study: Study, sheets: list[Sheet], conclusions: list[str], checklist: list[tuple[str, bool]]
+) -> str:
+    """The page as HTML.
+
+    Args:
+        study: What its charts show.
+        sheets: Its tables.
+        conclusions: Sentences at its top.
+        checklist: What a comparison should have, and whether this one does.
+    """
+    name = study.metric.replace("_", " ")
+    runs = [run for point in study.points for _, run in sorted(point.runs.items())]
+    commands = "\n".join(
+        f"pressfit train {' '.join(_quoted(word) for word in run['overrides'])}" for run in runs
+    )
+    (budget,) = (f"{study.budget[a]:,.3g} {a}" for a in AMOUNTS if study.budget[a] is not None)
+    facts = (
+        f"{len(study.points)} points, {len(runs)} runs, {study.seeds} seeds or more for each, a "
+        f"budget of {budget}. pressfit {version('pressfit')}, torch {version('torch')}, Python "
+        f"{platform.python_version()}, {platform.machine()}; "
+        f"{datetime.now(UTC).strftime('%d %B %Y')}."
+    )
+    return _PAGE.substitute(
+        plotly=get_plotlyjs(),
+        name=escape(f"{name[0].upper()}{name[1:]}"),
+        facts=escape(facts),
+        conclusions="".join(f"<li>{escape(line)}</li>" for line in conclusions),
+        pareto=_chart(pareto(study), "pareto"),
+        timeline=_chart(timeline(study), "timeline"),
+        heat=_chart(heat_map(study), "heat"),
+        largest=escape(study.sizes[-1]),
+        tables="".join(_table(sheet) for sheet in sheets),
+        checklist="".join(
+            f'<li class="{"yes" if met else "no"}">{escape(text)}</li>' for text, met in checklist
+        ),
+        commands=escape(commands),
+    )
+
+
+def _chart(figure: go.Figure, name: str) -> str:
+    html: str = figure.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        div_id=name,
+        config={"responsive": True, "displaylogo": False, "displayModeBar": False},
+    )
+    return html
+
+
+def _table(sheet: Sheet) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in sheet.head)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in sheet.rows
+    )
+    return (
+        f"<section><h2>{escape(sheet.title)}</h2><p>{escape(sheet.note)}</p>"
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+        "</div></section>"
+    )
+
+
+def _quoted(word: str) -> str:
+    return f"'{word}'" if any(character in word for character in "[]{} ,") else word
+
+
+_PAGE = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))

@@ -1,0 +1,261 @@
+"""The report of a study: tables, pictures, and a page that needs no network."""
+
+import csv
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from pressfit.experiments.budget import AMOUNTS
+from pressfit.experiments.envelope import draw
+from pressfit.experiments.metric import scale, shown
+from pressfit.experiments.page import page
+from pressfit.experiments.sheet import Sheet
+from pressfit.experiments.study import LARGE, Comparison, Point, Study, compare, losses, read
+
+__all__ = ["report"]
+
+EVERY_POINT = "Every point"
+
+
+def report(folders: Sequence[Path], output: Path, console: Console | None = None) -> Path:
+    """Write ``report.html``, ``points.csv`` and pictures into a folder, and print the tables.
+
+    Args:
+        folders: Where runs are, at any depth.
+        output: Folder to write into.
+        console: Where to print.
+
+    Returns:
+        The page.
+
+    Raises:
+        FileNotFoundError: A folder does not exist.
+        ValueError: It holds no runs of a study.
+    """
+    console = console or Console()
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} does not exist: name the folder of a sweep")
+    try:
+        study = Study(run for folder in folders for run in read(folder))
+    except ValueError as error:
+        names = ", ".join(map(str, folders))
+        raise ValueError(
+            f"{names}: {error}; experiment=train_big_then_compress makes them"
+        ) from None
+    output.mkdir(parents=True, exist_ok=True)
+    points(study, output / "points.csv")
+    for kind in ("png", "svg"):
+        draw(study, output / f"envelope.{kind}")
+    tables = sheets(study)
+    for sheet in tables:
+        if sheet.title != EVERY_POINT:  # they are in the file, and on the page
+            console.print(sheet.table(), "")
+    for line in conclusions(study):
+        console.print(line, markup=False, highlight=False)
+    path = output / "report.html"
+    path.write_text(page(study, tables, conclusions(study), checklist(study)), encoding="utf-8")
+    console.print(path, markup=False, highlight=False)
+    return path
+
+
+def points(study: Study, path: Path) -> None:
+    """Write a line for each run of each point."""
+    numbers = ["error", "error_validation", "bytes", "bytes_dense", "ratio", "steps", "seconds"]
+    numbers += ["flops_per_step", "operations", "operations_needed", "folder"]
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["size", "compression", "fine_tune", "seed", *numbers])
+        for point in study.points:
+            for seed, run in sorted(point.runs.items()):
+                words = [point.size, point.compression, point.fine_tune, seed]
+                writer.writerow([*words, *(run[number] for number in numbers)])
+
+
+def sheets(study: Study) -> list[Sheet]:
+    """All tables, in the order in which they are read."""
+    every = [_claims(study), _points(study), _faster(study), *_losses(study), _controls(study)]
+    return [sheet for sheet in every if sheet.rows]
+
+
+def conclusions(study: Study) -> list[str]:
+    """What the study says, in sentences."""
+    claims = study.claims()
+    found = []
+    for rival, name in (
+        ("dense", "the best dense one"),
+        ("small", "the best of all that are smaller, however compressed,"),
+    ):
+        comparisons = [claim.against(getattr(claim, rival)) for claim in claims]
+        verdicts = Counter(c.verdict if c else "missing" for c in comparisons)
+        found.append(
+            f"A network of {LARGE} times the bytes or more, compressed, beats {name} of equal "
+            f"bytes at {verdicts['holds']} of {len(claims)} budgets of bytes, loses at "
+            f"{verdicts['fails']}, and cannot be told from it at {verdicts['undecided']}."
+        )
+        if verdicts["missing"]:
+            found[-1] += f" At {verdicts['missing']} there is none of the two."
+    return found
+
+
+def checklist(study: Study) -> list[tuple[str, bool]]:
+    """What ShrinkBench asks of a comparison of pruned networks (Blalock et al., 2020)."""
+    compressed = [point for point in study.points if not point.plain]
+    dense = {point.size for point in study.points if point.plain}
+    runs = [run for point in study.points for run in point.runs.values()]
+    ratios = {round(point.mean("ratio")) for point in compressed}
+    return [
+        ("compression ratio and theoretical speed-up", all("operations" in run for run in runs)),
+        ("a dense network of its own for each size", {p.size for p in compressed} <= dense),
+        (f"five operating points or more: {len(ratios)} ratios", len(ratios) >= 5),
+        (f"several seeds, with intervals: {study.seeds}", study.seeds >= 3),
+        ("random pruning as the floor", any("random" in p.compression for p in compressed)),
+    ]
+
+
+def _claims(study: Study) -> Sheet:
+    rows = []
+    for claim in study.claims():
+        row = [f"{claim.bytes:,}", claim.owner.name, _spread(study, claim.owner)]
+        row.append(claim.large.name if claim.large else "none fits")
+        for rival in (claim.dense, claim.small):
+            row.append(_against(study, rival, claim.against(rival)))
+        rows.append(row)
+    return Sheet(
+        "Who owns each number of bytes",
+        "Chosen by the held-out error, stated in the test error: mean and 95 % interval over "
+        "seeds; differences with their standard error, which hold beyond two of them.",
+        [
+            "bytes",
+            "owner",
+            study.metric.replace("_", " "),
+            f"best of {LARGE} times the size",
+            "better than dense by",
+            "than smaller ones by",
+        ],
+        rows,
+    )
+
+
+def _against(study: Study, rival: Point | None, comparison: Comparison | None) -> str:
+    if rival is None or comparison is None:
+        return "no rival"
+    difference = _number(study, comparison.mean, comparison.error)
+    share = comparison.mean / rival.mean()
+    return f"{difference} ({100 * share:+.0f} %) {comparison.verdict}: {rival.name}"
+
+
+def _points(study: Study) -> Sheet:
+    rows = []
+    for size in study.sizes:
+        own = [point for point in study.points if point.size == size]
+        for point in sorted(own, key=lambda point: -point.mean("bytes")):
+            rows.append(
+                [
+                    point.name,
+                    str(len(point.runs)),
+                    f"{point.mean('bytes'):,.0f}",
+                    f"{point.mean('ratio'):.1f}",
+                    f"{point.mean('operations') / point.mean('operations_needed'):.1f}",
+                    _spread(study, point),
+                    f"{point.mean('steps'):,.0f}",
+                    f"{point.mean('flops_per_step') * point.mean('steps'):.2g}",
+                ]
+            )
+    name = study.metric.replace("_", " ")
+    return Sheet(
+        EVERY_POINT,
+        "The speed-up is theoretical: operations over those whose weight is not zero.",
+        ["network", "seeds", "bytes", "ratio", "speed-up", name, "steps", "FLOPs"],
+        rows,
+    )
+
+
+def _faster(study: Study) -> Sheet:
+    target, steps = study.steps_to()
+    rows = []
+    for size in study.sizes:
+        point = study.point(size)
+        if point is not None and size in steps:
+            mean = statistics.fmean(steps[size])
+            cost = mean * point.mean("flops_per_step")
+            rows.append([size, f"{mean:,.0f}", f"{cost:.2g}", f"{point.mean('steps'):,.0f}"])
+    return Sheet(
+        f"Steps to a held-out {study.metric.replace('_', ' ')} of {shown(study.metric, target)}",
+        f"All reach it. A curve has {study.budget['validations']} points.",
+        ["size", "steps", "FLOPs", "of steps in all"],
+        rows,
+    )
+
+
+def _losses(study: Study) -> list[Sheet]:
+    found = []
+    for fine_tune, when in (
+        (False, "behind the training, without fine-tuning"),
+        (True, "within the budget"),
+    ):
+        rows = []
+        for compression, by_size in losses(study.points, fine_tune).items():
+            spreads = {size: _mean(study, values) for size, values in by_size.items()}
+            ends = [by_size[size] for size in study.sizes if size in by_size]
+            row = [compression, *(spreads.get(size, "-") for size in study.sizes)]
+            rows.append([*row, _trend(ends) if len(ends) > 1 else "-"])
+        found.append(
+            Sheet(
+                f"What compression {when} costs",
+                "Against the network that had the whole budget, with standard errors. The last "
+                "column: the largest loses less than the smallest.",
+                ["", *study.sizes, "large ones lose less"],
+                rows,
+            )
+        )
+    return found
+
+
+def _trend(ends: list[list[float]]) -> str:
+    """Whether the last of some losses is smaller than the first."""
+    small, large = ends[0], ends[-1]
+    if len(small) != len(large):
+        return "-"
+    return compare(large, small).verdict
+
+
+def _controls(study: Study) -> Sheet:
+    """The losses under other budgets: does training longer change them?"""
+    kind = next(name for name in AMOUNTS if study.budget[name] is not None)
+    rows = []
+    for budget, points in [*study.controls, (study.budget, study.points)]:
+        if budget.get(kind) is None:
+            continue
+        share = budget[kind] / study.budget[kind]
+        dense = {point.size: point for point in points if point.plain}
+        compared = {point.size for _, others in study.controls for point in others}
+        for compression, by_size in losses(points, fine_tune=False).items():
+            for size, values in by_size.items():
+                if size in compared:
+                    row = [f"{size}: {compression}", f"{share:g}", _spread(study, dense[size])]
+                    rows.append([*row, _mean(study, values)])
+    head = ("network", "budget", "dense", "what compression costs")
+    note = "The same networks trained for a fraction of the budget, compressed behind it."
+    shared = len(study.controls) and sorted(rows)
+    return Sheet("Does the cost depend on the length of training?", note, head, shared or [])
+
+
+def _spread(study: Study, point: Point) -> str:
+    return _number(study, point.mean(), point.interval())
+
+
+def _mean(study: Study, values: list[float]) -> str:
+    zero = compare([0.0] * len(values), values)
+    return _number(study, zero.mean, zero.error)
+
+
+def _number(study: Study, value: float, spread: float) -> str:
+    factor = scale(study.metric)
+    digits = 2 if factor == 100 else 3
+    about = "" if math.isinf(spread) else f" ± {factor * spread:.{digits}f}"
+    return f"{factor * value:.{digits}f}{about}"

@@ -1,0 +1,292 @@
+"""What a sweep over sizes and compressions says: which network owns each number of bytes, and
+whether large networks that are compressed beat small ones.
+
+Everything is chosen by the held-out error and stated in the test error. A difference between two
+networks is paired by seed, and counts beyond two standard errors.
+"""
+
+import csv
+import json
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from scipy.stats import t as student
+
+__all__ = ["LARGE", "Claim", "Comparison", "Point", "Study", "compare", "curve", "losses", "read"]
+
+LARGE = 4  # times as many bytes as there are to spend, before compression
+
+_SLACK = 1.02  # of bytes: files of one shape differ a little
+
+Verdict = Literal["holds", "fails", "undecided"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network, compressed in one way: a run for each seed.
+
+    Args:
+        size: What networks of this size are called.
+        compression: What was done to them.
+        fine_tune: Whether training went on while it was done.
+        runs: ``result.json`` by seed.
+    """
+
+    size: str
+    compression: str
+    fine_tune: bool
+    runs: dict[int, dict[str, Any]]
+
+    def values(self, key: str) -> list[float]:
+        """One number of each run, by seed."""
+        return [float(self.runs[seed][key]) for seed in sorted(self.runs)]
+
+    def mean(self, key: str = "error") -> float:
+        """The mean over seeds."""
+        return statistics.fmean(self.values(key))
+
+    def interval(self, key: str = "error", confidence: float = 0.95) -> float:
+        """Half the width of the confidence interval of the mean, by Student's t; infinite for one
+        seed."""
+        values = self.values(key)
+        if len(values) < 2:
+            return math.inf
+        factor = float(student.ppf((1 + confidence) / 2, len(values) - 1))
+        return factor * statistics.stdev(values) / math.sqrt(len(values))
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the network as it is."""
+        return self.compression == "none"
+
+    @property
+    def name(self) -> str:
+        """Size and compression in words."""
+        how = "" if self.plain or self.fine_tune else ", not tuned"
+        return f"{self.size}: {'dense' if self.plain else self.compression}{how}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How much better one point is than another, seed by seed.
+
+    Args:
+        mean: Mean of the differences of the error; positive if the first is better.
+        error: Standard error of that mean; infinite for one seed.
+    """
+
+    mean: float
+    error: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """``holds`` or ``fails`` beyond two standard errors, else ``undecided``.
+
+        Example:
+            >>> Comparison(0.5, 0.2).verdict, Comparison(-0.5, 0.2).verdict
+            ('holds', 'fails')
+            >>> Comparison(0.5, 0.3).verdict
+            'undecided'
+        """
+        if abs(self.mean) <= 2 * self.error:
+            return "undecided"
+        return "holds" if self.mean > 0 else "fails"
+
+
+def compare(better: Sequence[float], worse: Sequence[float]) -> Comparison:
+    """Paired differences of errors.
+
+    Example:
+        >>> compare([1.0, 2.0, 3.0], [2.0, 3.5, 4.5])
+        Comparison(mean=1.3333333333333333, error=0.16666666666666666)
+    """
+    differences = [b - a for a, b in zip(better, worse, strict=True)]
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return Comparison(mean, math.inf)
+    return Comparison(mean, statistics.stdev(differences) / math.sqrt(len(differences)))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """At one number of bytes: the best large network that fits, against the best of others.
+
+    Args:
+        bytes: What there is to spend.
+        owner: Of all points that fit, the best.
+        large: Of networks that take four times as much or more before compression, the best.
+        dense: Of networks as they are, the best.
+        small: Of all the others, however compressed, the best.
+    """
+
+    bytes: int
+    owner: Point
+    large: Point | None
+    dense: Point | None
+    small: Point | None
+
+    def against(self, rival: Point | None) -> Comparison | None:
+        """The large network against a rival; None if one of the two does not exist."""
+        if self.large is None or rival is None:
+            return None
+        seeds = sorted(self.large.runs.keys() & rival.runs.keys())
+        errors = [[float(p.runs[s]["error"]) for s in seeds] for p in (self.large, rival)]
+        return compare(*errors) if seeds else None
+
+
+class Study:
+    """The points of a sweep under its one budget, and those of other budgets beside.
+
+    Args:
+        results: ``result.json`` of each run.
+
+    Raises:
+        ValueError: There are no runs, or they measure different things.
+    """
+
+    def __init__(self, results: Iterable[dict[str, Any]]) -> None:
+        results = [result for result in results if "size" in result]
+        if not results:
+            raise ValueError("no finished run that belongs to a budget")
+        metrics = {str(result["metric"]) for result in results}
+        if len(metrics) > 1:
+            raise ValueError(f"runs measure different things: {', '.join(sorted(metrics))}")
+        (self.metric,) = metrics
+        budgets = Counter(json.dumps(result["budget"], sort_keys=True) for result in results)
+        main = budgets.most_common(1)[0][0]
+        self.budget: dict[str, Any] = json.loads(main)
+        groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for result in results:
+            groups[json.dumps(result["budget"], sort_keys=True)].append(result)
+        self.points = _points(groups.pop(main))
+        self.controls = [(json.loads(budget), _points(runs)) for budget, runs in groups.items()]
+
+    @property
+    def sizes(self) -> list[str]:
+        """From small to large."""
+        dense = {point.size: point.mean("bytes_dense") for point in self.points}
+        return sorted(dense, key=lambda size: dense[size])
+
+    @property
+    def seeds(self) -> int:
+        """The fewest seeds of any point."""
+        return min(len(point.runs) for point in self.points)
+
+    def amounts(self, least: int = 5) -> list[int]:
+        """Bytes at which networks are compared: of every network as it is that a large one could
+        replace, once it is compressed; and between them, until there are enough."""
+        found = sorted(
+            {
+                round(dense.mean("bytes"))
+                for dense in self.points
+                if dense.plain and self.best(self._large(dense.mean("bytes")), dense.mean("bytes"))
+            }
+        )
+        while 1 < len(found) < least:
+            middle = [round(math.sqrt(a * b)) for a, b in pairwise(found)]
+            found = sorted({*found, *middle})
+        return found
+
+    def _large(self, most: float) -> list[Point]:
+        return [point for point in self.points if point.mean("bytes_dense") >= LARGE * most]
+
+    def best(self, points: Iterable[Point], most: float) -> Point | None:
+        """Of the points that fit, the one with the least held-out error."""
+        fitting = [point for point in points if point.mean("bytes") <= _SLACK * most]
+        return min(fitting, key=lambda point: point.mean("error_validation"), default=None)
+
+    def envelope(self, size: str) -> list[Point]:
+        """The points of one size that no smaller file beats, from small to large."""
+        own = sorted((p for p in self.points if p.size == size), key=lambda p: p.mean("bytes"))
+        best: list[Point] = []
+        for point in own:
+            if not best or point.mean("error_validation") < best[-1].mean("error_validation"):
+                best.append(point)
+        return best
+
+    def claims(self) -> list[Claim]:
+        """What holds at each of the :meth:`amounts`."""
+        found = []
+        for most in self.amounts():
+            large = self._large(most)
+            small = [point for point in self.points if point not in large]
+            dense = [p for p in self.points if p.plain]
+            owner = self.best(self.points, most)
+            assert owner is not None, "amounts are sizes of files"
+            rivals = (self.best(points, most) for points in (large, dense, small))
+            found.append(Claim(most, owner, *rivals))
+        return found
+
+    def point(self, size: str, compression: str = "none", fine_tune: bool = False) -> Point | None:
+        """One of the points."""
+        for point in self.points:
+            same = (point.size, point.compression) == (size, compression)
+            if same and (point.plain or point.fine_tune == fine_tune):
+                return point
+        return None
+
+    def steps_to(self) -> tuple[float, dict[str, list[float]]]:
+        """The held-out error that every network reaches, and the steps that each size needs for
+        it, by seed; no sizes where runs have left no curve."""
+        curves = {
+            point.size: [
+                curve(Path(point.runs[seed]["folder"]), self.metric) for seed in sorted(point.runs)
+            ]
+            for point in self.points
+            if point.plain
+        }
+        if not all(all(runs) for runs in curves.values()):
+            return math.nan, {}
+        target = max(min(error for _, error in curve) for runs in curves.values() for curve in runs)
+        return target, {
+            size: [next(float(step) for step, error in curve if error <= target) for curve in runs]
+            for size, runs in curves.items()
+        }
+
+
+def _points(results: list[dict[str, Any]]) -> list[Point]:
+    groups: dict[tuple[str, str, bool], dict[int, dict[str, Any]]] = defaultdict(dict)
+    for run in results:
+        groups[run["size"], run["compression"], run["fine_tune"]][run["seed"]] = run
+    return [Point(*key, runs) for key, runs in groups.items()]
+
+
+def losses(points: Iterable[Point], fine_tune: bool) -> dict[str, dict[str, list[float]]]:
+    """How much worse each compression makes each size, by compression and size: differences by
+    seed, from the network that had the whole budget."""
+    points = list(points)
+    dense = {point.size: point for point in points if point.plain}
+    found: dict[str, dict[str, list[float]]] = defaultdict(dict)
+    for point in points:
+        if not point.plain and point.fine_tune == fine_tune and point.size in dense:
+            whole = dense[point.size].runs
+            found[point.compression][point.size] = [
+                float(run["error"]) - float(whole[seed]["error"])
+                for seed, run in sorted(point.runs.items())
+                if seed in whole
+            ]
+    return dict(found)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """``result.json`` of every run below a folder, each with the folder that it is in."""
+    return [
+        {**json.loads(path.read_text()), "folder": str(path.parent)}
+        for path in sorted(folder.rglob("result.json"))
+    ]
+
+
+def curve(folder: Path, metric: str) -> list[tuple[int, float]]:
+    """Steps and held-out errors of a run, from its ``metrics.csv``; empty without one."""
+    path = folder / "metrics.csv"
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get(f"val/{metric}")]
+    return [(int(row["step"]) + 1, float(row[f"val/{metric}"])) for row in rows]

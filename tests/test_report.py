@@ -1,0 +1,243 @@
+"""What a study says of runs whose numbers are known, and the page that shows it."""
+
+import csv
+import json
+import re
+import shutil
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pressfit.experiments.cli import main
+from pressfit.experiments.report import checklist, conclusions, report
+from pressfit.experiments.study import Study, compare, losses, read
+
+SIZES = {"tiny": 1_000, "small": 4_000, "medium": 16_000, "large": 64_000, "huge": 256_000}
+RATIOS = {"none": 1.0, "8 bits": 4.0, "80 % zeros, 4 bits": 16.0, "random zeros": 16.0}
+
+
+def write(
+    folder: Path, error: Any, seeds: int = 3, metric: str = "error", flops: float = 1e9
+) -> None:
+    """A run of every size and compression, whose error is a function of size, ratio and seed."""
+    for size, dense in SIZES.items():
+        for compression, ratio in RATIOS.items():
+            for seed in range(seeds):
+                run = folder / f"{size}-{compression}-{seed}-{flops:g}"
+                run.mkdir(parents=True)
+                value = error(size, compression, seed)
+                result = {
+                    "metric": metric,
+                    "size": size,
+                    "compression": compression,
+                    "fine_tune": compression not in ("none", "8 bits"),
+                    "seed": seed,
+                    "error": value,
+                    "error_validation": value + 0.001,
+                    "bytes": dense / ratio,
+                    "bytes_dense": dense,
+                    "ratio": ratio,
+                    "steps": 100,
+                    "steps_before": 50,
+                    "seconds": 1.0,
+                    "flops_per_step": dense * 100.0,
+                    "operations": 1e6,
+                    "operations_needed": 1e6 if ratio < 16 else 2e5,
+                    "budget": {"flops": flops, "seconds": None, "steps": None, "validations": 4},
+                    "init": str(folder / f"{size}-none-{seed}-{flops:g}" / "model.pressfit"),
+                    "overrides": [f"seed={seed}", "model.net.widths=[64,10]"],
+                    "layers": {"net.fc1.weight": {"weights": 100, "bytes": 400 / ratio}},
+                }
+                (run / "result.json").write_text(json.dumps(result))
+                # Large networks learn faster.
+                fast = list(SIZES).index(size)
+                rows = [f"{25 * n - 1},{value + (4 - n) * 0.1 / (1 + fast)}" for n in range(1, 5)]
+                (run / "metrics.csv").write_text("\n".join([f"step,val/{metric}", *rows]) + "\n")
+
+
+def larger_is_better(size: str, compression: str, seed: int) -> float:
+    base = 0.2 - 0.03 * list(SIZES).index(size)
+    loss = {"none": 0.0, "8 bits": 0.0005, "80 % zeros, 4 bits": 0.005, "random zeros": 0.3}
+    return base + loss[compression] + 0.001 * seed
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    write(tmp_path / "runs", larger_is_better)
+    return tmp_path / "runs"
+
+
+def test_large_networks_own_what_they_own(runs: Path) -> None:
+    study = Study(read(runs))
+    assert study.sizes == list(SIZES)
+    assert study.seeds == 3
+    claims = study.claims()
+    assert [claim.bytes for claim in claims] == [1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000]
+    for claim in claims:
+        assert claim.owner.mean("bytes_dense") >= 4 * claim.bytes
+        assert claim.large is not None
+        assert claim.large.mean("bytes") <= 1.02 * claim.bytes
+        against = claim.against(claim.dense)
+        assert against is not None
+        assert against.verdict == "holds"
+    sixteen = claims[4]
+    assert (sixteen.owner.size, sixteen.dense and sixteen.dense.size) == ("huge", "medium")
+    assert sixteen.against(sixteen.dense).mean == pytest.approx(0.06 - 0.005)  # type: ignore[union-attr]
+    assert sixteen.small is not None
+    assert sixteen.small.size == "medium"
+    first, second = conclusions(study)
+    assert "beats the best dense one of equal bytes at 7 of 7" in first
+    assert "smaller" in second
+
+
+def test_a_claim_that_does_not_hold_is_told(tmp_path: Path) -> None:
+    def smaller_is_better(size: str, compression: str, seed: int) -> float:
+        return larger_is_better(size, compression, seed) + 0.06 * list(SIZES).index(size)
+
+    write(tmp_path, smaller_is_better)
+    (first, _) = conclusions(Study(read(tmp_path)))
+    assert "at 0 of 7 budgets of bytes, loses at 7, and cannot be told from it at 0" in first
+
+
+def test_noise_decides_nothing(tmp_path: Path) -> None:
+    def noise(size: str, compression: str, seed: int) -> float:
+        return 0.2 + 0.05 * ((seed * 7 + len(size) * 3 + len(compression)) % 5)
+
+    write(tmp_path, noise)
+    (first, _) = conclusions(Study(read(tmp_path)))
+    assert "and cannot be told from it at" in first
+    undecided = int(first.rpartition(" at ")[2].rstrip("."))
+    assert undecided >= 3
+
+
+def test_one_seed_decides_nothing(tmp_path: Path) -> None:
+    write(tmp_path, larger_is_better, seeds=1)
+    study = Study(read(tmp_path))
+    assert {claim.against(claim.dense).verdict for claim in study.claims()} == {"undecided"}  # type: ignore[union-attr]
+    assert ("several seeds, with intervals: 1", False) in checklist(study)
+
+
+def test_differences_are_paired_by_seed() -> None:
+    # Seeds differ by far more than networks do.
+    assert compare([0.1, 0.5, 0.9], [0.11, 0.51, 0.91]).verdict == "holds"
+    assert compare([0.1, 0.5, 0.9], [0.9, 0.1, 0.6]).verdict == "undecided"
+
+
+def test_losses_and_steps_are_by_size(runs: Path) -> None:
+    study = Study(read(runs))
+    found = losses(study.points, fine_tune=True)["80 % zeros, 4 bits"]
+    assert found.keys() == SIZES.keys()
+    assert found["tiny"] == pytest.approx([0.005] * 3)
+    target, steps = study.steps_to()
+    assert target == pytest.approx(0.202)
+    assert steps["tiny"] == [100.0] * 3
+    assert steps["huge"] == [25.0] * 3
+
+
+def test_other_budgets_are_controls(runs: Path) -> None:
+    write(runs / "short", larger_is_better, seeds=1, flops=2.5e8)
+    study = Study(read(runs))
+    assert study.budget["flops"] == 1e9
+    ((budget, points),) = study.controls
+    assert budget["flops"] == 2.5e8
+    assert len(points) == len(SIZES) * len(RATIOS)
+
+
+def test_the_checklist_is_met(runs: Path) -> None:
+    found = dict(checklist(Study(read(runs))))
+    assert found.pop("five operating points or more: 2 ratios") is False
+    assert all(found.values())
+
+
+def test_a_report_is_complete(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["report", str(runs)])
+    printed = capsys.readouterr().out
+    for words in ("Who owns each number of bytes", "holds", "at 7 of 7", "report.html"):
+        assert words in printed
+    folder = runs / "report"
+    with open(folder / "points.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(SIZES) * len(RATIOS) * 3
+    (row,) = (r for r in rows if (r["size"], r["compression"], r["seed"]) == ("tiny", "none", "0"))
+    assert float(row["error"]) == pytest.approx(0.2)
+    assert (folder / "envelope.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert ET.parse(folder / "envelope.svg").getroot().tag.endswith("svg")
+    page = (folder / "report.html").read_text()
+    assert "pressfit train seed=0 &#x27;model.net.widths=[64,10]&#x27;" in page
+    # Nothing is fetched from anywhere.
+    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=.(?!data:)", page)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "does not exist: name the folder of a sweep"),
+        (lambda folder: folder.mkdir(), "no finished run that belongs to a budget"),
+        (
+            lambda folder: (
+                write(folder / "a", larger_is_better),
+                write(folder / "b", larger_is_better, metric="bits_per_byte"),
+            ),
+            "runs measure different things: bits_per_byte, error",
+        ),
+    ],
+)
+def test_mistakes_are_named(
+    make: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "runs")
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "runs")])
+    assert message in capsys.readouterr().err
+
+
+def test_the_page_works_in_a_browser(runs: Path) -> None:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium")
+    path = report([runs], runs / "report", Console(quiet=True))
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        view = browser.new_page(viewport={"width": 1200, "height": 900})
+        problems: list[str] = []
+        asked: list[str] = []
+        view.on("console", lambda message: problems.append(message.text))
+        view.on("pageerror", lambda error: problems.append(str(error)))
+        view.on("request", lambda request: asked.append(request.url))
+        view.goto(path.as_uri())
+        view.wait_for_selector("#pareto .points path")
+        assert not problems
+        assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+        # A point tells what it is.
+        number = "document.getElementById('pareto').data[2].customdata.findIndex("
+        number += "([name]) => name === 'tiny: dense')"
+        hovered = f"[{{curveNumber: 2, pointNumber: {number}}}]"
+        view.evaluate(f"Plotly.Fx.hover('pareto', {hovered})")
+        view.wait_for_selector("#pareto .hoverlayer text")
+        hover = view.text_content("#pareto .hoverlayer")
+        assert "tiny: dense" in hover
+        assert "20.10 %" in hover
+        # The filter leaves what has all words, in the chart and in the tables.
+        count = "document.querySelectorAll('#pareto .points path').length"
+        assert view.evaluate(count) == len(SIZES) * len(RATIOS)
+        view.fill("#filter", "huge zeros")
+        view.wait_for_function(f"{count} == 2")
+        rows = view.eval_on_selector_all(
+            "tbody tr", "rows => rows.filter(row => !row.hidden).map(row => row.textContent)"
+        )
+        assert rows
+        assert all("huge" in row and "zeros" in row for row in rows)
+        view.fill("#filter", "")
+        view.wait_for_function(f"{count} == {len(SIZES) * len(RATIOS)}")
+        # A phone scrolls in one direction only, and paper has all of it.
+        view.set_viewport_size({"width": 390, "height": 800})
+        view.wait_for_function("document.documentElement.scrollWidth <= 390")
+        view.wait_for_function("document.querySelector('#pareto .main-svg').clientWidth <= 390")
+        assert len(view.pdf()) > 10_000
+        assert not problems
+        browser.close()
