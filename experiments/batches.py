@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pressfit.callbacks.sharding import processes
+
 __all__ = ["Batches", "generator"]
 
 
@@ -17,8 +19,10 @@ class Batches:
     incomplete one is left out. Lightning saves their state in its checkpoints: a resumed run sees
     the batches that an uninterrupted one would have seen.
 
+    Processes that train together share each batch, and measure all that comes in order.
+
     Args:
-        size: Examples in a batch.
+        size: Examples in a batch, of all processes together.
         seed: Seed of the order; None keeps the order.
         epoch: Returns the number of the epoch that an iteration is for.
     """
@@ -49,9 +53,10 @@ class Batches:
         if self.seed is not None:
             order = order[torch.randperm(len(order), generator=generator(self.seed, self.epoch()))]
         take = self.take()
+        rank, world = processes() if self.seed is not None else (0, 1)
         for index in order.split(self.size)[self.taken : len(self)]:
             self.taken += 1
-            yield take(index)
+            yield take(index[rank::world])
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, and number of batches taken of it."""

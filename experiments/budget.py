@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from pressfit.compressors import restore
 from pressfit.experiments.fingerprint import fingerprint, finished
 from pressfit.experiments.operations import counter, needed
-from pressfit.experiments.run import build, fit, run
+from pressfit.experiments.run import build, disband, fit, run
 
 __all__ = ["AMOUNTS", "Budget", "Pace", "Still", "pace", "spend"]
 
@@ -54,6 +54,7 @@ class Budget:
         flops: Floating-point operations in all.
         seconds: Time in all, at the pace that the network has on this machine.
         steps: Optimizer steps.
+        scale: What the amount is multiplied with.
         dense: Fraction of it that is spent before compression begins.
         calibration: Steps in which a network is compressed that is not trained meanwhile.
         validations: Times that the curve is measured, spread evenly.
@@ -69,13 +70,14 @@ class Budget:
     flops: float | None = None
     seconds: float | None = None
     steps: int | None = None
+    scale: float = 1.0
     dense: float = 0.5
     calibration: int = 20
     validations: int = 20
 
     def __post_init__(self) -> None:
         given = [value for value in (self.flops, self.seconds, self.steps) if value is not None]
-        if len(given) != 1 or given[0] <= 0:
+        if len(given) != 1 or given[0] <= 0 or self.scale <= 0:
             raise ValueError(
                 f"a budget is one of flops, seconds and steps, and positive: got flops="
                 f"{self.flops}, seconds={self.seconds}, steps={self.steps}"
@@ -92,12 +94,13 @@ class Budget:
             ValueError: Not even two.
         """
         if self.steps is not None:
-            steps = self.steps
+            steps = float(self.steps)
         elif self.flops is not None:
-            steps = int(self.flops / pace.flops)
+            steps = self.flops / pace.flops
         else:
             assert self.seconds is not None
-            steps = int(self.seconds / pace.seconds)
+            steps = self.seconds / pace.seconds
+        steps = int(self.scale * steps)
         if steps < 2:
             raise ValueError(
                 f"the budget pays for {steps} steps: one costs {pace.flops:.3g} operations and "
@@ -195,6 +198,7 @@ def spend(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
         "seed": config.seed,
         "overrides": overrides,
     }
+    disband()
     if _first():
         result |= _operations(config, folder / "model.pressfit")
         (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")

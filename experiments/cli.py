@@ -172,7 +172,10 @@ def _ranks(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     # Imported here: the other commands need none of it.
-    from pressfit.experiments.report import report
+    try:
+        from pressfit.experiments.report import report
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error}: pip install 'pressfit[report]'") from error
 
     report(options.folders, options.output or options.folders[0] / "report")
 

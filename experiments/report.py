@@ -229,9 +229,9 @@ def _controls(study: Study) -> Sheet:
     kind = next(name for name in AMOUNTS if study.budget[name] is not None)
     rows = []
     for budget, points in [*study.controls, (study.budget, study.points)]:
-        if budget.get(kind) is None:
+        if budget[kind] is None:
             continue
-        share = budget[kind] / study.budget[kind]
+        share = budget[kind] * budget["scale"] / study.budget[kind] / study.budget["scale"]
         dense = {point.size: point for point in points if point.plain}
         compared = {point.size for _, others in study.controls for point in others}
         for compression, by_size in losses(points, fine_tune=False).items():

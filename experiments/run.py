@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -25,7 +26,7 @@ from pressfit.experiments.figures import draw
 from pressfit.experiments.fingerprint import fingerprint
 from pressfit.experiments.metric import shown
 
-__all__ = ["build", "fit", "instances", "run"]
+__all__ = ["build", "disband", "fit", "instances", "run"]
 
 
 def run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
@@ -137,6 +138,13 @@ def fit(
     start = time.perf_counter()
     trainer.fit(model, datamodule=data, ckpt_path=resume)
     return trainer, time.perf_counter() - start
+
+
+def disband() -> None:
+    """End the group of processes that trained together: what comes is for one process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def _keep_curve(loggers: list[Any], step: int) -> None:

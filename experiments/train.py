@@ -2,6 +2,7 @@
 belongs to one budget."""
 
 import logging
+import os
 import shlex
 import sys
 import traceback
@@ -18,7 +19,7 @@ from omegaconf import DictConfig
 from pressfit.experiments.budget import AMOUNTS, spend
 from pressfit.experiments.fingerprint import finished
 from pressfit.experiments.progress import NOTE
-from pressfit.experiments.run import run
+from pressfit.experiments.run import disband, run
 
 __all__ = ["main"]
 
@@ -36,6 +37,7 @@ def main(config: DictConfig) -> float:
         return _error(config, overrides)
     failure = folder / "error.txt"
     failure.unlink(missing_ok=True)
+    environment = dict(os.environ)
     try:
         with open(folder / "log.txt", "a") as log, _output_into(log):
             return _error(config, overrides)
@@ -45,11 +47,16 @@ def main(config: DictConfig) -> float:
         raise
     finally:
         (folder / NOTE).unlink(missing_ok=True)
+        # Where Lightning has left the number of this process and of all, the next job would take
+        # itself for one of many that someone else had started.
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def _error(config: DictConfig, overrides: list[str]) -> float:
     budgeted = any(config.budget[amount] is not None for amount in AMOUNTS)
     result = finished(config) or (spend if budgeted else run)(config, overrides)
+    disband()
     return float(result["error_validation"])
 
 

@@ -235,7 +235,13 @@ def names(group: str) -> list[str]:
 
 
 EXPERIMENTS = [[], *([f"experiment={name}"] for name in names("experiment"))]
-DATA = {"mlp": "digits", "lenet300": "mnist", "lenet5": "mnist", "transformer": "stdlib"}
+DATA = {
+    "mlp": "digits",
+    "cnn": "digits",
+    "lenet300": "mnist",
+    "lenet5": "mnist",
+    "transformer": "stdlib",
+}
 MODELS = [name for name in names("model") if name != "classifier"]
 
 

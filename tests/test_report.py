@@ -23,6 +23,7 @@ def write(
     folder: Path, error: Any, seeds: int = 3, metric: str = "error", flops: float = 1e9
 ) -> None:
     """A run of every size and compression, whose error is a function of size, ratio and seed."""
+    budget = {"flops": flops, "seconds": None, "steps": None, "scale": 1.0, "validations": 4}
     for size, dense in SIZES.items():
         for compression, ratio in RATIOS.items():
             for seed in range(seeds):
@@ -46,7 +47,7 @@ def write(
                     "flops_per_step": dense * 100.0,
                     "operations": 1e6,
                     "operations_needed": 1e6 if ratio < 16 else 2e5,
-                    "budget": {"flops": flops, "seconds": None, "steps": None, "validations": 4},
+                    "budget": budget,
                     "init": str(folder / f"{size}-none-{seed}-{flops:g}" / "model.pressfit"),
                     "overrides": [f"seed={seed}", "model.net.widths=[64,10]"],
                     "layers": {"net.fc1.weight": {"weights": 100, "bytes": 400 / ratio}},

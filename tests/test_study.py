@@ -22,16 +22,16 @@ STUDY = [
     "trainer.accelerator=cpu",
     "budget.flops=null",
     "budget.steps=80",
+    "budget.scale=1",
     "budget.validations=4",
 ]
 SIZES = "model.net.widths=[64,8,10],[64,16,10]"
 
 
 def study(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
-    code = "from pressfit.experiments.cli import main; main()"
-    command = [sys.executable, "-c", code, "train", "-m", *STUDY, *words]
+    command = Path(sys.executable).with_name("pressfit")
     return subprocess.Popen(
-        command,
+        [str(command), "train", "-m", *STUDY, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -164,6 +164,46 @@ def test_a_killed_study_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     assert [line.count(",") for line in curves[0].splitlines()] == [
         line.count(",") for line in curves[1].splitlines()
     ]
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_other_launchers_do_the_same(launcher: str, swept: Path, tmp_path: Path) -> None:
+    several = "hydra.launcher.n_jobs=2" if launcher == "joblib" else "hydra.launcher.timeout_min=9"
+    words = ["seed=0", "model.net.widths=[64,8,10]", "compression=bits4", "fine_tune=true,false"]
+    run = study(tmp_path, *words, f"hydra/launcher={launcher}", several)
+    output, errors = run.communicate()
+    assert run.returncode == 0, errors
+    assert "2 of 2" in output
+    found, expected = (
+        {
+            (r["compression"], r["fine_tune"]): (r["error"], r["bytes"])
+            for r in results(folder)
+            if r["size"] == "64-8-10"
+        }
+        for folder in (tmp_path, swept)
+    )
+    assert len(found) == 2
+    assert found.items() <= expected.items()
+
+
+def test_every_job_of_a_sweep_has_its_own_processes(swept: Path, tmp_path: Path) -> None:
+    words = ["seed=0", "model.net.widths=[64,8,10]", "compression=none,bits4", "fine_tune=true"]
+    run = study(tmp_path, *words, "trainer.devices=2", "trainer.strategy=ddp")
+    _, errors = run.communicate()
+    assert run.returncode == 0, errors
+    alone = {
+        r["compression"]: r
+        for r in results(swept)
+        if r["size"] == "64-8-10" and r["compression"] in ("none", "4 bits")
+    }
+    found = results(tmp_path)
+    assert len(found) == 2
+    for result in found:
+        other = alone[result["compression"]]
+        # Both processes together do what one does.
+        assert result["flops_per_step"] == other["flops_per_step"]
+        assert result["error"] == pytest.approx(other["error"], abs=0.1)
+        assert result["steps"] == 80
 
 
 @pytest.mark.parametrize(
