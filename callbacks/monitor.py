@@ -35,13 +35,15 @@ class CompressionMonitor(pl.Callback):
 
     Args:
         every_n_epochs: Epochs between two estimates; each one codes all weights.
+        monitor: Metric that is logged once more, beside the bytes and as ``compression/<metric>``,
+            so that a dashboard can draw the one against the other: ``val/error`` for example.
     """
 
-    def __init__(self, every_n_epochs: int = 1) -> None:
+    def __init__(self, every_n_epochs: int = 1, monitor: str | None = None) -> None:
         super().__init__()
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs is at least 1, got {every_n_epochs}")
-        self.every_n_epochs = every_n_epochs
+        self.every_n_epochs, self.monitor = every_n_epochs, monitor
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and not trainer.loggers:
@@ -52,7 +54,12 @@ class CompressionMonitor(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            pl_module.log_dict(self.metrics(trainer, pl_module))
+            metrics = self.metrics(trainer, pl_module)
+            if self.monitor in trainer.callback_metrics:
+                metrics[f"compression/{self.monitor}"] = float(
+                    trainer.callback_metrics[self.monitor]
+                )
+            pl_module.log_dict(metrics)
 
     @staticmethod
     def metrics(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:

@@ -13,7 +13,7 @@ from omegaconf.errors import InterpolationResolutionError
 __all__ = ["fingerprint", "finished"]
 
 # Where a run writes, and what it shows while it trains.
-_ASIDE = {"hydra", "folder", "cache", "logger", "observers"}
+_ASIDE = {"hydra", "folder", "cache", "group", "logger", "observers"}
 _ASIDE_OF_TRAINER = {
     "default_root_dir",
     "enable_progress_bar",
@@ -45,7 +45,7 @@ def fingerprint(config: DictConfig) -> str:
     if not known["callbacks"]:
         known.pop("fine_tune", None)
     text = json.dumps([version("pressfit"), known], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return _digest(text)
 
 
 def finished(config: DictConfig) -> dict[str, Any] | None:
@@ -55,6 +55,10 @@ def finished(config: DictConfig) -> dict[str, Any] | None:
         return None
     result: dict[str, Any] = json.loads(path.read_text())
     return result if result.get("fingerprint") == fingerprint(config) else None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _plain(config: DictConfig, name: Any) -> Any:
@@ -67,5 +71,7 @@ def _plain(config: DictConfig, name: Any) -> Any:
         return OmegaConf.to_container(node, resolve=False)
 
 
+# For what shall be the same whenever a run goes on in its folder.
+OmegaConf.register_new_resolver("digest", lambda text: _digest(str(text)), replace=True)
 # As the name of a job's directory: a sweep that is started again finds what it has done.
 OmegaConf.register_new_resolver("fingerprint", lambda *, _root_: fingerprint(_root_), replace=True)

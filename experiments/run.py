@@ -17,11 +17,12 @@ import torch.distributed as dist
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from pressfit.callbacks import CompressedCheckpoint
 from pressfit.compressors import Report, restore
+from pressfit.experiments.dashboard import declare, publish
 from pressfit.experiments.figures import draw
 from pressfit.experiments.fingerprint import fingerprint
 from pressfit.experiments.metric import shown
@@ -51,8 +52,8 @@ def run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     if checkpoint is None:
         raise MisconfigurationException("no checkpoint among the observers: none writes the file")
 
-    resume = folder / "resume.ckpt"
-    trainer, seconds = fit(config, callbacks, instances(config.get("logger")), resume)
+    loggers, resume = instances(config.get("logger")), folder / "resume.ckpt"
+    trainer, seconds = fit(config, callbacks, loggers, resume)
     # What is measured is what the file holds, in a module that was never trained.
     path = trainer.strategy.broadcast(checkpoint.path)
     assert path is not None, "the checkpoint wrote no file, and said nothing"
@@ -98,6 +99,11 @@ def run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
             config.metric,
         )
         print(_summary(result, folder))
+        publish(loggers, result, path)
+    for logger in loggers:
+        logger.finalize("success")
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()  # or the next run of this process would go on with it
     return result
 
 
@@ -135,6 +141,7 @@ def fit(
         resume = None
         if config.init is not None:
             restore(model, config.init)
+    declare(loggers, config)
     start = time.perf_counter()
     trainer.fit(model, datamodule=data, ckpt_path=resume)
     return trainer, time.perf_counter() - start

@@ -33,20 +33,27 @@ def main(config: DictConfig) -> float:
     # name the command and this job alone, not the whole sweep.
     sys.argv = [sys.argv[0], "train", *overrides]
     folder = Path(job.runtime.output_dir)
-    if job.mode != RunMode.MULTIRUN:
+    try:
+        if job.mode == RunMode.MULTIRUN:
+            config.group = config.group or Path(job.sweep.dir).name
+            return _one_of_many(config, overrides, folder)
         return _error(config, overrides)
-    failure = folder / "error.txt"
+    finally:
+        (folder / NOTE).unlink(missing_ok=True)
+
+
+def _one_of_many(config: DictConfig, overrides: list[str], folder: Path) -> float:
+    """A job of a sweep, which goes on if it fails; what went wrong is to be found later."""
+    failure, environment = folder / "error.txt", dict(os.environ)
     failure.unlink(missing_ok=True)
-    environment = dict(os.environ)
     try:
         with open(folder / "log.txt", "a") as log, _output_into(log):
             return _error(config, overrides)
-    except Exception:  # the sweep goes on, and what went wrong is to be found later
+    except Exception:
         command = shlex.join(["pressfit", "train", *overrides, f"hydra.run.dir={folder}"])
         failure.write_text(f"{command}\n\n{traceback.format_exc()}")
         raise
     finally:
-        (folder / NOTE).unlink(missing_ok=True)
         # Where Lightning has left the number of this process and of all, the next job would take
         # itself for one of many that someone else had started.
         os.environ.clear()
