@@ -1,6 +1,7 @@
 """What the jobs of a sweep are at: each leaves a note in its folder, and one display reads them."""
 
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,8 @@ class Progress:
     """
 
     def __init__(self, jobs: Mapping[Path, str], console: Console | None = None) -> None:
-        self.jobs, self.console = dict(jobs), console or Console()
+        # This very stream: what a job of this process prints goes elsewhere while it runs.
+        self.jobs, self.console = dict(jobs), console or Console(file=sys.stdout)
         self.done = {folder for folder in self.jobs if _result(folder)}
         self.before = len(self.done)
         self.failed: set[Path] = set()

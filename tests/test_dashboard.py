@@ -15,6 +15,9 @@ import yaml
 wandb_proto = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 
 
+pytestmark = pytest.mark.xdist_group("dashboard")
+
+
 def records(path: Path) -> Iterator[Any]:
     """The records of a run's file, which is a log of LevelDB's: blocks of 32 KiB, in which every
     part of a record has a checksum, a length and a kind (whole, first, middle, last)."""

@@ -40,6 +40,10 @@ def pressfit_(*words: str, **environment: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
 
 
+# One worker, since the sweep below is made once for all.
+pytestmark = pytest.mark.xdist_group("experiments")
+
+
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two seeds of a short run, from the command line."""

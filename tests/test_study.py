@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,20 +12,67 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import get_object
 from torch import nn
 
 from pressfit.compressors import load, same_bits
 from pressfit.experiments.budget import Budget, Pace
 from pressfit.experiments.operations import counter, needed
 
+# One worker, since the sweep below is made once for all.
+pytestmark = pytest.mark.xdist_group("study")
+
 STUDY = [
     "experiment=train_big_then_compress",
     "trainer.accelerator=cpu",
-    "budget.flops=null",
     "budget.steps=80",
     "budget.scale=1",
     "budget.validations=4",
 ]
+DOCS = Path(__file__).parents[1] / "docs" / "study.md"
+
+MINE = """
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Net(pl.LightningModule):
+    def __init__(self, width):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(20, width), torch.nn.Linear(width, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x).relu())
+
+    def training_step(self, batch, _):
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, _):
+        self.log("val/error", (self(batch[0]).argmax(1) != batch[1]).float().mean())
+
+    def test_step(self, batch, _):
+        self.log("test/error", (self(batch[0]).argmax(1) != batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 3e-3)
+
+
+class Data(pl.LightningDataModule):
+    def setup(self, stage):
+        x = torch.randn(500, 20, generator=torch.Generator().manual_seed(0))
+        self.data = TensorDataset(x, (x[:, 0] > 0).long())
+
+    def train_dataloader(self):
+        return DataLoader(self.data, 100, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(self.data, 500)
+
+    test_dataloader = val_dataloader
+"""
+
 SIZES = "model.net.widths=[64,8,10],[64,16,10]"
 
 
@@ -166,6 +214,30 @@ def test_a_killed_study_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     ]
 
 
+def test_the_documented_study_of_an_own_network_runs(tmp_path: Path) -> None:
+    for name, text in re.findall(r"```yaml\n# (\S+)\n(.*?)```", DOCS.read_text(), re.DOTALL):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "mine.py").write_text(MINE)
+    command = [str(Path(sys.executable).with_name("pressfit")), "train", "-m"]
+    command += ["--config-dir", "configs", "experiment=mine", "seed=0", "budget.steps=30"]
+    command += ["model.width=4,64", "compression=none,zeros80_bits4", "fine_tune=true"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [*command, "budget.scale=1"],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    sizes = [(r["size"], r["compression"]) for r in results(tmp_path)]
+    ways = ("none", "80 % zeros, 4 bits")
+    assert sorted(sizes) == sorted((f"width {n}", way) for n in (4, 64) for way in ways)
+    assert all(f"{number} of 4" in done.stdout for number in range(1, 5))
+
+
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_other_launchers_do_the_same(launcher: str, swept: Path, tmp_path: Path) -> None:
     several = "hydra.launcher.n_jobs=2" if launcher == "joblib" else "hydra.launcher.timeout_min=9"
@@ -184,6 +256,15 @@ def test_other_launchers_do_the_same(launcher: str, swept: Path, tmp_path: Path)
     )
     assert len(found) == 2
     assert found.items() <= expected.items()
+
+
+def test_a_cluster_gets_a_task_and_a_gpu_for_each_process() -> None:
+    words = [STUDY[0], "hydra/launcher=cluster", "trainer.devices=2", "hydra.launcher.partition=p"]
+    with initialize_config_module("pressfit.configs", version_base="1.3"):
+        config = compose("train", words, return_hydra_config=True)
+    launcher = config.hydra.launcher
+    assert get_object(launcher._target_).__name__ == "SlurmLauncher"
+    assert (launcher.tasks_per_node, launcher.gpus_per_node, launcher.partition) == (2, 2, "p")
 
 
 def test_every_job_of_a_sweep_has_its_own_processes(swept: Path, tmp_path: Path) -> None:
