@@ -187,7 +187,7 @@ def spend(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     result = result | {
         "fingerprint": fingerprint(config),
         "size": _name(config.size) or _words_of("model", overrides) or config.model._target_,
-        "compression": str(config.compression or _words_of("callbacks", overrides) or "none"),
+        "compression": _compression(config, overrides) if methods else "none",
         "fine_tune": bool(config.fine_tune and methods),
         "budget": vars(budget),
         "flops_per_step": cost.flops,
@@ -286,6 +286,11 @@ def _operations(config: DictConfig, file: Path) -> dict[str, float]:
 def _name(size: Any) -> str:
     """What networks of a size are called; a list of widths is joined."""
     return "-".join(map(str, size)) if isinstance(size, ListConfig) else str(size or "")
+
+
+def _compression(config: DictConfig, overrides: list[str]) -> str:
+    words = [config.compression, *(o for o in overrides if o.startswith("callbacks"))]
+    return " ".join(word for word in words if word) or "compressed"
 
 
 def _words_of(group: str, overrides: list[str]) -> str:

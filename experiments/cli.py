@@ -107,11 +107,13 @@ def _train(overrides: list[str]) -> None:
     # Imported here: the other commands need none of it.
     from hydra.core.plugins import Plugins
     from hydra_plugins.pressfit.grids import Grids
+    from hydra_plugins.pressfit.search import Search
 
     from pressfit.experiments.train import main as train
 
     # Hydra finds what is installed as a copy by itself; an editable installation it overlooks.
-    Plugins.instance().register(Grids)
+    for sweeper in (Grids, Search):
+        Plugins.instance().register(sweeper)
     sys.argv = [sys.argv[0], *overrides]
     # So that Hydra raises what went wrong instead of printing a report of its own.
     os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -2,27 +2,17 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
-from hydra.plugins.launcher import Launcher
-from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-
-from pressfit.experiments.fingerprint import fingerprint, finished
-from pressfit.experiments.progress import Progress
+from hydra_plugins.pressfit.jobs import Job, Jobs
 
 __all__ = ["Grids"]
 
 
-class Grids(Sweeper):
+class Grids(Jobs):
     """Every combination of the values of each grid; combinations that mean the same run once.
 
     What is given on the command line replaces what a grid says of the same key. Runs that have
@@ -42,80 +32,22 @@ class Grids(Sweeper):
         super().__init__()
         self.params = dict(params or {})
         self.grids = [dict(grid) for grid in grids or [{}]]
-        self.config: DictConfig | None = None
-        self.context: HydraContext | None = None
-        self.launcher: Launcher | None = None
-
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
-        self.config, self.context = config, hydra_context
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
-        assert self.config is not None
-        assert self.launcher is not None
-        folder = Path(self.config.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
-        jobs = self._jobs(arguments)
-        left = [words for words, _, done in jobs if not done]
-        print(f"{len(jobs)} jobs in {folder}, {len(jobs) - len(left)} of them finished before")
-        common = set.intersection(*(set(words) for words, _, _ in jobs))
-        names = {
-            path: " ".join(word for word in words if word not in common) or "the only job"
-            for words, path, _ in jobs
-        }
-        with Progress(names):
-            return [self.launcher.launch(left, initial_job_idx=0)] if left else []
+        folder, jobs = self.folder, self._jobs(arguments)
+        done = sum(job.done for job in jobs)
+        print(f"{len(jobs)} jobs in {folder}, {done} of them finished before")
+        return [self.launch(jobs)]
 
-    def _jobs(self, arguments: list[str]) -> list[tuple[list[str], Path, bool]]:
-        """The words of each job, its folder, and whether it is done."""
-        found: dict[str, tuple[list[str], Path, bool]] = {}
-        for words in self._combinations(arguments):
-            config, numbered = self._compose(words, len(found))
-            key = fingerprint(config)
-            # A sweep whose folders are numbers has no way to tell what was done in them.
-            found.setdefault(
-                key, (words, Path(config.folder), not numbered and finished(config) is not None)
-            )
-        return list(found.values())
-
-    def _combinations(self, arguments: list[str]) -> list[list[str]]:
-        assert self.context is not None
-        parser = OverridesParser.create(config_loader=self.context.config_loader)
-        combinations = []
+    def _jobs(self, arguments: list[str]) -> list[Job]:
+        found: dict[str, Job] = {}
         for grid in self.grids:
             words = [f"{key}={value}" for key, value in {**self.params, **grid}.items()]
-            # By key, so that the last one counts, at the place of the first.
-            values = {
-                o.get_key_element(): _values(o) for o in parser.parse_overrides(words + arguments)
-            }
-            combinations += [list(chosen) for chosen in itertools.product(*values.values())]
-        return combinations
-
-    def _compose(self, words: list[str], number: int) -> tuple[DictConfig, bool]:
-        """A job's configuration with its folder, and whether that depends on the job's number."""
-        assert self.context is not None
-        assert self.config is not None
-        config = self.context.config_loader.load_sweep_config(self.config, words)
-        before = HydraConfig.instance().cfg
-        folders = []
-        try:
-            for id in (number, number + 1):
-                with read_write(config.hydra), open_dict(config):
-                    config.hydra.job.id = config.hydra.job.num = id
-                HydraConfig.instance().set_config(config)
-                sweep = config.hydra.sweep
-                folders.append(str(Path(str(sweep.dir)) / str(sweep.subdir)))
-            with read_write(config.hydra), open_dict(config):
-                config.hydra.runtime.output_dir = folders[0]
-                config.folder = folders[0]
-        finally:
-            HydraConfig.instance().cfg = before
-        return config, folders[0] != folders[1]
+            values = map(_values, self.parse(words + arguments))
+            for chosen in itertools.product(*values):
+                job = self.job(list(chosen), len(found))
+                found.setdefault(job.key, job)
+        return list(found.values())
 
 
 def _values(override: Override) -> list[str]:
@@ -124,7 +56,7 @@ def _values(override: Override) -> list[str]:
         return [f"{key}={override.get_value_element_as_str()}"]
     if not override.is_discrete_sweep():
         raise HydraException(
-            f"{key}: a grid has values, and {override.get_value_element_as_str()} is an interval: "
-            "name them, or search with hydra/sweeper=optuna"
+            f"{key}: a grid has values, not an interval: name values, or search with "
+            "hydra/sweeper=search"
         )
     return [f"{key}={value}" for value in override.sweep_string_iterator()]

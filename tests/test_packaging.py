@@ -63,8 +63,8 @@ def test_compressors_load_without_lightning_and_hydra() -> None:
 def test_sweepers_load_without_torch() -> None:
     """Hydra imports the plugins of every package for every command, whatever it is for."""
     code = (
-        "import sys, hydra_plugins.pressfit.grids\n"
-        "print(sorted({'torch', 'lightning', 'matplotlib'} & sys.modules.keys()))"
+        "import sys, hydra_plugins.pressfit.grids, hydra_plugins.pressfit.search\n"
+        "print(sorted({'torch', 'lightning', 'matplotlib', 'optuna'} & sys.modules.keys()))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

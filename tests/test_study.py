@@ -24,7 +24,6 @@ from pressfit.experiments.operations import counter, needed
 pytestmark = pytest.mark.xdist_group("study")
 
 STUDY = [
-    "experiment=train_big_then_compress",
     "trainer.accelerator=cpu",
     "budget.steps=80",
     "budget.scale=1",
@@ -76,15 +75,17 @@ class Data(pl.LightningDataModule):
 SIZES = "model.net.widths=[64,8,10],[64,16,10]"
 
 
-def study(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+def study(
+    folder: Path, *words: str, experiment: str = "train_big_then_compress"
+) -> subprocess.Popen[str]:
     command = Path(sys.executable).with_name("pressfit")
     return subprocess.Popen(
-        [str(command), "train", "-m", *STUDY, *words],
+        [str(command), "train", "-m", f"experiment={experiment}", *STUDY, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=folder,
-        env={**os.environ, "COLUMNS": "200", **environment},
+        env={**os.environ, "COLUMNS": "200"},
     )
 
 
@@ -214,6 +215,40 @@ def test_a_killed_study_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     ]
 
 
+def test_a_search_learns_and_goes_on(tmp_path: Path) -> None:
+    experiment = "search_compression"
+    words = ["hydra/sweeper=search", "model.net.widths=[64,16,10]", "hydra.sweeper.trials=4"]
+    run = study(tmp_path, *words, experiment=experiment)
+    output, errors = run.communicate()
+    assert run.returncode == 0, errors
+    assert "4 trials in" in output
+    found = results(tmp_path)
+    assert len(found) == 4
+    assert len({result["compression"] for result in found}) == 4
+    front = re.findall(r"^([\d.]+), (\S+): callbacks.prune.sparsity=", output, re.MULTILINE)
+    points = {(r["error_validation"], r["bytes"]) for r in found}
+    best = {
+        (error, size)
+        for error, size in points
+        if not any(e <= error and b <= size and (e, b) != (error, size) for e, b in points)
+    }
+    assert len(front) == len(best)
+    run = study(tmp_path, *words[:-1], "hydra.sweeper.trials=6", experiment=experiment)
+    output, errors = run.communicate()
+    assert run.returncode == 0, errors
+    assert "6 trials in" in output
+    assert "4 of them finished before" in output
+    assert len(results(tmp_path)) == 6
+    run = study(tmp_path, *words, "~hydra.sweeper.params", experiment=experiment)
+    _, errors = run.communicate()
+    assert run.returncode == 2
+    assert "nothing to search: give an interval" in errors
+    run = study(tmp_path, experiment=experiment)
+    _, errors = run.communicate()
+    assert run.returncode == 2
+    assert "sparsity: a grid has values, not an interval: name values, or search with" in errors
+
+
 def test_the_documented_study_of_an_own_network_runs(tmp_path: Path) -> None:
     for name, text in re.findall(r"```yaml\n# (\S+)\n(.*?)```", DOCS.read_text(), re.DOTALL):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -259,7 +294,7 @@ def test_other_launchers_do_the_same(launcher: str, swept: Path, tmp_path: Path)
 
 
 def test_a_cluster_gets_a_task_and_a_gpu_for_each_process() -> None:
-    words = [STUDY[0], "hydra/launcher=cluster", "trainer.devices=2", "hydra.launcher.partition=p"]
+    words = ["hydra/launcher=cluster", "hydra.launcher.partition=p", "trainer.devices=2"]
     with initialize_config_module("pressfit.configs", version_base="1.3"):
         config = compose("train", words, return_hydra_config=True)
     launcher = config.hydra.launcher

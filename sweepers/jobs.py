@@ -1,0 +1,97 @@
+"""What sweepers share: jobs, their folders, what was done before, and the display."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from pressfit.experiments.fingerprint import fingerprint, finished
+from pressfit.experiments.progress import Progress
+
+__all__ = ["Job", "Jobs"]
+
+
+class Job(NamedTuple):
+    """A job of a sweep.
+
+    Args:
+        words: Its overrides.
+        key: Fingerprint of its configuration.
+        folder: Where it writes.
+        done: Whether it has finished before.
+    """
+
+    words: list[str]
+    key: str
+    folder: Path
+    done: bool
+
+
+class Jobs(Sweeper):
+    """Launches jobs that have not finished before; one that fails does not stop the others."""
+
+    config: DictConfig
+    context: HydraContext
+    launcher: Launcher
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        self.config, self.context = config, hydra_context
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    @property
+    def folder(self) -> Path:
+        """The sweep's own folder, which holds what Hydra was told."""
+        folder = Path(self.config.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        return folder
+
+    def parse(self, words: list[str]) -> list[Override]:
+        """Overrides, of which the last one of a key counts, at the place of the first."""
+        parser = OverridesParser.create(config_loader=self.context.config_loader)
+        return list({o.get_key_element(): o for o in parser.parse_overrides(words)}.values())
+
+    def job(self, words: list[str], number: int) -> Job:
+        """The job of these words."""
+        config = self.context.config_loader.load_sweep_config(self.config, words)
+        before = HydraConfig.instance().cfg
+        folders = []
+        try:
+            for id in (number, number + 1):
+                with read_write(config.hydra), open_dict(config):
+                    config.hydra.job.id = config.hydra.job.num = id
+                HydraConfig.instance().set_config(config)
+                sweep = config.hydra.sweep
+                folders.append(str(Path(str(sweep.dir)) / str(sweep.subdir)))
+            with read_write(config.hydra), open_dict(config):
+                config.hydra.runtime.output_dir = folders[0]
+                config.folder = folders[0]
+        finally:
+            HydraConfig.instance().cfg = before
+        # A sweep whose folders are numbers has no way to tell what was done in them.
+        done = folders[0] == folders[1] and finished(config) is not None
+        return Job(words, fingerprint(config), Path(folders[0]), done)
+
+    def launch(self, jobs: Sequence[Job], first: int = 0) -> Sequence[JobReturn]:
+        """Run those that are not done, with a display of all."""
+        common = set.intersection(*(set(job.words) for job in jobs))
+        names = {
+            job.folder: " ".join(word for word in job.words if word not in common) or "the only job"
+            for job in jobs
+        }
+        left = [job.words for job in jobs if not job.done]
+        with Progress(names):
+            return self.launcher.launch(left, initial_job_idx=first) if left else []

@@ -1,0 +1,127 @@
+"""A search for the best trade-offs, by Optuna."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    IntervalSweep,
+    Override,
+    RangeSweep,
+)
+from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
+from hydra_plugins.pressfit.jobs import Jobs
+
+__all__ = ["Search"]
+
+
+class Search(Jobs):
+    """Trials that Optuna proposes, which learn from those before them; all objectives are less is
+    better, and none is put above another.
+
+    Args:
+        params: What is searched, by key, as on the command line: ``interval(0.5, 0.99)``, with
+            ``tag(log, interval(1, 100))`` on a logarithmic scale; ``range(2, 9)``; ``choice(a, b)``
+            or ``a,b``.
+        objectives: Numbers of ``result.json``.
+        trials: Their number, those of an interrupted search included.
+        parallel: Trials that are proposed together, for a launcher that runs several at once.
+        seed: Seed of the proposals.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Any] | None = None,
+        objectives: Sequence[str] = ("error_validation", "bytes"),
+        trials: int = 30,
+        parallel: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.params, self.objectives = dict(params or {}), list(objectives)
+        self.trials, self.parallel, self.seed = trials, parallel, seed
+
+    def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
+        try:
+            import optuna
+            from optuna.storages import JournalStorage
+            from optuna.storages.journal import JournalFileBackend
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{error}: pip install 'pressfit[sweep]'") from error
+
+        folder = self.folder
+        overrides = self.parse([f"{k}={v}" for k, v in self.params.items()] + arguments)
+        if not any(override.is_sweep_override() for override in overrides):
+            raise HydraException(
+                "nothing to search: give an interval, as in "
+                "'callbacks.prune.sparsity=interval(0.5,0.99)'"
+            )
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        log = JournalFileBackend(str(folder / "search.log"))
+        study = optuna.create_study(
+            study_name="search",
+            storage=JournalStorage(log),
+            directions=["minimize"] * len(self.objectives),
+            load_if_exists=True,
+        )
+        # Another seed for what goes on: it would begin with the same proposals.
+        study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
+        states = optuna.trial.TrialState
+        for stopped in study.get_trials(states=(states.RUNNING,)):
+            # It is tried again, and resumes.
+            study.enqueue_trial(stopped.params)
+            study.tell(stopped.number, state=states.FAIL)
+        before = len(study.get_trials(states=(states.COMPLETE,)))
+        print(f"{self.trials} trials in {folder}, {before} of them finished before")
+        returns: list[Sequence[JobReturn]] = []
+        count = before
+        while count < self.trials:
+            asked = [study.ask() for _ in range(min(self.parallel, self.trials - count))]
+            jobs = [
+                self.job([_word(override, trial) for override in overrides], trial.number)
+                for trial in asked
+            ]
+            returns.append(self.launch(jobs, asked[0].number))
+            for trial, job in zip(asked, jobs, strict=True):
+                path = job.folder / "result.json"
+                if path.is_file():
+                    result = json.loads(path.read_text())
+                    study.tell(trial, [float(result[name]) for name in self.objectives])
+                else:
+                    study.tell(trial, state=states.FAIL)
+            count += len(asked)
+        for best in sorted(study.best_trials, key=lambda trial: trial.values):
+            values = ", ".join(f"{value:.4g}" for value in best.values)
+            print(f"{values}: {' '.join(f'{k}={v}' for k, v in best.params.items())}")
+        return returns
+
+
+def _word(override: Override, trial: Any) -> str:
+    """The override with a value that the trial proposes, if there is a choice."""
+    key, value = override.get_key_element(), override.value()
+    if isinstance(value, ChoiceSweep):
+        chosen = trial.suggest_categorical(key, list(override.sweep_string_iterator()))
+    elif isinstance(value, RangeSweep):
+        assert value.start is not None
+        assert value.stop is not None
+        whole = all(isinstance(n, int) for n in (value.start, value.stop, value.step))
+        # Hydra's range ends before its stop, as Python's.
+        if whole:
+            chosen = trial.suggest_int(key, value.start, value.stop - 1, step=value.step)
+        else:
+            stop = value.start + value.step * (
+                math.ceil((value.stop - value.start) / value.step) - 1
+            )
+            chosen = trial.suggest_float(key, value.start, stop, step=value.step)
+    elif isinstance(value, IntervalSweep):
+        assert value.start is not None
+        assert value.end is not None
+        whole = isinstance(value.start, int) and isinstance(value.end, int)
+        suggest = trial.suggest_int if whole else trial.suggest_float
+        chosen = suggest(key, value.start, value.end, log="log" in value.tags)
+    else:
+        return f"{key}={override.get_value_element_as_str()}"
+    return f"{key}={chosen}"
