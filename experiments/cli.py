@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pressfit.compressors import inspect, load, restore
+from pressfit.experiments.nearest import nearest
 
 __all__ = ["main"]
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except _MISTAKES as error:
         if traceback:
             raise
-        print(f"pressfit: {_one_line(error)}", file=sys.stderr)
+        print(f"pressfit: {_one_line(error, words)}", file=sys.stderr)
         print("HYDRA_FULL_ERROR=1 in the environment shows where.", file=sys.stderr)
         sys.exit(2)
 
@@ -205,12 +206,12 @@ def _restored(folder: Path, part: str = "test", most: int | None = None) -> tupl
     return module, torch.cat(batches)[:most]
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, words: list[str]) -> str:
     # Hydra names the call that failed; what went wrong is in the cause.
     if isinstance(error, InstantiationException) and error.__cause__:
-        return _one_line_of(str(error.__cause__))
-    return _one_line_of(str(error).partition("Config search path")[0])
-
-
-def _one_line_of(message: str) -> str:
+        return " ".join(str(error.__cause__).split())
+    message = str(error).partition("Config search path")[0]
+    if words[:1] == ["train"] and (hint := nearest(message, words[1:])):
+        own = message.partition("To append")[0].partition("Available options")[0]
+        message = own.strip().rstrip(".") + hint
     return " ".join(message.split())
