@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``pressfit`` with these arguments, by default the process's own."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     traceback = bool(os.environ.get("HYDRA_FULL_ERROR"))
+    _find_modules_here()
     try:
         if words[:1] == ["train"]:
             _train(words[1:])
@@ -59,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     # Never reached: Hydra reads what stands behind `train`.
     commands.add_parser("train", help="train, compress, measure, draw")
+    new = commands.add_parser("new", help="begin a project with a network of your own")
+    new.add_argument("folder", type=Path, metavar="PROJECT", help="folder to make")
+    new.set_defaults(run=_new)
     table = commands.add_parser("inspect", help="show where the bytes of a compressed file go")
     table.add_argument("file", type=Path, metavar="FILE")
     table.add_argument("--limit", type=int, help="most bytes that its tensors may take")
@@ -102,6 +107,28 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=15, help="times that each engine has a turn")
     bench.set_defaults(run=_bench)
     return parser
+
+
+def _find_modules_here() -> None:
+    """Let configurations name modules of the folder that the command is given in, also in the
+    processes that it starts."""
+    here = os.getcwd()
+    if here in sys.path:
+        return
+    sys.path.append(here)
+    known = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{known}{os.pathsep}{here}" if known else here
+
+
+def _new(options: argparse.Namespace) -> None:
+    folder: Path = options.folder
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: name a folder that is not there yet")
+    shutil.copytree(Path(__file__).with_name("project"), folder, dirs_exist_ok=True)
+    (folder / "network.txt").rename(folder / "network.py")
+    print(f"{folder} is made; its README.md says the same:\n")
+    print(f"    cd {folder}")
+    print("    pressfit train --config-dir configs experiment=mine")
 
 
 def _train(overrides: list[str]) -> None:

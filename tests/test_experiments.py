@@ -3,6 +3,8 @@
 import inspect
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from itertools import product
@@ -34,10 +36,14 @@ CONFIGS = Path(pressfit.configs.__file__).parent
 QUICK = ["trainer.max_epochs=12", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
 
 
-def pressfit_(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def pressfit_(
+    *words: str, folder: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from pressfit.experiments.cli import main; main()", *words]
     environment = {**os.environ, "COLUMNS": "200", **environment}
-    return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, env=environment, cwd=folder
+    )
 
 
 # One worker, since the sweep below is made once for all.
@@ -228,6 +234,31 @@ def test_a_users_own_configuration_and_module(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["layers"]["net.1.weight"]["weights"] == 25 * 64
+
+
+def test_a_new_project_trains_at_once(tmp_path: Path) -> None:
+    run = pressfit_("new", str(tmp_path / "mine"))
+    assert run.returncode == 0, run.stderr
+    commands = re.findall(r"^    (.*)$", run.stdout, re.MULTILINE)
+    assert commands[0] == f"cd {tmp_path / 'mine'}"
+    readme = (tmp_path / "mine" / "README.md").read_text()
+    assert commands[1] in readme
+    first, study, report = (
+        shlex.split(line, comments=True)[1:]
+        for line in re.findall(r"^    (pressfit .*)$", readme, re.MULTILINE)
+    )
+    quick = ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
+    small = ["seed=0", "model.width=4,64", "budget.steps=40", "budget.scale=1"]
+    small += ["compression=none,zeros80_bits4"]
+    for words in ([*first, *quick], [*study, *small, *quick], report):
+        run = pressfit_(*words, folder=tmp_path / "mine")
+        assert run.returncode == 0, run.stderr
+    (result,) = (tmp_path / "mine" / "runs").glob("20*/result.json")
+    assert json.loads(result.read_text())["error"] < 0.2
+    assert list((tmp_path / "mine" / "runs").glob("*/*/report/report.html"))
+    again = pressfit_("new", str(tmp_path / "mine"))
+    assert again.returncode == 2
+    assert "is not empty" in again.stderr
 
 
 def composed(*overrides: str) -> DictConfig:

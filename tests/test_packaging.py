@@ -87,7 +87,7 @@ def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    patterns = ("*.py", "*.html", "**/*.yaml", "py.typed")
+    patterns = ("*.py", "*.html", "**/*.yaml", "project/*.*", "py.typed")
     expected = {
         f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder)}"
         for package, folder in FOLDERS.items()
