@@ -34,9 +34,9 @@ def page(
     commands = "\n".join(
         f"pressfit train {' '.join(_quoted(word) for word in run['overrides'])}" for run in runs
     )
-    (budget,) = (f"{study.budget[a]:,.3g} {a}" for a in AMOUNTS if study.budget[a] is not None)
+    (budget,) = (f"{study.budget[a]:,.6g} {a}" for a in AMOUNTS if study.budget[a] is not None)
     facts = (
-        f"{len(study.points)} points, {len(runs)} runs, {study.seeds} seeds or more for each, a "
+        f"{len(study.points)} points, {len(runs)} runs, at least {study.seeds} of each, a "
         f"budget of {budget}. pressfit {version('pressfit')}, torch {version('torch')}, Python "
         f"{platform.python_version()}, {platform.machine()}; "
         f"{datetime.now(UTC).strftime('%d %B %Y')}."

@@ -226,23 +226,28 @@ def _trend(ends: list[list[float]]) -> str:
 
 def _controls(study: Study) -> Sheet:
     """The losses under other budgets: does training longer change them?"""
-    kind = next(name for name in AMOUNTS if study.budget[name] is not None)
-    rows = []
-    for budget, points in [*study.controls, (study.budget, study.points)]:
-        if budget[kind] is None:
-            continue
+    (kind,) = (name for name in AMOUNTS if study.budget[name] is not None)
+    others = [(budget, points) for budget, points in study.controls if budget[kind] is not None]
+    shared = {(point.size, point.compression) for _, points in others for point in points}
+    rows: dict[tuple[int, str, float], list[str]] = {}
+    for budget, points in [*others, (study.budget, study.points)]:
         share = budget[kind] * budget["scale"] / study.budget[kind] / study.budget["scale"]
         dense = {point.size: point for point in points if point.plain}
-        compared = {point.size for _, others in study.controls for point in others}
         for compression, by_size in losses(points, fine_tune=False).items():
             for size, values in by_size.items():
-                if size in compared:
-                    row = [f"{size}: {compression}", f"{share:g}", _spread(study, dense[size])]
-                    rows.append([*row, _mean(study, values)])
-    head = ("network", "budget", "dense", "what compression costs")
-    note = "The same networks trained for a fraction of the budget, compressed behind it."
-    shared = len(study.controls) and sorted(rows)
-    return Sheet("Does the cost depend on the length of training?", note, head, shared or [])
+                if (size, compression) in shared and size in study.sizes:
+                    rows[study.sizes.index(size), compression, share] = [
+                        f"{size}: {compression}",
+                        f"{share:g}",
+                        _spread(study, dense[size]),
+                        _mean(study, values),
+                    ]
+    return Sheet(
+        "Does the cost depend on the length of training?",
+        "The same networks trained for a fraction of the budget, and compressed behind it.",
+        ["network", "budget", "dense", "what compression costs"],
+        [rows[key] for key in sorted(rows)],
+    )
 
 
 def _spread(study: Study, point: Point) -> str:
