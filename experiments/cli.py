@@ -6,29 +6,24 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from hydra.errors import HydraException, InstantiationException
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
-from safetensors.torch import save_file
-from torch import Tensor
-from torch.nn import Module
 
-from pressfit.compressors import inspect, load, restore
+from pressfit.experiments.completion import SCRIPTS, complete
 from pressfit.experiments.nearest import nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
 
 __all__ = ["main"]
 
+# What a command needs it imports when it runs: help and completion do not wait for torch.
+
 # What a user can mend; anything else is a bug and shows its traceback.
-_MISTAKES = (
-    HydraException,
-    OmegaConfBaseException,
-    MisconfigurationException,
-    ImportError,
-    OSError,
-    ValueError,
-)
+_MISTAKES = (HydraException, OmegaConfBaseException, ImportError, OSError, ValueError)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,13 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if words[:1] == ["train"]:
             _train(words[1:])
+        elif words == ["complete"]:  # asked by the shell
+            (commands,) = (a for a in _parser()._actions if a.choices)
+            complete(list(commands.choices or ()))
         else:
             options = _parser().parse_args(words or ["--help"])
             options.run(options)
     except BrokenPipeError:  # the reader of a pipe, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except _MISTAKES as error:
-        if traceback:
+    except Exception as error:
+        mistake = isinstance(error, _MISTAKES) or "Misconfiguration" in type(error).__name__
+        if traceback or not mistake:
             raise
         print(f"pressfit: {_one_line(error, words)}", file=sys.stderr)
         print("HYDRA_FULL_ERROR=1 in the environment shows where.", file=sys.stderr)
@@ -64,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     new = commands.add_parser("new", help="begin a project with a network of your own")
     new.add_argument("folder", type=Path, metavar="PROJECT", help="folder to make")
     new.set_defaults(run=_new)
+    completion = commands.add_parser("completion", help="print what a shell needs for completion")
+    completion.add_argument("shell", choices=list(SCRIPTS))
+    completion.set_defaults(run=lambda options: print(SCRIPTS[options.shell], end=""))
     table = commands.add_parser("inspect", help="show where the bytes of a compressed file go")
     table.add_argument("file", type=Path, metavar="FILE")
     table.add_argument("--limit", type=int, help="most bytes that its tensors may take")
@@ -132,7 +134,6 @@ def _new(options: argparse.Namespace) -> None:
 
 
 def _train(overrides: list[str]) -> None:
-    # Imported here: the other commands need none of it.
     from hydra.core.plugins import Plugins
     from hydra_plugins.pressfit.grids import Grids
     from hydra_plugins.pressfit.search import Search
@@ -149,10 +150,16 @@ def _train(overrides: list[str]) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    from pressfit.compressors import inspect
+
     print(inspect(options.file, options.limit).table())
 
 
 def _decompress(options: argparse.Namespace) -> None:
+    from safetensors.torch import save_file
+
+    from pressfit.compressors import load
+
     tensors = load(options.file, options.limit)
     output = options.output or options.file.with_suffix(".safetensors")
     save_file(tensors, output)
@@ -161,7 +168,6 @@ def _decompress(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    # Imported here: the other commands need none of it.
     from pressfit.compressors.export import export_onnx
 
     module, images = _restored(options.folder)
@@ -170,7 +176,6 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    # Imported here: the other commands need none of it.
     from rich.console import Console
 
     from pressfit.experiments.bench_inference import bench
@@ -189,7 +194,6 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _ranks(options: argparse.Namespace) -> None:
-    # Imported here: the other commands need none of it.
     from rich.console import Console
 
     from pressfit.experiments.ranks import ranks
@@ -201,7 +205,6 @@ def _ranks(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    # Imported here: the other commands need none of it.
     try:
         from pressfit.experiments.report import report
     except ModuleNotFoundError as error:
@@ -210,12 +213,14 @@ def _report(options: argparse.Namespace) -> None:
     report(options.folders, options.output or options.folders[0] / "report")
 
 
-def _restored(folder: Path, part: str = "test", most: int | None = None) -> tuple[Module, Tensor]:
+def _restored(folder: Path, part: str = "test", most: int | None = None) -> "tuple[Module, Tensor]":
     """The module of a run's directory, and a batch of the images that it is tested on, or as many
     as are wanted of those that it was trained on."""
-    # Imported here: the other commands need none of it.
+    import torch
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
+
+    from pressfit.compressors import restore
 
     config = OmegaConf.load(folder / "config.yaml")
     module = instantiate(config.model, _convert_="all")
@@ -225,7 +230,7 @@ def _restored(folder: Path, part: str = "test", most: int | None = None) -> tupl
     if part == "test":
         images, _ = next(iter(data.test_dataloader()))
         return module, images
-    batches: list[Tensor] = []
+    batches: list[torch.Tensor] = []
     for images, _ in data.train_dataloader():
         batches.append(images)
         if most is not None and sum(map(len, batches)) >= most:

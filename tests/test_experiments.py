@@ -261,6 +261,35 @@ def test_a_new_project_trains_at_once(tmp_path: Path) -> None:
     assert "is not empty" in again.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "reply"),
+    [
+        ("pressfit tr", {"train"}),
+        ("pressfit train data=mni", {"mnist"}),
+        ("pressfit train callbacks.prune.spars", {"callbacks.prune.sparsity="}),
+        (
+            "pressfit train -m experiment=",
+            {path.stem for path in (CONFIGS / "experiment").glob("*.yaml")},
+        ),
+        ("pressfit inspect ", set()),
+    ],
+)
+def test_bash_completes(line: str, reply: set[str]) -> None:
+    """As Bash calls it, which breaks words at spaces and at equal signs."""
+    words = [w for w in re.split(r"[ ]|(=)", line) if w is not None]
+    words = [w for i, w in enumerate(words) if w or i == len(words) - 1]
+    words = words[:-1] if words[-2:] == ["=", ""] else words
+    script = (
+        f"PATH={Path(sys.executable).parent}:$PATH\n"
+        'eval "$(pressfit completion bash)"\n'
+        f"COMP_LINE={shlex.quote(line)} COMP_POINT={len(line)}\n"
+        f"COMP_WORDS=({' '.join(map(shlex.quote, words))}) COMP_CWORD={len(words) - 1}\n"
+        '_pressfit; printf "%s\\n" "${COMPREPLY[@]}"\n'
+    )
+    run = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True)
+    assert {*run.stdout.split()} == reply, run.stderr
+
+
 def composed(*overrides: str) -> DictConfig:
     with initialize_config_module("pressfit.configs", version_base="1.3"):
         words = [*overrides, "hydra.runtime.output_dir=out"]
