@@ -253,11 +253,10 @@ def _alone(path: Path) -> AbstractContextManager[Any]:
         return nullcontext()
     lock = FileLock(path.with_suffix(".lock"))
     try:
-        lock.acquire(blocking=False)
+        return lock.acquire(blocking=False)
     except Timeout:
-        print(f"waiting for {path}, which another job trains")
-        lock.acquire()
-    return lock
+        print(f"waiting for {path}, which another job makes")
+        return lock.acquire()
 
 
 def _first() -> bool:

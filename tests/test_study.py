@@ -345,6 +345,23 @@ def test_a_budget_buys_steps() -> None:
         Budget(flops=1.5e6).steps_at(pace)
 
 
+def test_what_jobs_share_is_made_by_one_at_a_time(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from pressfit.experiments.budget import _alone\n"
+        "with _alone(Path(sys.argv[1]) / 'shared'):\n"
+        "    print('in', time.monotonic()); time.sleep(0.5); print('out', time.monotonic())\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    spans = []
+    for process in both:
+        lines = dict(line.split() for line in process.communicate()[0].splitlines()[-2:])
+        spans.append((float(lines["in"]), float(lines["out"])))
+    first, second = sorted(spans)
+    assert first[1] <= second[0]
+
+
 def test_operations_are_counted_by_layer() -> None:
     net = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.Flatten(), nn.Linear(36, 5, bias=False))
     net[0].weight.data[0] = 0
