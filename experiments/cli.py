@@ -145,8 +145,12 @@ def _train(overrides: list[str]) -> None:
         Plugins.instance().register(sweeper)
     sys.argv = [sys.argv[0], *overrides]
     # So that Hydra raises what went wrong instead of printing a report of its own.
+    before = os.environ.get("HYDRA_FULL_ERROR", "")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    train()
+    try:
+        train()
+    finally:
+        os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def _inspect(options: argparse.Namespace) -> None:

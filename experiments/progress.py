@@ -125,7 +125,8 @@ class Progress:
         count = f"{len(self.done) + len(self.failed)} of {len(self.jobs)}"
         left = self.left()
         after = f"; {_duration(left)} left" if left else ""
-        self.console.print(f"{count}: {line}{after}", markup=False, highlight=False)
+        said = f"{count}: {line}{after}"
+        self.console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

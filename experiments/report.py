@@ -56,10 +56,10 @@ def report(folders: Sequence[Path], output: Path, console: Console | None = None
         if sheet.title != EVERY_POINT:  # they are in the file, and on the page
             console.print(sheet.table(), "")
     for line in conclusions(study):
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     path = output / "report.html"
     path.write_text(page(study, tables, conclusions(study), checklist(study)), encoding="utf-8")
-    console.print(path, markup=False, highlight=False)
+    console.print(str(path), markup=False, highlight=False, soft_wrap=True)
     return path
 
 

@@ -139,14 +139,11 @@ def test_the_table_of_a_network(trained: Any, tmp_path: Path) -> None:
         ranks(nn.ReLU(), images, 0.1, tmp_path / "ranks.png")
 
 
-def test_the_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     words = ["trainer.max_epochs=2", "reference=false", "callbacks=[rank]"]
     words += ["callbacks.rank.exclude=[net.fc2]", "callbacks.rank.keep_flops=0.8"]
     main(["train", *words, f"hydra.run.dir={run}"])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # which the training has set
     main(["ranks", str(run), "--images", "200"])
     printed = capsys.readouterr().out
     assert "net.fc2" in printed
