@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-__all__ = ["declare", "publish"]
+__all__ = ["close", "declare", "publish"]
 
 _STEP, _BYTES = "trainer/global_step", "compression/bytes"
 
@@ -52,3 +52,10 @@ def publish(loggers: Iterable[Logger], result: dict[str, Any], file: Path) -> No
         artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=numbers)
         artifact.add_file(str(file))
         run.log_artifact(artifact)
+
+
+def close(loggers: Iterable[Logger]) -> None:
+    """End the runs of W&B, or the next one of this process would go on with them."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()

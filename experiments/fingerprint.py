@@ -10,15 +10,18 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-__all__ = ["fingerprint", "finished"]
+__all__ = ["fingerprint", "finished", "record"]
 
 # Where a run writes, and what it shows while it trains.
-_ASIDE = {"hydra", "folder", "cache", "group", "logger", "observers"}
-_ASIDE_OF_TRAINER = {
-    "default_root_dir",
-    "enable_progress_bar",
-    "enable_model_summary",
-    "log_every_n_steps",
+_ASIDE = {"hydra", "folder", "cache", "group", "logger"}
+_ASIDE_OF = {
+    "observers": {"note", "resume"},
+    "trainer": {
+        "default_root_dir",
+        "enable_progress_bar",
+        "enable_model_summary",
+        "log_every_n_steps",
+    },
 }
 
 
@@ -36,8 +39,9 @@ def fingerprint(config: DictConfig) -> str:
     OmegaConf.set_struct(config, False)
     for name in _ASIDE & config.keys():
         config[name] = None
-    for name in _ASIDE_OF_TRAINER & (config.get("trainer") or {}).keys():
-        config.trainer[name] = None
+    for group, names in _ASIDE_OF.items():
+        for name in names & (config.get(group) or {}).keys():
+            config[group][name] = None
     known = {str(name): _plain(config, name) for name in config if name not in _ASIDE}
     # Settings of methods that are not in use decide nothing.
     methods = known.get("callbacks") or {}
@@ -55,6 +59,13 @@ def finished(config: DictConfig) -> dict[str, Any] | None:
         return None
     result: dict[str, Any] = json.loads(path.read_text())
     return result if result.get("fingerprint") == fingerprint(config) else None
+
+
+def record(path: Path, value: Any) -> None:
+    """Write JSON as a whole or not at all: who reads it, or kills this process, does not wait."""
+    scratch = path.with_suffix(".new")
+    scratch.write_text(json.dumps(value, indent=2) + "\n")
+    scratch.replace(path)
 
 
 def _digest(text: str) -> str:

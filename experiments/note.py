@@ -1,6 +1,5 @@
 """A note of how far a training is, for whoever watches the sweep that it belongs to."""
 
-import json
 import os
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from pressfit.callbacks import Method
+from pressfit.experiments.fingerprint import record
 
 __all__ = ["Note"]
 
@@ -46,6 +46,4 @@ class Note(pl.Callback):
             "left": pace * max(0, steps - step),
             "time": now,
         }
-        scratch = self.path.with_suffix(".new")
-        scratch.write_text(json.dumps(note))
-        scratch.replace(self.path)
+        record(self.path, note)

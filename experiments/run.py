@@ -5,7 +5,6 @@ The run's directory then holds ``config.yaml`` (resolved), ``metrics.csv``, ``mo
 """
 
 import csv
-import json
 import time
 import warnings
 from pathlib import Path
@@ -17,15 +16,15 @@ import torch.distributed as dist
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
 from pressfit.callbacks import CompressedCheckpoint
 from pressfit.compressors import Report, restore
-from pressfit.experiments.dashboard import declare, publish
+from pressfit.experiments.dashboard import close, declare, publish
 from pressfit.experiments.figures import draw
-from pressfit.experiments.fingerprint import fingerprint
-from pressfit.experiments.metric import shown
+from pressfit.experiments.fingerprint import fingerprint, record
+from pressfit.experiments.metric import shown, words
 
 __all__ = ["build", "disband", "fit", "instances", "run"]
 
@@ -52,7 +51,23 @@ def run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     if checkpoint is None:
         raise MisconfigurationException("no checkpoint among the observers: none writes the file")
 
-    loggers, resume = instances(config.get("logger")), folder / "resume.ckpt"
+    loggers = instances(config.get("logger"))
+    try:
+        return _measured(config, overrides, callbacks, checkpoint, loggers)
+    finally:
+        close(loggers)
+
+
+def _measured(
+    config: DictConfig,
+    overrides: list[str],
+    callbacks: list[pl.Callback],
+    checkpoint: CompressedCheckpoint,
+    loggers: list[Any],
+) -> dict[str, Any]:
+    """Train, and measure what the file holds."""
+    folder = Path(config.folder)
+    resume = folder / "resume.ckpt"
     trainer, seconds = fit(config, callbacks, loggers, resume)
     # What is measured is what the file holds, in a module that was never trained.
     path = trainer.strategy.broadcast(checkpoint.path)
@@ -84,7 +99,7 @@ def run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     }
     if checkpoint.report is not None:  # on the first process
         result |= _sizes(checkpoint.report)
-        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        record(folder / "result.json", result)
         resume.unlink(missing_ok=True)
         marks = {"compressed": (result["bytes"], error)}
         if error_dense is not None:
@@ -100,10 +115,6 @@ def run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
         )
         print(_summary(result, folder))
         publish(loggers, result, path)
-    for logger in loggers:
-        logger.finalize("success")
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()  # or the next run of this process would go on with it
     return result
 
 
@@ -208,7 +219,7 @@ def _summary(result: dict[str, Any], folder: Path) -> str:
     metric, dense = result["metric"], result["error_dense"]
     rival = "" if dense is None else f" (dense {shown(metric, dense)})"
     return (
-        f"\n{shown(metric, result['error'])} {result['evaluated_on']} {metric.replace('_', ' ')}"
+        f"\n{shown(metric, result['error'])} {result['evaluated_on']} {words(metric)}"
         f"{rival} in {result['bytes']:,} bytes, {result['ratio']:.0f} times smaller, "
         f"after {result['seconds']:.0f} s\n{folder / 'report.png'}"
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 import hydra
+import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -37,7 +38,7 @@ def main(config: DictConfig) -> float:
         if job.mode == RunMode.MULTIRUN:
             config.group = config.group or Path(job.sweep.dir).name
             return _one_of_many(config, overrides, folder)
-        return _error(config, overrides)
+        return _job(config, overrides)
     finally:
         (folder / NOTE).unlink(missing_ok=True)
 
@@ -48,19 +49,21 @@ def _one_of_many(config: DictConfig, overrides: list[str], folder: Path) -> floa
     failure.unlink(missing_ok=True)
     try:
         with open(folder / "log.txt", "a") as log, _output_into(log):
-            return _error(config, overrides)
+            return _job(config, overrides)
     except Exception:
         command = shlex.join(["pressfit", "train", *overrides, f"hydra.run.dir={folder}"])
         failure.write_text(f"{command}\n\n{traceback.format_exc()}")
         raise
     finally:
+        if dist.is_available() and dist.is_initialized():  # it has failed
+            dist.destroy_process_group()
         # Where Lightning has left the number of this process and of all, the next job would take
         # itself for one of many that someone else had started.
         os.environ.clear()
         os.environ.update(environment)
 
 
-def _error(config: DictConfig, overrides: list[str]) -> float:
+def _job(config: DictConfig, overrides: list[str]) -> float:
     budgeted = any(config.budget[amount] is not None for amount in AMOUNTS)
     result = finished(config) or (spend if budgeted else run)(config, overrides)
     disband()
