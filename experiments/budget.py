@@ -22,8 +22,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch.optim import Optimizer
 
 from pressfit.compressors import restore
-from pressfit.experiments.fingerprint import fingerprint, finished
-from pressfit.experiments.operations import counter, needed
+from pressfit.experiments.fingerprint import fingerprint, finished, record
+from pressfit.experiments.operations import counter, operations
 from pressfit.experiments.run import build, disband, fit, run
 
 __all__ = ["AMOUNTS", "Budget", "Pace", "Still", "pace", "spend"]
@@ -80,7 +80,7 @@ class Budget:
         if len(given) != 1 or given[0] <= 0 or self.scale <= 0:
             raise ValueError(
                 f"a budget is one of flops, seconds and steps, and positive: got flops="
-                f"{self.flops}, seconds={self.seconds}, steps={self.steps}"
+                f"{self.flops}, seconds={self.seconds}, steps={self.steps}, scale={self.scale}"
             )
         if not 0.0 <= self.dense < 1.0:
             raise ValueError(
@@ -163,7 +163,9 @@ def spend(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     budget, cost = Budget(**settings), _pace(config)
     total = budget.steps_at(cost)
     methods = any("_target_" in node for node in (config.get("callbacks") or {}).values())
-    before = round(budget.dense * total) if methods and config.fine_tune else total
+    # At least one step is left to compress in.
+    share = min(round(budget.dense * total), total - 1)
+    before = share if methods and config.fine_tune else total
     after = 0 if not methods else total - before if config.fine_tune else budget.calibration
     validations = budget.validations
 
@@ -183,7 +185,9 @@ def spend(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
             _limited(config, after, validations, init=init, observers=observers), overrides
         )
     elif _first():
-        shutil.copytree(plain.folder, folder, dirs_exist_ok=True)
+        # Its run at W&B is one.
+        own = shutil.ignore_patterns("wandb")
+        shutil.copytree(plain.folder, folder, ignore=own, dirs_exist_ok=True)
     result = result | {
         "fingerprint": fingerprint(config),
         "size": _name(config.size) or _words_of("model", overrides) or config.model._target_,
@@ -201,7 +205,7 @@ def spend(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     disband()
     if _first():
         result |= _operations(config, folder / "model.pressfit")
-        (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        record(folder / "result.json", result)
     return result
 
 
@@ -213,6 +217,7 @@ def _pace(config: DictConfig) -> Pace:
         "fine_tune": None,
         "seed": 0,
         "init": None,
+        "observers": {},
     }
     timed = config.budget.seconds is not None
     key = fingerprint(_with(config, {}, budget={"seconds": timed}, **changes))
@@ -221,7 +226,7 @@ def _pace(config: DictConfig) -> Pace:
         if not path.is_file():
             found = pace(config)
             if _first():
-                path.write_text(json.dumps(asdict(found)) + "\n")
+                record(path, asdict(found))
             return found
     return Pace(**json.loads(path.read_text()))
 
@@ -276,10 +281,10 @@ def _operations(config: DictConfig, file: Path) -> dict[str, float]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with counter() as counted:
-        trainer.validate(module, datamodule=build(config.data), verbose=False)
-    total = float(counted.get_total_flops())
-    return {"operations": total, "operations_needed": needed(counted, module)}
+    total, needed = operations(
+        module, lambda: trainer.validate(module, datamodule=build(config.data), verbose=False)
+    )
+    return {"operations": total, "operations_needed": needed}
 
 
 def _name(size: Any) -> str:
@@ -288,8 +293,8 @@ def _name(size: Any) -> str:
 
 
 def _compression(config: DictConfig, overrides: list[str]) -> str:
-    words = [config.compression, *(o for o in overrides if o.startswith("callbacks"))]
-    return " ".join(word for word in words if word) or "compressed"
+    words = f"{config.compression or ''} {_words_of('callbacks', overrides)}".strip()
+    return words or "compressed"
 
 
 def _words_of(group: str, overrides: list[str]) -> str:

@@ -1,6 +1,6 @@
 """How a metric is written: fractions in percent, anything else as the number that it is."""
 
-__all__ = ["scale", "shown"]
+__all__ = ["scale", "shown", "words"]
 
 _FRACTIONS = {"error"}
 
@@ -13,6 +13,16 @@ def scale(metric: str) -> float:
         (100.0, 1.0)
     """
     return 100.0 if metric in _FRACTIONS else 1.0
+
+
+def words(metric: str) -> str:
+    """Its name as a reader expects it.
+
+    Example:
+        >>> words("bits_per_byte")
+        'bits per byte'
+    """
+    return metric.replace("_", " ")
 
 
 def shown(metric: str, value: float, digits: int | None = None) -> str:

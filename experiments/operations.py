@@ -1,16 +1,17 @@
 """Floating-point operations: all, and those that a network with zeros needs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import (
     FlopCounterMode,
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
 
-__all__ = ["counter", "needed"]
+__all__ = ["counter", "operations"]
 
 _aten = torch.ops.aten
 
@@ -42,29 +43,39 @@ def counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=_ATTENTION)
 
 
-def needed(counted: FlopCounterMode, module: nn.Module) -> float:
-    """Operations that are left if those with a weight of zero are not done.
+def operations(module: nn.Module, forward: Callable[[], Any]) -> tuple[float, float]:
+    """Operations of a forward pass: all, and those that are left without weights of zero.
 
-    This is the theoretical speed-up's denominator as ShrinkBench has it (Blalock et al., 2020): no
-    engine skips single zeros for nothing.
+    Their ratio is the theoretical speed-up of ShrinkBench (Blalock et al., 2020): no engine skips
+    single zeros for nothing. What is computed outside of a layer, by a tied weight for example, is
+    counted in full.
 
     Args:
-        counted: What counted a forward pass of the module.
         module: The module, whose weights are looked at.
+        forward: Runs it, by whatever way.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 4, bias=False))
         >>> _ = net[0].weight.data[1:].zero_()
-        >>> with counter() as counted:
-        ...     _ = net(torch.ones(2, 3))
-        >>> needed(counted, net)
-        12.0
+        >>> operations(net, lambda: net(torch.ones(2, 3)))
+        (48.0, 12.0)
     """
-    saved = 0.0
-    counts: dict[str, dict[Any, int]] = counted.get_flop_counts()
-    for name, layer in module.named_modules():
-        weight = getattr(layer, "weight", None)
-        if isinstance(weight, torch.Tensor) and not any(True for _ in layer.children()):
-            done = sum(counts.get(f"{type(module).__name__}.{name}", {}).values())
-            saved += done * (1 - int(weight.count_nonzero()) / weight.numel())
-    return counted.get_total_flops() - saved
+    begun: dict[nn.Module, int] = {}
+    saved, handles = [0.0], []
+
+    def before(layer: nn.Module, _: Any) -> None:
+        begun[layer] = counted.get_total_flops()
+
+    def after(layer: Any, *_: Any) -> None:
+        zeros = 1 - int(layer.weight.count_nonzero()) / layer.weight.numel()
+        saved[0] += zeros * (counted.get_total_flops() - begun[layer])
+
+    for layer in module.modules():
+        if isinstance(getattr(layer, "weight", None), Tensor) and not [*layer.children()]:
+            handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+    with counter() as counted:
+        forward()
+    for handle in handles:
+        handle.remove()
+    total = float(counted.get_total_flops())
+    return total, total - saved[0]
