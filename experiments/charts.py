@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from pressfit.experiments.envelope import palette
 from pressfit.experiments.figures import FAINT, INK
-from pressfit.experiments.metric import scale, shown
+from pressfit.experiments.metric import scale, shown, words
 from pressfit.experiments.study import LARGE, Point, Study, curve
 
 __all__ = ["heat_map", "pareto", "timeline"]
@@ -17,7 +17,7 @@ _SYMBOLS = {"dense": "circle", "tuned": "square", "not tuned": "x-thin"}
 
 def pareto(study: Study) -> go.Figure:
     """Error against bytes: points with their intervals, and the envelope of each size."""
-    figure = _figure("size of the file, bytes", _title(study))
+    figure = _figure("size of the file, bytes", words(study.metric))
     factor = scale(study.metric)
     for size, colour in zip(study.sizes, palette(len(study.sizes)), strict=True):
         envelope = study.envelope(size)
@@ -56,7 +56,7 @@ def pareto(study: Study) -> go.Figure:
             marker={
                 "color": colour,
                 "size": 9,
-                "symbol": [_SYMBOLS[_kind(point)] for point in own],
+                "symbol": [_SYMBOLS[point.kind] for point in own],
                 "line": {"color": colour, "width": 2},
             },
             customdata=[[point.name, _hover(study, point)] for point in own],
@@ -73,13 +73,13 @@ def pareto(study: Study) -> go.Figure:
 def timeline(study: Study) -> go.Figure:
     """Held-out error over what training has cost: of each size as it is, and of its best
     compressed form."""
-    figure = _figure("floating-point operations spent", f"held-out {_title(study)}")
+    figure = _figure("floating-point operations spent", f"held-out {words(study.metric)}")
     factor = scale(study.metric)
     for size, colour in zip(study.sizes, palette(len(study.sizes)), strict=True):
         own = [point for point in study.points if point.size == size]
         small = [p for p in own if p.fine_tune and p.mean("ratio") >= LARGE]
         best = min(small, key=lambda point: point.mean("error_validation"), default=None)
-        for point, dash in ((study.point(size), "solid"), (best, "dot")):
+        for point, dash in ((study.dense(size), "solid"), (best, "dot")):
             if point is None:
                 continue
             run = point.runs[min(point.runs)]
@@ -147,14 +147,6 @@ def _figure(x: str, y: str) -> go.Figure:
             "height": 480,
         }
     )
-
-
-def _title(study: Study) -> str:
-    return str(study.metric).replace("_", " ")
-
-
-def _kind(point: Point) -> str:
-    return "dense" if point.plain else "tuned" if point.fine_tune else "not tuned"
 
 
 def _hover(study: Study, point: Point) -> str:

@@ -9,10 +9,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from pressfit.experiments.figures import INK, size_of, style, title
-from pressfit.experiments.metric import scale
+from pressfit.experiments.metric import scale, words
 from pressfit.experiments.study import Point, Study
 
 __all__ = ["draw", "palette"]
+
+_MARKERS = {"dense": "o", "tuned": "s", "not tuned": "x"}
 
 
 def palette(count: int) -> list[str]:
@@ -30,10 +32,9 @@ def draw(study: Study, path: Path) -> None:
     figure = Figure(figsize=(10, 6.4), dpi=150, layout="constrained")
     axes = figure.subplots()
     style(axes)
-    name = study.metric.replace("_", " ")
     title(
         axes,
-        f"{name[0].upper()}{name[1:]} against bytes, under one budget",
+        f"{words(study.metric).capitalize()} against bytes, under one budget",
         "a line for each size of network, with 95 % intervals; circles: as it is",
     )
     for size, colour in zip(study.sizes, palette(len(study.sizes)), strict=True):
@@ -71,10 +72,7 @@ def _draw(axes: Axes, study: Study, points: list[Point], colour: str, label: str
 
 def _scatter(axes: Axes, study: Study, points: list[Point], colour: str, alpha: float) -> None:
     factor = scale(study.metric)
-    for marker, chosen in (
-        ("o", [p for p in points if p.plain]),
-        ("s", [p for p in points if not p.plain and p.fine_tune]),
-        ("x", [p for p in points if not p.plain and not p.fine_tune]),
-    ):
-        x, y = ([p.mean("bytes") for p in chosen], [factor * p.mean() for p in chosen])
+    for kind, marker in _MARKERS.items():
+        chosen = [point for point in points if point.kind == kind]
+        x, y = [p.mean("bytes") for p in chosen], [factor * p.mean() for p in chosen]
         axes.scatter(x, y, marker=marker, color=colour, s=34, alpha=alpha, linewidths=1.2)

@@ -13,9 +13,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from pressfit.compressors import Report
-from pressfit.experiments.metric import scale, shown
+from pressfit.experiments.metric import scale, shown, words
 
-__all__ = ["curve", "draw", "ranks", "size_of", "style", "title"]
+__all__ = ["curve", "draw", "logged", "ranks", "size_of", "style", "title"]
 
 INK, FAINT, MARK = "#22262e", "#8b929e", "#b8322a"
 PARTS = {"positions": "#2a5c8a", "values": "#e08e45", "codebooks, biases": "#7fb58a"}
@@ -49,13 +49,20 @@ def ranks(metrics: Path) -> dict[str, list[float]]:
 
 def _epochs(metrics: Path) -> list[dict[str, float]]:
     """What was logged in each epoch."""
-    epochs: dict[str, dict[str, float]] = defaultdict(dict)
-    if metrics.is_file():
-        with open(metrics, newline="") as file:
-            for row in csv.DictReader(file):
-                # A row holds what was logged together, and an epoch has several.
-                epochs[row["epoch"]] |= {name: float(value) for name, value in row.items() if value}
+    epochs: dict[float, dict[str, float]] = defaultdict(dict)
+    for row in logged(metrics):
+        # A row holds what was logged together, and an epoch has several.
+        epochs[row["epoch"]] |= row
     return list(epochs.values())
+
+
+def logged(metrics: Path) -> list[dict[str, float]]:
+    """The rows of a ``metrics.csv``, without empty cells; none if there is no such file."""
+    if not metrics.is_file():
+        return []
+    with open(metrics, newline="") as file:
+        rows = csv.DictReader(file)
+        return [{name: float(value) for name, value in row.items() if value} for row in rows]
 
 
 def draw(
@@ -94,8 +101,8 @@ def _draw_curve(
     marks: dict[str, tuple[float, float]],
     metric: str,
 ) -> None:
-    name = metric.replace("_", " ")
-    heading = f"{name[0].upper()}{name[1:]} against bytes"
+    name = words(metric)
+    heading = f"{name.capitalize()} against bytes"
     title(axes, heading, f"held-out {name} after each epoch, from dark to light")
     if points:
         sizes, errors = np.array(points).T

@@ -1,6 +1,7 @@
 """The page of a study: one file that opens without a network."""
 
 import platform
+import shlex
 from datetime import UTC, datetime
 from html import escape
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from pressfit.experiments.budget import AMOUNTS
 from pressfit.experiments.charts import heat_map, pareto, timeline
+from pressfit.experiments.metric import words
 from pressfit.experiments.sheet import Sheet
 from pressfit.experiments.study import Study
 
@@ -29,11 +31,8 @@ def page(
         conclusions: Sentences at its top.
         checklist: What a comparison should have, and whether this one does.
     """
-    name = study.metric.replace("_", " ")
     runs = [run for point in study.points for _, run in sorted(point.runs.items())]
-    commands = "\n".join(
-        f"pressfit train {' '.join(_quoted(word) for word in run['overrides'])}" for run in runs
-    )
+    commands = "\n".join(shlex.join(["pressfit", "train", *run["overrides"]]) for run in runs)
     (budget,) = (f"{study.budget[a]:,.6g} {a}" for a in AMOUNTS if study.budget[a] is not None)
     facts = (
         f"{len(study.points)} points, {len(runs)} runs, at least {study.seeds} of each, a "
@@ -43,7 +42,7 @@ def page(
     )
     return _PAGE.substitute(
         plotly=get_plotlyjs(),
-        name=escape(f"{name[0].upper()}{name[1:]}"),
+        name=escape(words(study.metric).capitalize()),
         facts=escape(facts),
         conclusions="".join(f"<li>{escape(line)}</li>" for line in conclusions),
         pareto=_chart(pareto(study), "pareto"),
@@ -78,10 +77,6 @@ def _table(sheet: Sheet) -> str:
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
         "</div></section>"
     )
-
-
-def _quoted(word: str) -> str:
-    return f"'{word}'" if any(character in word for character in "[]{} ,") else word
 
 
 _PAGE = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pressfit.experiments.budget import AMOUNTS
 from pressfit.experiments.envelope import draw
-from pressfit.experiments.metric import scale, shown
+from pressfit.experiments.metric import scale, shown, words
 from pressfit.experiments.page import page
 from pressfit.experiments.sheet import Sheet
 from pressfit.experiments.study import LARGE, Comparison, Point, Study, compare, losses, read
@@ -132,7 +132,7 @@ def _claims(study: Study) -> Sheet:
         [
             "bytes",
             "owner",
-            study.metric.replace("_", " "),
+            words(study.metric),
             f"best of {LARGE} times the size",
             "better than dense by",
             "than smaller ones by",
@@ -166,7 +166,7 @@ def _points(study: Study) -> Sheet:
                     f"{point.mean('flops_per_step') * point.mean('steps'):.2g}",
                 ]
             )
-    name = study.metric.replace("_", " ")
+    name = words(study.metric)
     return Sheet(
         EVERY_POINT,
         "The speed-up is theoretical: operations over those whose weight is not zero.",
@@ -179,13 +179,13 @@ def _faster(study: Study) -> Sheet:
     target, steps = study.steps_to()
     rows = []
     for size in study.sizes:
-        point = study.point(size)
+        point = study.dense(size)
         if point is not None and size in steps:
             mean = statistics.fmean(steps[size])
             cost = mean * point.mean("flops_per_step")
             rows.append([size, f"{mean:,.0f}", f"{cost:.2g}", f"{point.mean('steps'):,.0f}"])
     return Sheet(
-        f"Steps to a held-out {study.metric.replace('_', ' ')} of {shown(study.metric, target)}",
+        f"Steps to a held-out {words(study.metric)} of {shown(study.metric, target)}",
         f"All reach it. A curve has {study.budget['validations']} points.",
         ["size", "steps", "FLOPs", "of steps in all"],
         rows,
@@ -194,16 +194,17 @@ def _faster(study: Study) -> Sheet:
 
 def _losses(study: Study) -> list[Sheet]:
     found = []
-    for fine_tune, when in (
-        (False, "behind the training, without fine-tuning"),
-        (True, "within the budget"),
+    for kind, when in (
+        ("not tuned", "behind the training, without fine-tuning"),
+        ("tuned", "within the budget"),
     ):
         rows = []
-        for compression, by_size in losses(study.points, fine_tune).items():
+        for compression, by_size in losses(study.points, kind).items():
             spreads = {size: _mean(study, values) for size, values in by_size.items()}
             ends = [by_size[size] for size in study.sizes if size in by_size]
+            trend = compare(ends[-1], ends[0]) if len(ends) > 1 else None
             row = [compression, *(spreads.get(size, "-") for size in study.sizes)]
-            rows.append([*row, _trend(ends) if len(ends) > 1 else "-"])
+            rows.append([*row, trend.verdict if trend else "-"])
         found.append(
             Sheet(
                 f"What compression {when} costs",
@@ -216,14 +217,6 @@ def _losses(study: Study) -> list[Sheet]:
     return found
 
 
-def _trend(ends: list[list[float]]) -> str:
-    """Whether the last of some losses is smaller than the first."""
-    small, large = ends[0], ends[-1]
-    if len(small) != len(large):
-        return "-"
-    return compare(large, small).verdict
-
-
 def _controls(study: Study) -> Sheet:
     """The losses under other budgets: does training longer change them?"""
     (kind,) = (name for name in AMOUNTS if study.budget[name] is not None)
@@ -233,7 +226,7 @@ def _controls(study: Study) -> Sheet:
     for budget, points in [*others, (study.budget, study.points)]:
         share = budget[kind] * budget["scale"] / study.budget[kind] / study.budget["scale"]
         dense = {point.size: point for point in points if point.plain}
-        for compression, by_size in losses(points, fine_tune=False).items():
+        for compression, by_size in losses(points, "not tuned").items():
             for size, values in by_size.items():
                 if (size, compression) in shared and size in study.sizes:
                     rows[study.sizes.index(size), compression, share] = [
@@ -254,9 +247,9 @@ def _spread(study: Study, point: Point) -> str:
     return _number(study, point.mean(), point.interval())
 
 
-def _mean(study: Study, values: list[float]) -> str:
-    zero = compare([0.0] * len(values), values)
-    return _number(study, zero.mean, zero.error)
+def _mean(study: Study, values: dict[int, float]) -> str:
+    loss = compare(dict.fromkeys(values, 0.0), values)
+    return _number(study, loss.mean, loss.error) if loss else "-"
 
 
 def _number(study: Study, value: float, spread: float) -> str:

@@ -1,6 +1,6 @@
 """A table that is shown in a terminal and on a page."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich.markup import escape
 from rich.table import Table
@@ -8,6 +8,7 @@ from rich.table import Table
 __all__ = ["Sheet"]
 
 
+@dataclass(frozen=True)
 class Sheet:
     """A table with a title and a sentence on how to read it.
 
@@ -18,8 +19,10 @@ class Sheet:
         rows: Its cells.
     """
 
-    def __init__(self, title: str, note: str, head: Sequence[str], rows: list[list[str]]) -> None:
-        self.title, self.note, self.head, self.rows = title, note, list(head), rows
+    title: str
+    note: str
+    head: list[str]
+    rows: list[list[str]]
 
     def table(self) -> Table:
         """As it is printed in a terminal."""

@@ -5,12 +5,11 @@ Everything is chosen by the held-out error and stated in the test error. A diffe
 networks is paired by seed, and counts beyond two standard errors.
 """
 
-import csv
 import json
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +17,13 @@ from typing import Any, Literal
 
 from scipy.stats import t as student
 
+from pressfit.experiments.figures import logged
+
 __all__ = ["LARGE", "Claim", "Comparison", "Point", "Study", "compare", "curve", "losses", "read"]
 
 LARGE = 4  # times as many bytes as there are to spend, before compression
 
+_AMOUNTS = 5  # at least
 _SLACK = 1.02  # of bytes: files of one shape differ a little
 
 Verdict = Literal["holds", "fails", "undecided"]
@@ -43,22 +45,23 @@ class Point:
     fine_tune: bool
     runs: dict[int, dict[str, Any]]
 
-    def values(self, key: str) -> list[float]:
-        """One number of each run, by seed."""
-        return [float(self.runs[seed][key]) for seed in sorted(self.runs)]
+    @property
+    def errors(self) -> dict[int, float]:
+        """The test error of each run, by seed."""
+        return {seed: float(run["error"]) for seed, run in sorted(self.runs.items())}
 
     def mean(self, key: str = "error") -> float:
-        """The mean over seeds."""
-        return statistics.fmean(self.values(key))
+        """The mean of a number over seeds."""
+        return statistics.fmean(float(run[key]) for run in self.runs.values())
 
-    def interval(self, key: str = "error", confidence: float = 0.95) -> float:
-        """Half the width of the confidence interval of the mean, by Student's t; infinite for one
-        seed."""
-        values = self.values(key)
-        if len(values) < 2:
+    def interval(self) -> float:
+        """Half the width of the 95 % confidence interval of the mean error, by Student's t;
+        infinite for one seed."""
+        count = len(self.runs)
+        if count < 2:
             return math.inf
-        factor = float(student.ppf((1 + confidence) / 2, len(values) - 1))
-        return factor * statistics.stdev(values) / math.sqrt(len(values))
+        spread = statistics.stdev(self.errors.values()) / math.sqrt(count)
+        return float(student.ppf(0.975, count - 1)) * spread
 
     @property
     def plain(self) -> bool:
@@ -66,10 +69,15 @@ class Point:
         return self.compression == "none"
 
     @property
+    def kind(self) -> str:
+        """``dense``; ``tuned`` if training went on meanwhile, else ``not tuned``."""
+        return "dense" if self.plain else "tuned" if self.fine_tune else "not tuned"
+
+    @property
     def name(self) -> str:
         """Size and compression in words."""
-        how = "" if self.plain or self.fine_tune else ", not tuned"
-        return f"{self.size}: {'dense' if self.plain else self.compression}{how}"
+        how = {"dense": "dense", "tuned": self.compression}
+        return f"{self.size}: {how.get(self.kind, f'{self.compression}, not tuned')}"
 
 
 @dataclass(frozen=True)
@@ -99,14 +107,16 @@ class Comparison:
         return "holds" if self.mean > 0 else "fails"
 
 
-def compare(better: Sequence[float], worse: Sequence[float]) -> Comparison:
-    """Paired differences of errors.
+def compare(better: Mapping[int, float], worse: Mapping[int, float]) -> Comparison | None:
+    """Differences of errors, paired by seed; None without a common one.
 
     Example:
-        >>> compare([1.0, 2.0, 3.0], [2.0, 3.5, 4.5])
+        >>> compare({0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 1: 3.5, 2: 4.5, 3: 9.0})
         Comparison(mean=1.3333333333333333, error=0.16666666666666666)
     """
-    differences = [b - a for a, b in zip(better, worse, strict=True)]
+    differences = [worse[seed] - better[seed] for seed in better.keys() & worse.keys()]
+    if not differences:
+        return None
     mean = statistics.fmean(differences)
     if len(differences) < 2:
         return Comparison(mean, math.inf)
@@ -135,9 +145,7 @@ class Claim:
         """The large network against a rival; None if one of the two does not exist."""
         if self.large is None or rival is None:
             return None
-        seeds = sorted(self.large.runs.keys() & rival.runs.keys())
-        errors = [[float(p.runs[s]["error"]) for s in seeds] for p in (self.large, rival)]
-        return compare(*errors) if seeds else None
+        return compare(self.large.errors, rival.errors)
 
 
 class Study:
@@ -178,7 +186,7 @@ class Study:
         """The fewest seeds of any point."""
         return min(len(point.runs) for point in self.points)
 
-    def amounts(self, least: int = 5) -> list[int]:
+    def amounts(self) -> list[int]:
         """Bytes at which networks are compared: of every network as it is that a large one could
         replace, once it is compressed; and between them, until there are enough."""
         found = sorted(
@@ -188,7 +196,7 @@ class Study:
                 if dense.plain and self.best(self._large(dense.mean("bytes")), dense.mean("bytes"))
             }
         )
-        while 1 < len(found) < least:
+        while 1 < len(found) < _AMOUNTS:
             middle = [round(math.sqrt(a * b)) for a, b in pairwise(found)]
             found = sorted({*found, *middle})
         return found
@@ -223,13 +231,9 @@ class Study:
             found.append(Claim(most, owner, *rivals))
         return found
 
-    def point(self, size: str, compression: str = "none", fine_tune: bool = False) -> Point | None:
-        """One of the points."""
-        for point in self.points:
-            same = (point.size, point.compression) == (size, compression)
-            if same and (point.plain or point.fine_tune == fine_tune):
-                return point
-        return None
+    def dense(self, size: str) -> Point | None:
+        """The network of a size as it is."""
+        return next((p for p in self.points if p.plain and p.size == size), None)
 
     def steps_to(self) -> tuple[float, dict[str, list[float]]]:
         """The held-out error that every network reaches, and the steps that each size needs for
@@ -257,20 +261,17 @@ def _points(results: list[dict[str, Any]]) -> list[Point]:
     return [Point(*key, runs) for key, runs in groups.items()]
 
 
-def losses(points: Iterable[Point], fine_tune: bool) -> dict[str, dict[str, list[float]]]:
-    """How much worse each compression makes each size, by compression and size: differences by
-    seed, from the network that had the whole budget."""
-    points = list(points)
-    dense = {point.size: point for point in points if point.plain}
-    found: dict[str, dict[str, list[float]]] = defaultdict(dict)
+def losses(points: Sequence[Point], kind: str) -> dict[str, dict[str, dict[int, float]]]:
+    """How much worse each compression of a kind makes each size than the network that had the
+    whole budget, by compression, size and seed."""
+    dense = {point.size: point.errors for point in points if point.plain}
+    found: dict[str, dict[str, dict[int, float]]] = defaultdict(dict)
     for point in points:
-        if not point.plain and point.fine_tune == fine_tune and point.size in dense:
-            whole = dense[point.size].runs
-            found[point.compression][point.size] = [
-                float(run["error"]) - float(whole[seed]["error"])
-                for seed, run in sorted(point.runs.items())
-                if seed in whole
-            ]
+        if point.kind == kind and point.size in dense:
+            whole = dense[point.size]
+            found[point.compression][point.size] = {
+                seed: error - whole[seed] for seed, error in point.errors.items() if seed in whole
+            }
     return dict(found)
 
 
@@ -284,9 +285,5 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def curve(folder: Path, metric: str) -> list[tuple[int, float]]:
     """Steps and held-out errors of a run, from its ``metrics.csv``; empty without one."""
-    path = folder / "metrics.csv"
-    if not path.is_file():
-        return []
-    with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get(f"val/{metric}")]
-    return [(int(row["step"]) + 1, float(row[f"val/{metric}"])) for row in rows]
+    rows, key = logged(folder / "metrics.csv"), f"val/{metric}"
+    return [(int(row["step"]) + 1, row[key]) for row in rows if key in row]

@@ -123,15 +123,19 @@ def test_one_seed_decides_nothing(tmp_path: Path) -> None:
 
 def test_differences_are_paired_by_seed() -> None:
     # Seeds differ by far more than networks do.
-    assert compare([0.1, 0.5, 0.9], [0.11, 0.51, 0.91]).verdict == "holds"
-    assert compare([0.1, 0.5, 0.9], [0.9, 0.1, 0.6]).verdict == "undecided"
+    one, better, other = ({0: 0.1, 1: 0.5, 2: 0.9}, {0: 0.11, 1: 0.51, 2: 0.91}, {0: 0.9, 2: 0.1})
+    for rival, verdict in ((better, "holds"), (other, "undecided")):
+        comparison = compare(one, rival)
+        assert comparison is not None
+        assert comparison.verdict == verdict
+    assert compare(one, {7: 0.5}) is None
 
 
 def test_losses_and_steps_are_by_size(runs: Path) -> None:
     study = Study(read(runs))
-    found = losses(study.points, fine_tune=True)["80 % zeros, 4 bits"]
+    found = losses(study.points, "tuned")["80 % zeros, 4 bits"]
     assert found.keys() == SIZES.keys()
-    assert found["tiny"] == pytest.approx([0.005] * 3)
+    assert found["tiny"] == pytest.approx(dict.fromkeys(range(3), 0.005))
     target, steps = study.steps_to()
     assert target == pytest.approx(0.202)
     assert steps["tiny"] == [100.0] * 3
