@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from pressfit.experiments.metric import shown
+from pressfit.experiments.metric import shown, words
 
 __all__ = ["NOTE", "Progress"]
 
@@ -32,14 +32,16 @@ class Progress:
 
     Args:
         jobs: What to call each job, by its folder.
+        done: Folders of those that have finished before.
         console: Where to show it.
     """
 
-    def __init__(self, jobs: Mapping[Path, str], console: Console | None = None) -> None:
+    def __init__(
+        self, jobs: Mapping[Path, str], done: Collection[Path] = (), console: Console | None = None
+    ) -> None:
         # This very stream: what a job of this process prints goes elsewhere while it runs.
         self.jobs, self.console = dict(jobs), console or Console(file=sys.stdout)
-        self.done = {folder for folder in self.jobs if _result(folder)}
-        self.before = len(self.done)
+        self.done, self.before = set(done), len(done)
         self.failed: set[Path] = set()
         self.began = time.time()
         self._stop = Event()
@@ -109,17 +111,26 @@ class Progress:
         for folder, name in self.jobs.items():
             if folder in self.done or folder in self.failed:
                 continue
-            if result := _result(folder):
+            if result := self._result(folder):
                 self.done.add(folder)
                 metric = result["metric"]
                 self._say(
-                    f"{name}: {shown(metric, result['error'])} {metric.replace('_', ' ')} in "
+                    f"{name}: {shown(metric, result['error'])} {words(metric)} in "
                     f"{result['bytes']:,} bytes"
                 )
-            elif (error := folder / "error.txt").is_file() and error.stat().st_mtime > self.began:
+            elif self._new(error := folder / "error.txt"):
                 self.failed.add(folder)
                 last = error.read_text().strip().splitlines()[-1]
                 self._say(f"{name}: failed: {last}; all of it is in {error}")
+
+    def _result(self, folder: Path) -> dict[str, Any] | None:
+        path = folder / "result.json"
+        # A run that belongs to a budget writes its result twice, the second time with its size.
+        return _read(path) if self._new(path) and not (folder / NOTE).exists() else None
+
+    def _new(self, path: Path) -> bool:
+        """Whether a file is there that a job has written since, and none of another sweep."""
+        return path.is_file() and path.stat().st_mtime >= self.began
 
     def _say(self, line: str) -> None:
         count = f"{len(self.done) + len(self.failed)} of {len(self.jobs)}"
@@ -135,12 +146,6 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):  # not there, or being written
         return None
     return found
-
-
-def _result(folder: Path) -> dict[str, Any] | None:
-    # A run that belongs to a budget writes its result twice, the second time with its size.
-    result = _read(folder / "result.json")
-    return result if result and not (folder / NOTE).exists() else None
 
 
 def _duration(seconds: float) -> str:

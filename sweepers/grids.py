@@ -34,7 +34,7 @@ class Grids(Jobs):
         self.grids = [dict(grid) for grid in grids or [{}]]
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
-        folder, jobs = self.folder, self._jobs(arguments)
+        folder, jobs = self.open_folder(), self._jobs(arguments)
         done = sum(job.done for job in jobs)
         print(f"{len(jobs)} jobs in {folder}, {done} of them finished before")
         return [self.launch(jobs)]

@@ -27,12 +27,14 @@ class Job(NamedTuple):
         words: Its overrides.
         key: Fingerprint of its configuration.
         folder: Where it writes.
-        done: Whether it has finished before.
+        numbered: Whether its folder is named by its place in the sweep, and moves with it.
+        done: Whether it has finished there before.
     """
 
     words: list[str]
     key: str
     folder: Path
+    numbered: bool
     done: bool
 
 
@@ -51,9 +53,8 @@ class Jobs(Sweeper):
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
-    @property
-    def folder(self) -> Path:
-        """The sweep's own folder, which holds what Hydra was told."""
+    def open_folder(self) -> Path:
+        """Make the sweep's own folder, which holds what Hydra was told."""
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
@@ -81,9 +82,8 @@ class Jobs(Sweeper):
                 config.folder = folders[0]
         finally:
             HydraConfig.instance().cfg = before
-        # A sweep whose folders are numbers has no way to tell what was done in them.
-        done = folders[0] == folders[1] and finished(config) is not None
-        return Job(words, fingerprint(config), Path(folders[0]), done)
+        numbered, done = folders[0] != folders[1], finished(config) is not None
+        return Job(words, fingerprint(config), Path(folders[0]), numbered, done)
 
     def launch(self, jobs: Sequence[Job], first: int = 0) -> Sequence[JobReturn]:
         """Run those that are not done, with a display of all."""
@@ -92,6 +92,7 @@ class Jobs(Sweeper):
             job.folder: " ".join(word for word in job.words if word not in common) or "the only job"
             for job in jobs
         }
-        left = [job.words for job in jobs if not job.done]
-        with Progress(names):
+        # Without one of them, those behind it would have other numbers.
+        left = [job.words for job in jobs if job.numbered or not job.done]
+        with Progress(names, {job.folder for job in jobs if job.done}):
             return self.launcher.launch(left, initial_job_idx=first) if left else []

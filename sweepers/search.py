@@ -1,8 +1,7 @@
 """A search for the best trade-offs, by Optuna."""
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hydra.core.override_parser.types import (
@@ -52,7 +51,7 @@ class Search(Jobs):
         except ModuleNotFoundError as error:
             raise ImportError(f"{error}: pip install 'pressfit[sweep]'") from error
 
-        folder = self.folder
+        folder = self.open_folder()
         overrides = self.parse([f"{k}={v}" for k, v in self.params.items()] + arguments)
         if not any(override.is_sweep_override() for override in overrides):
             raise HydraException(
@@ -88,8 +87,7 @@ class Search(Jobs):
             for trial, job in zip(asked, jobs, strict=True):
                 path = job.folder / "result.json"
                 if path.is_file():
-                    result = json.loads(path.read_text())
-                    study.tell(trial, [float(result[name]) for name in self.objectives])
+                    study.tell(trial, self._values(json.loads(path.read_text())))
                 else:
                     study.tell(trial, state=states.FAIL)
             count += len(asked)
@@ -98,6 +96,16 @@ class Search(Jobs):
             print(f"{values}: {' '.join(f'{k}={v}' for k, v in best.params.items())}")
         return returns
 
+    def _values(self, result: dict[str, Any]) -> list[float]:
+        for name in self.objectives:
+            if not isinstance(result.get(name), int | float):
+                numbers = (key for key, value in result.items() if isinstance(value, int | float))
+                raise HydraException(
+                    f"objectives: {name} is no number of result.json, which has "
+                    f"{', '.join(numbers)}"
+                )
+        return [float(result[name]) for name in self.objectives]
+
 
 def _word(override: Override, trial: Any) -> str:
     """The override with a value that the trial proposes, if there is a choice."""
@@ -105,23 +113,18 @@ def _word(override: Override, trial: Any) -> str:
     if isinstance(value, ChoiceSweep):
         chosen = trial.suggest_categorical(key, list(override.sweep_string_iterator()))
     elif isinstance(value, RangeSweep):
-        assert value.start is not None
-        assert value.stop is not None
-        whole = all(isinstance(n, int) for n in (value.start, value.stop, value.step))
-        # Hydra's range ends before its stop, as Python's.
-        if whole:
-            chosen = trial.suggest_int(key, value.start, value.stop - 1, step=value.step)
-        else:
-            stop = value.start + value.step * (
-                math.ceil((value.stop - value.start) / value.step) - 1
-            )
-            chosen = trial.suggest_float(key, value.start, stop, step=value.step)
+        first, *_, last = [*value.range()] * 2  # a range may have one value alone
+        chosen = _number(trial, first, last)(key, first, last, step=value.step)
     elif isinstance(value, IntervalSweep):
-        assert value.start is not None
-        assert value.end is not None
-        whole = isinstance(value.start, int) and isinstance(value.end, int)
-        suggest = trial.suggest_int if whole else trial.suggest_float
-        chosen = suggest(key, value.start, value.end, log="log" in value.tags)
+        first, last = value.start, value.end
+        chosen = _number(trial, first, last)(key, first, last, log="log" in value.tags)
     else:
         return f"{key}={override.get_value_element_as_str()}"
     return f"{key}={chosen}"
+
+
+def _number(trial: Any, first: Any, last: Any) -> Callable[..., Any]:
+    """Whole numbers where both ends are."""
+    whole = isinstance(first, int) and isinstance(last, int)
+    suggest: Callable[..., Any] = trial.suggest_int if whole else trial.suggest_float
+    return suggest

@@ -18,7 +18,8 @@ from torch import nn
 
 from pressfit.compressors import load, same_bits
 from pressfit.experiments.budget import Budget, Pace
-from pressfit.experiments.operations import counter, needed
+from pressfit.experiments.operations import counter, operations
+from pressfit.experiments.study import curve
 
 # One worker, since the sweep below is made once for all.
 pytestmark = pytest.mark.xdist_group("study")
@@ -207,12 +208,39 @@ def test_a_killed_study_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     for name, result in pairs[0].items():
         assert result["error"] == pairs[1][name]["error"]
         assert result["bytes"] == pairs[1][name]["bytes"]
-    curves = [
-        min(folder.glob("runs/dense/*/metrics.csv")).read_text() for folder in (killed, whole)
-    ]
-    assert [line.count(",") for line in curves[0].splitlines()] == [
-        line.count(",") for line in curves[1].splitlines()
-    ]
+    for path in killed.glob("runs/dense/*/metrics.csv"):
+        mended = curve(path.parent, "error")
+        assert len(mended) == 4
+        assert mended == curve(whole / path.parent.relative_to(killed), "error")
+
+
+def test_observers_make_different_runs(tmp_path: Path) -> None:
+    words = ["seed=0", "model.net.widths=[64,8,10]", "compression=none"]
+    run = study(tmp_path, *words, "observers.checkpoint.coder=context,huffman")
+    output, errors = run.communicate()
+    assert run.returncode == 0, errors
+    assert "2 jobs in" in output
+    assert {result["coder"] for result in results(tmp_path)} == {"context", "huffman"}
+
+
+def test_numbered_folders_are_those_of_this_sweep(tmp_path: Path) -> None:
+    """What another sweep has left in a folder is none of its own results."""
+    words = ["trainer.max_epochs=2", "reference=false", "trainer.enable_progress_bar=false"]
+    command = [str(Path(sys.executable).with_name("pressfit")), "train", "-m", *words]
+    for sparsities, first in (("0.5,0.6", 0), ("0.6,0.7", 0), ("0.6,0.7", 2)):
+        done = subprocess.run(
+            [*command, "hydra.sweep.dir=here", f"callbacks.prune.sparsity={sparsities}"],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert f"2 jobs in here, {first} of them finished before" in done.stdout
+        for number, sparsity in enumerate(sparsities.split(",")):
+            result = json.loads((tmp_path / "here" / str(number) / "result.json").read_text())
+            assert f"callbacks.prune.sparsity={sparsity}" in result["overrides"]
+            said = f" of 2: callbacks.prune.sparsity={sparsity}: " in done.stdout
+            assert said == (first == 0)
 
 
 def test_a_search_learns_and_goes_on(tmp_path: Path) -> None:
@@ -239,6 +267,12 @@ def test_a_search_learns_and_goes_on(tmp_path: Path) -> None:
     assert "6 trials in" in output
     assert "4 of them finished before" in output
     assert len(results(tmp_path)) == 6
+    words[-1] = "hydra.sweeper.trials=7"
+    objectives = "hydra.sweeper.objectives=[error_validation,size]"
+    run = study(tmp_path, *words, objectives, experiment=experiment)
+    _, errors = run.communicate()
+    assert run.returncode == 2
+    assert "objectives: size is no number of result.json, which has error, " in errors
     run = study(tmp_path, *words, "~hydra.sweeper.params", experiment=experiment)
     _, errors = run.communicate()
     assert run.returncode == 2
@@ -366,11 +400,12 @@ def test_operations_are_counted_by_layer() -> None:
     net = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.Flatten(), nn.Linear(36, 5, bias=False))
     net[0].weight.data[0] = 0
     net[2].weight.data[:, :18] = 0
-    with counter() as counted:
-        net(torch.ones(3, 2, 5, 5))
+    images, (first, *_, last) = torch.ones(3, 2, 5, 5), net
     convolution, linear = 2 * 3 * 9 * 4 * 18, 2 * 3 * 36 * 5
-    assert counted.get_total_flops() == convolution + linear
-    assert needed(counted, net) == 0.75 * convolution + 0.5 * linear
+    expected = (convolution + linear, 0.75 * convolution + 0.5 * linear)
+    assert operations(net, lambda: net(images)) == expected
+    # It does not matter by which way the layers are run.
+    assert operations(net, lambda: last(first(images).flatten(1))) == expected
     query = torch.ones(1, 2, 10, 8, requires_grad=True)
     with counter() as counted:
         nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
