@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler
@@ -89,7 +90,8 @@ class RandomState(pl.Callback):
             self.places = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        loaders = [x for x in tree_leaves(trainer.train_dataloader) if hasattr(x, "state_dict")]
+        # As Lightning chose those whose state it saved.
+        loaders = [x for x in tree_leaves(trainer.train_dataloader) if isinstance(x, _Stateful)]
         for loader, place in zip(loaders, self.places, strict=False):
             loader.load_state_dict(place)
         self.places = []

@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of a pipe, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        mistake = isinstance(error, _MISTAKES) or "Misconfiguration" in type(error).__name__
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        mistake = isinstance(error, (*_MISTAKES, MisconfigurationException))
         if traceback or not mistake:
             raise
         print(f"pressfit: {_one_line(error, words)}", file=sys.stderr)

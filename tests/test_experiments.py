@@ -339,6 +339,16 @@ def test_every_experiment_composes_and_builds(
     instantiate(config.trainer, callbacks=callbacks, logger=False, default_root_dir=".")
 
 
+@pytest.mark.parametrize("compression", names("compression"))
+def test_every_compression_composes_and_plans(compression: str) -> None:
+    config = composed("experiment=train_big_then_compress", f"compression={compression}")
+    assert (compression == "none") == (config.compression == "none")
+    methods = [instantiate(n, _convert_="all") for n in (config.get("callbacks") or {}).values()]
+    if methods:
+        module = instantiate(config.model, _convert_="all")
+        assert "steps" in str(Plan(methods, module, horizon=config.budget.calibration))
+
+
 @pytest.mark.parametrize("group", ["callbacks", "data", "logger", "trainer"])
 def test_every_option_is_one_of_its_class(group: str) -> None:
     for name in names(group):
