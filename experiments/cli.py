@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
@@ -104,6 +104,10 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, metavar="OUT", help="folder to write (default: RUNS/report)"
     )
     report.set_defaults(run=_report)
+    dashboard = commands.add_parser("dashboard", help="save a view of a sweep's runs at W&B")
+    dashboard.add_argument("folder", type=Path, metavar="RUNS", help="folder of a sweep, or a run")
+    dashboard.add_argument("--entity", help="user or team at W&B (default: yours)")
+    dashboard.set_defaults(run=_dashboard)
     bench = commands.add_parser("bench", help="time an exported run in each engine, on Linux")
     bench.add_argument("file", type=Path, metavar="FILE", help="RUN/model.onnx")
     bench.add_argument("--batch", type=int, default=8, help="examples that run at once")
@@ -217,6 +221,24 @@ def _report(options: argparse.Namespace) -> None:
         raise ImportError(f"{error}: pip install 'pressfit[report]'") from error
 
     report(options.folders, options.output or options.folders[0] / "report")
+
+
+def _dashboard(options: argparse.Namespace) -> None:
+    try:
+        import wandb
+
+        from pressfit.experiments.workspace import workspace
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error}: pip install 'pressfit[wandb]'") from error
+
+    try:
+        entity = options.entity or wandb.Api().default_entity
+        if entity is None:
+            raise ValueError("your account at W&B has no entity of its own: name one by --entity")
+        view: Any = workspace(options.folder, entity)
+        print(view.save().url)
+    except wandb.Error as error:
+        raise ValueError(f"W&B: {error}") from error
 
 
 def _restored(folder: Path, part: str = "test", most: int | None = None) -> "tuple[Module, Tensor]":

@@ -137,3 +137,43 @@ def test_the_table_and_the_file_are_there(run: tuple[Path, list[Any]]) -> None:
             summary |= items(record.summary.update)
     text = json.dumps(summary)
     assert str(result["bytes"]) in text
+
+
+def test_the_saved_view_draws_what_the_run_declares(run: tuple[Path, list[Any]]) -> None:
+    from pressfit.experiments.workspace import workspace
+
+    folder, found = run
+    view = workspace(folder.parent, entity="someone")._to_model()
+    assert (view.entity, view.project) == ("someone", "pressfit")
+    assert view.display_name == "Compression: curves"
+    spec = json.loads(view.spec.model_dump_json(by_alias=True))
+    sections = spec["section"]["panelBankConfig"]["sections"]
+    panels = {panel["config"]["chartTitle"]: panel for s in sections for panel in s["panels"]}
+    scatter = panels["Tested error against bytes of the file"]["config"]
+    assert (scatter["xAxis"], scatter["yAxis"]) == ("summary:result/bytes", "summary:result/error")
+    assert scatter["xAxisLogScale"]
+    logged = {
+        key
+        for record in found
+        if record.WhichOneof("record_type") == "history"
+        for key in items(record.history.item)
+    }
+    lines = [
+        panel["config"] for panel in panels.values() if panel["viewType"] == "Run History Line Plot"
+    ]
+    assert len(lines) == 8
+    for line in lines:
+        assert line["xAxis"] in logged
+        regex = line.get("metricRegex")
+        assert regex or {*line["metrics"]} <= logged
+    (runs,) = spec["section"]["runSets"]
+    (kept,) = runs["filters"]["filters"]
+    assert kept["key"] == {"section": "run", "name": "group"}
+    assert (kept["op"], kept["value"]) == ("=", "curves")
+
+
+def test_a_view_of_runs_that_were_not_sent_names_the_remedy(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("pressfit")), "dashboard", str(tmp_path)]
+    done = subprocess.run([*command, "--entity", "me"], check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "holds no run that was sent to W&B: train with 'logger=[csv,wandb]'" in done.stderr

@@ -1,0 +1,87 @@
+"""A saved view of W&B for the runs of a sweep: error against bytes, training, layers."""
+
+from pathlib import Path
+from typing import Any
+
+import wandb_workspaces.workspaces as ws
+from omegaconf import DictConfig, OmegaConf
+from wandb_workspaces.reports.v2.interface import LinePlot, ScatterPlot, SummaryMetric
+
+__all__ = ["workspace"]
+
+_LAYERS = {"Zeros": "sparsity", "Bits": "bits", "Clusters": "clusters", "Rank": "rank"}
+
+
+def workspace(folder: Path, entity: str) -> ws.Workspace:
+    """The view of the runs in a folder; ``save()`` sends it.
+
+    Each panel has the axes that the runs declare, and colours and means are those of the same
+    network with the same compression, over seeds.
+
+    Args:
+        folder: A run, or a sweep of runs, of which one tells metric, project and group.
+        entity: User or team that owns the project.
+
+    Raises:
+        FileNotFoundError: It holds no run that was sent to W&B.
+    """
+    config = _config(folder)
+    held_out, tested = f"val/{config.metric}", "result/error"
+    steps: dict[str, Any] = {"x": "trainer/global_step", "title_x": "steps"}
+    layers: list[Any] = [
+        LinePlot(title=f"{what} of each layer", metric_regex=f"compression/{name}/.*", **steps)
+        for what, name in _LAYERS.items()
+    ]
+    return ws.Workspace(
+        entity=entity,
+        project=config.logger.wandb.project,
+        name=f"Compression: {config.group or Path(config.folder).name}",
+        sections=[
+            ws.Section(
+                name="Error against bytes",
+                is_open=True,
+                panels=[
+                    ScatterPlot(
+                        title="Tested error against bytes of the file",
+                        x=SummaryMetric("result/bytes"),
+                        y=SummaryMetric(tested),
+                        log_x=True,
+                    ),
+                    LinePlot(
+                        title="Held-out error against bytes, while compression goes on",
+                        x="compression/bytes",
+                        y=[f"compression/{held_out}"],
+                        log_x=True,
+                        title_x="bytes",
+                    ),
+                ],
+            ),
+            ws.Section(
+                name="Training",
+                is_open=True,
+                panels=[
+                    LinePlot(title="Held-out error", y=[held_out], **steps),
+                    LinePlot(title="Bytes", y=["compression/bytes"], log_y=True, **steps),
+                    LinePlot(title="Loss", y=["train/loss"], **steps),
+                ],
+            ),
+            ws.Section(name="Layers", panels=layers),
+        ],
+        runset_settings=ws.RunsetSettings(
+            filters=[ws.Metric("Group") == config.group] if config.group else [],
+            groupby=[ws.Config("size"), ws.Config("compression")] if config.size else [],
+        ),
+    )
+
+
+def _config(folder: Path) -> DictConfig:
+    """The configuration of a run that was sent to W&B."""
+    for path in [folder / "config.yaml", *sorted(folder.glob("*/config.yaml"))]:
+        if path.is_file():
+            config = OmegaConf.load(path)
+            assert isinstance(config, DictConfig)
+            if OmegaConf.select(config, "logger.wandb"):
+                return config
+    raise FileNotFoundError(
+        f"{folder} holds no run that was sent to W&B: train with 'logger=[csv,wandb]'"
+    )
