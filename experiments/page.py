@@ -1,18 +1,15 @@
 """The page of a study: one file that opens without a network."""
 
-import platform
 import shlex
-from datetime import UTC, datetime
 from html import escape
-from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from pressfit.experiments.budget import AMOUNTS
 from pressfit.experiments.charts import heat_map, pareto, timeline
+from pressfit.experiments.markdown import facts
 from pressfit.experiments.metric import words
 from pressfit.experiments.sheet import Sheet
 from pressfit.experiments.study import Study
@@ -33,17 +30,10 @@ def page(
     """
     runs = [run for point in study.points for _, run in sorted(point.runs.items())]
     commands = "\n".join(shlex.join(["pressfit", "train", *run["overrides"]]) for run in runs)
-    (budget,) = (f"{study.budget[a]:,.6g} {a}" for a in AMOUNTS if study.budget[a] is not None)
-    facts = (
-        f"{len(study.points)} points, {len(runs)} runs, at least {study.seeds} of each, a "
-        f"budget of {budget}. pressfit {version('pressfit')}, torch {version('torch')}, Python "
-        f"{platform.python_version()}, {platform.machine()}; "
-        f"{datetime.now(UTC).strftime('%d %B %Y')}."
-    )
     return _PAGE.substitute(
         plotly=get_plotlyjs(),
         name=escape(words(study.metric).capitalize()),
-        facts=escape(facts),
+        facts=escape(facts(study)),
         conclusions="".join(f"<li>{escape(line)}</li>" for line in conclusions),
         pareto=_chart(pareto(study), "pareto"),
         timeline=_chart(timeline(study), "timeline"),

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from pressfit.experiments.budget import AMOUNTS
 from pressfit.experiments.envelope import draw
+from pressfit.experiments.markdown import markdown
 from pressfit.experiments.metric import scale, shown, words
 from pressfit.experiments.page import page
 from pressfit.experiments.sheet import Sheet
@@ -22,7 +23,8 @@ EVERY_POINT = "Every point"
 
 
 def report(folders: Sequence[Path], output: Path, console: Console | None = None) -> Path:
-    """Write ``report.html``, ``points.csv`` and pictures into a folder, and print the tables.
+    """Write ``report.html``, ``report.md``, ``points.csv`` and pictures into a folder, and print
+    the tables.
 
     Args:
         folders: Where runs are, at any depth.
@@ -57,6 +59,9 @@ def report(folders: Sequence[Path], output: Path, console: Console | None = None
             console.print(sheet.table(), "")
     for line in conclusions(study):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    (output / "report.md").write_text(
+        markdown(study, tables, conclusions(study), checklist(study)), encoding="utf-8"
+    )
     path = output / "report.html"
     path.write_text(page(study, tables, conclusions(study), checklist(study)), encoding="utf-8")
     console.print(str(path), markup=False, highlight=False, soft_wrap=True)
@@ -78,7 +83,8 @@ def points(study: Study, path: Path) -> None:
 
 def sheets(study: Study) -> list[Sheet]:
     """All tables, in the order in which they are read."""
-    every = [_claims(study), _points(study), _faster(study), *_losses(study), _controls(study)]
+    every = [_claims(study), _points(study), _faster(study), *_losses(study)]
+    every += _controls(study)
     return [sheet for sheet in every if sheet.rows]
 
 
@@ -177,17 +183,28 @@ def _points(study: Study) -> Sheet:
 
 def _faster(study: Study) -> Sheet:
     target, steps = study.steps_to()
+    smallest = study.sizes[0]
     rows = []
     for size in study.sizes:
         point = study.dense(size)
-        if point is not None and size in steps:
-            mean = statistics.fmean(steps[size])
-            cost = mean * point.mean("flops_per_step")
-            rows.append([size, f"{mean:,.0f}", f"{cost:.2g}", f"{point.mean('steps'):,.0f}"])
+        if point is None or size not in steps:
+            continue
+        mean = statistics.fmean(steps[size].values())
+        fewer = compare(steps[size], steps.get(smallest, {})) if size != smallest else None
+        rows.append(
+            [
+                size,
+                f"{mean:,.0f}",
+                f"{mean * point.mean('flops_per_step'):.2g}",
+                f"{point.mean('steps'):,.0f}",
+                f"{_about(fewer, ',.0f')} {fewer.verdict}" if fewer else "-",
+            ]
+        )
     return Sheet(
         f"Steps to a held-out {words(study.metric)} of {shown(study.metric, target)}",
-        f"All reach it. A curve has {study.budget['validations']} points.",
-        ["size", "steps", "FLOPs", "of steps in all"],
+        f"All reach it. A curve has {study.budget['validations']} points; differences with their "
+        "standard error.",
+        ["size", "steps", "FLOPs", "of steps in all", f"fewer than {smallest} by"],
         rows,
     )
 
@@ -217,30 +234,43 @@ def _losses(study: Study) -> list[Sheet]:
     return found
 
 
-def _controls(study: Study) -> Sheet:
+def _controls(study: Study) -> list[Sheet]:
     """The losses under other budgets: does training longer change them?"""
     (kind,) = (name for name in AMOUNTS if study.budget[name] is not None)
-    others = [(budget, points) for budget, points in study.controls if budget[kind] is not None]
-    shared = {(point.size, point.compression) for _, points in others for point in points}
-    rows: dict[tuple[int, str, float], list[str]] = {}
-    for budget, points in [*others, (study.budget, study.points)]:
+    whole = losses(study.points, "not tuned")
+    found = []
+    for budget, points in study.controls:
+        if budget[kind] is None:
+            continue
         share = budget[kind] * budget["scale"] / study.budget[kind] / study.budget["scale"]
         dense = {point.size: point for point in points if point.plain}
+        rows: dict[tuple[int, str], list[str]] = {}
         for compression, by_size in losses(points, "not tuned").items():
             for size, values in by_size.items():
-                if (size, compression) in shared and size in study.sizes:
-                    rows[study.sizes.index(size), compression, share] = [
+                plain, longer = study.dense(size), whole.get(compression, {}).get(size, {})
+                more = compare(values, longer)
+                if plain is not None and more is not None:
+                    rows[study.sizes.index(size), compression] = [
                         f"{size}: {compression}",
-                        f"{share:g}",
                         _spread(study, dense[size]),
+                        _spread(study, plain),
                         _mean(study, values),
+                        _mean(study, longer),
+                        f"{_number(study, more.mean, more.error)} {_LONGER[more.verdict]}",
                     ]
-    return Sheet(
-        "Does the cost depend on the length of training?",
-        "The same networks trained for a fraction of the budget, and compressed behind it.",
-        ["network", "budget", "dense", "what compression costs"],
-        [rows[key] for key in sorted(rows)],
-    )
+        found.append(
+            Sheet(
+                "Does the cost depend on the length of training?",
+                f"The same networks trained for {share:g} of the budget, and for all of it, and "
+                "compressed behind it.",
+                ["network", f"dense, {share:g}", "dense", f"cost, {share:g}", "cost", "longer"],
+                [rows[key] for key in sorted(rows)],
+            )
+        )
+    return found
+
+
+_LONGER = {"holds": "costs more", "fails": "costs less", "undecided": "undecided"}
 
 
 def _spread(study: Study, point: Point) -> str:
@@ -254,6 +284,10 @@ def _mean(study: Study, values: dict[int, float]) -> str:
 
 def _number(study: Study, value: float, spread: float) -> str:
     factor = scale(study.metric)
-    digits = 2 if factor == 100 else 3
-    about = "" if math.isinf(spread) else f" ± {factor * spread:.{digits}f}"
-    return f"{factor * value:.{digits}f}{about}"
+    return _about(Comparison(factor * value, factor * spread), ".2f" if factor == 100 else ".3f")
+
+
+def _about(value: Comparison, form: str) -> str:
+    """A number with its spread, if that is known."""
+    spread = "" if math.isinf(value.error) else f" ± {value.error:{form}}"
+    return f"{value.mean:{form}}{spread}"

@@ -32,3 +32,25 @@ class Sheet:
         for row in self.rows:
             table.add_row(*map(escape, row))
         return table
+
+    def markdown(self) -> str:
+        """As it stands in a document.
+
+        Example:
+            >>> print(Sheet("Sizes", "In bytes.", ["file", "bytes"], [["a|b", "3"]]).markdown())
+            ### Sizes
+            <BLANKLINE>
+            In bytes.
+            <BLANKLINE>
+            | file | bytes |
+            |---|--:|
+            | a\\|b | 3 |
+            <BLANKLINE>
+        """
+        lines = [_row(self.head), "|---" + "|--:" * (len(self.head) - 1) + "|"]
+        lines += map(_row, self.rows)
+        return "\n".join([f"### {self.title}", "", self.note, "", *lines, ""])
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

@@ -235,21 +235,27 @@ class Study:
         """The network of a size as it is."""
         return next((p for p in self.points if p.plain and p.size == size), None)
 
-    def steps_to(self) -> tuple[float, dict[str, list[float]]]:
+    def steps_to(self) -> tuple[float, dict[str, dict[int, float]]]:
         """The held-out error that every network reaches, and the steps that each size needs for
         it, by seed; no sizes where runs have left no curve."""
         curves = {
-            point.size: [
-                curve(Path(point.runs[seed]["folder"]), self.metric) for seed in sorted(point.runs)
-            ]
+            point.size: {
+                seed: curve(Path(run["folder"]), self.metric)
+                for seed, run in sorted(point.runs.items())
+            }
             for point in self.points
             if point.plain
         }
-        if not all(all(runs) for runs in curves.values()):
+        if not all(all(runs.values()) for runs in curves.values()):
             return math.nan, {}
-        target = max(min(error for _, error in curve) for runs in curves.values() for curve in runs)
+        target = max(
+            min(error for _, error in run) for runs in curves.values() for run in runs.values()
+        )
         return target, {
-            size: [next(float(step) for step, error in curve if error <= target) for curve in runs]
+            size: {
+                seed: next(float(step) for step, error in run if error <= target)
+                for seed, run in runs.items()
+            }
             for size, runs in curves.items()
         }
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from pressfit.experiments.cli import main
-from pressfit.experiments.report import checklist, conclusions, report
+from pressfit.experiments.report import checklist, conclusions, report, sheets
 from pressfit.experiments.study import Study, compare, losses, read
 
 SIZES = {"tiny": 1_000, "small": 4_000, "medium": 16_000, "large": 64_000, "huge": 256_000}
@@ -138,8 +138,29 @@ def test_losses_and_steps_are_by_size(runs: Path) -> None:
     assert found["tiny"] == pytest.approx(dict.fromkeys(range(3), 0.005))
     target, steps = study.steps_to()
     assert target == pytest.approx(0.202)
-    assert steps["tiny"] == [100.0] * 3
-    assert steps["huge"] == [25.0] * 3
+    assert steps["tiny"] == dict.fromkeys(range(3), 100.0)
+    assert steps["huge"] == dict.fromkeys(range(3), 25.0)
+
+
+def test_large_networks_need_fewer_steps(runs: Path) -> None:
+    (sheet,) = (s for s in sheets(Study(read(runs))) if s.title.startswith("Steps to"))
+    last = dict(zip(sheet.head, sheet.rows[-1], strict=True))
+    assert (last["size"], last["steps"]) == ("huge", "25")
+    assert last["fewer than tiny by"] == "75 ± 0 holds"
+
+
+def test_the_length_of_training_has_a_verdict(runs: Path) -> None:
+    def longer_costs_more(size: str, compression: str, seed: int) -> float:
+        error = larger_is_better(size, compression, seed)
+        return error - 0.0004 * (compression == "8 bits" and size == "huge") + 0.1
+
+    write(runs / "short", longer_costs_more, flops=2.5e8)
+    (sheet,) = (s for s in sheets(Study(read(runs))) if s.title.startswith("Does the cost"))
+    found = {row[0]: row[1:] for row in sheet.rows}
+    assert sheet.head[1:3] == ["dense, 0.25", "dense"]
+    costs = found["huge: 8 bits"][2:]
+    assert costs == ["0.01 ± 0.00", "0.05 ± 0.00", "0.04 ± 0.00 costs more"]
+    assert len(found) == len(SIZES)
 
 
 def test_other_budgets_are_controls(runs: Path) -> None:
@@ -170,6 +191,10 @@ def test_a_report_is_complete(runs: Path, capsys: pytest.CaptureFixture[str]) ->
     assert float(row["error"]) == pytest.approx(0.2)
     assert (folder / "envelope.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert ET.parse(folder / "envelope.svg").getroot().tag.endswith("svg")
+    document = (folder / "report.md").read_text()
+    assert document.startswith("- A network of 4 times the bytes or more")
+    assert "| tiny: dense | 3 | 1,000 | 1.0 |" in document
+    assert "- [x] random pruning as the floor" in document
     page = (folder / "report.html").read_text()
     assert "pressfit train seed=0 &#x27;model.net.widths=[64,10]&#x27;" in page
     # Nothing is fetched from anywhere.
