@@ -35,7 +35,7 @@ def draw(study: Study, path: Path) -> None:
     title(
         axes,
         f"{words(study.metric).capitalize()} against bytes, under one budget",
-        "a line for each size of network, with 95 % intervals; circles: as it is",
+        "a line for each size, with 95 % intervals; circles: dense, squares: tuned, crosses: not",
     )
     for size, colour in zip(study.sizes, palette(len(study.sizes)), strict=True):
         envelope = study.envelope(size)
@@ -44,6 +44,8 @@ def draw(study: Study, path: Path) -> None:
         _scatter(axes, study, others, colour, 0.35)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    # Intervals of few seeds are wide, and would leave little of the picture to the points.
+    axes.set_ylim(top=1.15 * scale(study.metric) * max(point.mean() for point in study.points))
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size_of(value)))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 5, 7)))
@@ -64,9 +66,10 @@ def _draw(axes: Axes, study: Study, points: list[Point], colour: str, label: str
     errors = factor * np.array([point.mean() for point in points])
     axes.plot(sizes, errors, color=colour, linewidth=1.6, label=label)
     spread = factor * np.array([point.interval() for point in points])
-    if np.isfinite(spread).all():
-        low = np.maximum(errors - spread, errors / 2)  # which a logarithm needs
-        axes.fill_between(sizes, low, errors + spread, color=colour, alpha=0.12, linewidth=0)
+    known = np.isfinite(spread)  # from two seeds on
+    low = np.maximum(errors - spread, errors / 2)  # which a logarithm needs
+    high = errors + spread
+    axes.fill_between(sizes, low, high, where=known, color=colour, alpha=0.12, linewidth=0)
     _scatter(axes, study, points, colour, 1.0)
 
 
