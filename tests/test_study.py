@@ -178,7 +178,7 @@ def test_a_job_that_fails_sinks_no_other(tmp_path: Path) -> None:
     assert trace.startswith("Traceback")
 
 
-def test_a_killed_study_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+def test_a_study_that_is_stopped_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     words = [
         "seed=0",
@@ -199,12 +199,24 @@ def test_a_killed_study_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     (saved,) = killed.glob("runs/dense/*/resume.ckpt")
     step = int(torch.load(saved, weights_only=False)["global_step"])
     assert 0 < step < 3000
+    # Then once more, between two jobs or within the next one, by Ctrl-C.
+    run = study(killed, *words)
+    while not results(killed):
+        assert run.poll() is None, run.stderr
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    output, _ = run.communicate()
+    assert run.returncode != 0
+    assert "stopped with 1 of 3 jobs finished: the same command goes on from here" in output
     for folder in (killed, whole):
         run = study(folder, *words)
         _, errors = run.communicate()
         assert run.returncode == 0, errors
-    pairs = [{r["compression"]: r for r in results(folder)} for folder in (killed, whole)]
-    assert len(pairs[0]) == 2
+    pairs = [
+        {(r["compression"], r["fine_tune"]): r for r in results(folder)}
+        for folder in (killed, whole)
+    ]
+    assert len(pairs[0]) == 3
     for name, result in pairs[0].items():
         assert result["error"] == pairs[1][name]["error"]
         assert result["bytes"] == pairs[1][name]["bytes"]
