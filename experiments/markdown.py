@@ -34,12 +34,12 @@ def markdown(
 
 
 def facts(study: Study) -> str:
-    """How much was run, with what, and when it was reported."""
+    """How much was run, and what has reported it, and when: runs can be of other machines."""
     runs = sum(len(point.runs) for point in study.points)
     (budget,) = (f"{study.budget[a]:,.6g} {a}" for a in AMOUNTS if study.budget[a] is not None)
     return (
         f"{len(study.points)} points, {runs} runs, at least {study.seeds} of each, a budget of "
-        f"{budget}. pressfit {version('pressfit')}, torch {version('torch')}, Python "
+        f"{budget}. Reported by pressfit {version('pressfit')}, torch {version('torch')}, Python "
         f"{platform.python_version()}, {platform.machine()}; "
         f"{datetime.now(UTC).strftime('%d %B %Y')}."
     )

@@ -53,17 +53,16 @@ def report(folders: Sequence[Path], output: Path, console: Console | None = None
     points(study, output / "points.csv")
     for kind in ("png", "svg"):
         draw(study, output / f"envelope.{kind}")
-    tables = sheets(study)
+    tables, found, checks = sheets(study), conclusions(study), checklist(study)
     for sheet in tables:
         if sheet.title != EVERY_POINT:  # they are in the file, and on the page
             console.print(sheet.table(), "")
-    for line in conclusions(study):
+    for line in found:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    (output / "report.md").write_text(
-        markdown(study, tables, conclusions(study), checklist(study)), encoding="utf-8"
-    )
+    document = markdown(study, tables, found, checks)
+    (output / "report.md").write_text(document, encoding="utf-8")
     path = output / "report.html"
-    path.write_text(page(study, tables, conclusions(study), checklist(study)), encoding="utf-8")
+    path.write_text(page(study, tables, found, checks), encoding="utf-8")
     console.print(str(path), markup=False, highlight=False, soft_wrap=True)
     return path
 
@@ -197,7 +196,7 @@ def _faster(study: Study) -> Sheet:
                 f"{mean:,.0f}",
                 f"{mean * point.mean('flops_per_step'):.2g}",
                 f"{point.mean('steps'):,.0f}",
-                f"{_about(fewer, ',.0f')} {fewer.verdict}" if fewer else "-",
+                f"{_about(fewer.mean, fewer.error, ',.0f')} {fewer.verdict}" if fewer else "-",
             ]
         )
     return Sheet(
@@ -284,10 +283,9 @@ def _mean(study: Study, values: dict[int, float]) -> str:
 
 def _number(study: Study, value: float, spread: float) -> str:
     factor = scale(study.metric)
-    return _about(Comparison(factor * value, factor * spread), ".2f" if factor == 100 else ".3f")
+    return _about(factor * value, factor * spread, ".2f" if factor == 100 else ".3f")
 
 
-def _about(value: Comparison, form: str) -> str:
+def _about(value: float, spread: float, form: str) -> str:
     """A number with its spread, if that is known."""
-    spread = "" if math.isinf(value.error) else f" ± {value.error:{form}}"
-    return f"{value.mean:{form}}{spread}"
+    return f"{value:{form}}" + ("" if math.isinf(spread) else f" ± {spread:{form}}")

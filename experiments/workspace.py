@@ -15,8 +15,8 @@ _LAYERS = {"Zeros": "sparsity", "Bits": "bits", "Clusters": "clusters", "Rank": 
 def workspace(folder: Path, entity: str) -> ws.Workspace:
     """The view of the runs in a folder; ``save()`` sends it.
 
-    Each panel has the axes that the runs declare, and colours and means are those of the same
-    network with the same compression, over seeds.
+    Each panel has the axes that the runs declare. Runs of a study are grouped by size and
+    compression, so that lines are means over seeds.
 
     Args:
         folder: A run, or a sweep of runs, of which one tells metric, project and group.
@@ -26,7 +26,7 @@ def workspace(folder: Path, entity: str) -> ws.Workspace:
         FileNotFoundError: It holds no run that was sent to W&B.
     """
     config = _config(folder)
-    held_out, tested = f"val/{config.metric}", "result/error"
+    held_out = f"val/{config.metric}"
     steps: dict[str, Any] = {"x": "trainer/global_step", "title_x": "steps"}
     layers: list[Any] = [
         LinePlot(title=f"{what} of each layer", metric_regex=f"compression/{name}/.*", **steps)
@@ -44,7 +44,7 @@ def workspace(folder: Path, entity: str) -> ws.Workspace:
                     ScatterPlot(
                         title="Tested error against bytes of the file",
                         x=SummaryMetric("result/bytes"),
-                        y=SummaryMetric(tested),
+                        y=SummaryMetric("result/error"),
                         log_x=True,
                     ),
                     LinePlot(
