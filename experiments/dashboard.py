@@ -55,7 +55,8 @@ def publish(loggers: Iterable[Logger], result: dict[str, Any], file: Path) -> No
 
 
 def close(loggers: Iterable[Logger]) -> None:
-    """End the runs of W&B, or the next one of this process would go on with them."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+    """End the run of W&B, if one began, or the next one of this process would go on with it."""
+    if any(isinstance(logger, WandbLogger) for logger in loggers):
+        import wandb  # where there is its logger
+
+        wandb.finish()

@@ -21,6 +21,9 @@ __all__ = ["report"]
 
 EVERY_POINT = "Every point"
 
+# What a verdict on the cost of compression means for those that were trained longer.
+_LONGER = {"holds": "costs more", "fails": "costs less", "undecided": "undecided"}
+
 
 def report(folders: Sequence[Path], output: Path, console: Console | None = None) -> Path:
     """Write ``report.html``, ``report.md``, ``points.csv`` and pictures into a folder, and print
@@ -82,8 +85,8 @@ def points(study: Study, path: Path) -> None:
 
 def sheets(study: Study) -> list[Sheet]:
     """All tables, in the order in which they are read."""
-    every = [_claims(study), _points(study), _faster(study), *_losses(study)]
-    every += _controls(study)
+    every = [_claims(study), _points(study), _faster(study)]
+    every += [*_losses(study), *_controls(study)]
     return [sheet for sheet in every if sheet.rows]
 
 
@@ -267,9 +270,6 @@ def _controls(study: Study) -> list[Sheet]:
             )
         )
     return found
-
-
-_LONGER = {"holds": "costs more", "fails": "costs less", "undecided": "undecided"}
 
 
 def _spread(study: Study, point: Point) -> str:
