@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-__all__ = ["fingerprint", "finished", "record"]
+__all__ = ["digest", "fingerprint", "finished", "record"]
 
 # Where a run writes, and what it shows while it trains.
 _ASIDE = {"hydra", "folder", "cache", "group", "logger"}
@@ -49,7 +49,7 @@ def fingerprint(config: DictConfig) -> str:
     if not known["callbacks"]:
         known.pop("fine_tune", None)
     text = json.dumps([version("pressfit"), known], sort_keys=True, default=str)
-    return _digest(text)
+    return digest(text)
 
 
 def finished(config: DictConfig) -> dict[str, Any] | None:
@@ -68,8 +68,14 @@ def record(path: Path, value: Any) -> None:
     scratch.replace(path)
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def digest(text: object) -> str:
+    """Twelve hexadecimal digits of the SHA-256 of a text.
+
+    Example:
+        >>> digest("runs/first")
+        '4a80f22e3d63'
+    """
+    return hashlib.sha256(str(text).encode()).hexdigest()[:12]
 
 
 def _plain(config: DictConfig, name: Any) -> Any:
@@ -80,9 +86,3 @@ def _plain(config: DictConfig, name: Any) -> Any:
         return OmegaConf.to_container(node, resolve=True)
     except InterpolationResolutionError:  # of Hydra's own values, which only a running job has
         return OmegaConf.to_container(node, resolve=False)
-
-
-# For what shall be the same whenever a run goes on in its folder.
-OmegaConf.register_new_resolver("digest", lambda text: _digest(str(text)), replace=True)
-# As the name of a job's directory: a sweep that is started again finds what it has done.
-OmegaConf.register_new_resolver("fingerprint", lambda *, _root_: fingerprint(_root_), replace=True)

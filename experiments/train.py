@@ -15,7 +15,7 @@ import hydra
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from pressfit.experiments.budget import AMOUNTS, spend
 from pressfit.experiments.fingerprint import finished
@@ -23,9 +23,6 @@ from pressfit.experiments.progress import NOTE
 from pressfit.experiments.run import disband, run
 
 __all__ = ["main"]
-
-# What configurations compute: a learning rate from a width.
-OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://pressfit.configs", config_name="train")
