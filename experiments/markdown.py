@@ -1,8 +1,6 @@
 """The report of a study as a document, to be kept beside the code."""
 
-import platform
-from datetime import UTC, datetime
-from importlib.metadata import version
+from datetime import date
 
 from pressfit.experiments.budget import AMOUNTS
 from pressfit.experiments.sheet import Sheet
@@ -34,12 +32,15 @@ def markdown(
 
 
 def facts(study: Study) -> str:
-    """How much was run, and what has reported it, and when: runs can be of other machines."""
-    runs = sum(len(point.runs) for point in study.points)
+    """How much was run, and on what, with what, and when."""
+    runs = [run for point in study.points for run in point.runs.values()]
     (budget,) = (f"{study.budget[a]:,.6g} {a}" for a in AMOUNTS if study.budget[a] is not None)
+    made = [run["provenance"] for run in runs]
+    machines, software = (sorted({m[key] for m in made}) for key in ("machine", "software"))
+    dates = [date.fromisoformat(d) for d in sorted({m["date"] for m in made})]
+    first, last = (f"{day:%d %B %Y}" for day in (dates[0], dates[-1]))
     return (
-        f"{len(study.points)} points, {runs} runs, at least {study.seeds} of each, a budget of "
-        f"{budget}. Reported by pressfit {version('pressfit')}, torch {version('torch')}, Python "
-        f"{platform.python_version()}, {platform.machine()}; "
-        f"{datetime.now(UTC).strftime('%d %B %Y')}."
+        f"{len(study.points)} points, {len(runs)} runs, at least {study.seeds} of each, a budget "
+        f"of {budget}. Run on {' and '.join(machines)} with {' and '.join(software)}; "
+        f"{first if first == last else f'{first} to {last}'}."
     )

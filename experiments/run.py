@@ -25,6 +25,7 @@ from pressfit.experiments.dashboard import close, declare, publish
 from pressfit.experiments.figures import draw
 from pressfit.experiments.fingerprint import fingerprint, record
 from pressfit.experiments.metric import shown, words
+from pressfit.experiments.provenance import provenance
 
 __all__ = ["build", "disband", "fit", "instances", "run"]
 
@@ -96,6 +97,7 @@ def _measured(
         "steps": trainer.global_step,
         "seed": config.seed,
         "overrides": overrides,
+        "provenance": provenance(trainer.strategy.root_device),
     }
     if checkpoint.report is not None:  # on the first process
         result |= _sizes(checkpoint.report)

@@ -44,6 +44,11 @@ def write(
                     "steps": 100,
                     "steps_before": 50,
                     "seconds": 1.0,
+                    "provenance": {
+                        "machine": "Processor",
+                        "software": "pressfit 0.1.0, torch 2.13.0",
+                        "date": f"2026-11-{27 + seed}",
+                    },
                     "flops_per_step": dense * 100.0,
                     "operations": 1e6,
                     "operations_needed": 1e6 if ratio < 16 else 2e5,
