@@ -46,6 +46,9 @@ def nearest(message: str, words: list[str]) -> str:
         method = rest_of_key.partition(".")[0]
         if f"{group}.{method}" not in keys and method in _options(group):
             return f": it is a setting of {group}=[{method}], which is not chosen"
+        if key in keys:
+            known = [k for k in keys if k.rpartition(".")[0] == key]
+            return f": there are {', '.join(known)}; others are added by ++{key}.NAME=VALUE"
         siblings = [k for k in keys if k.rpartition(".")[0] == key.rpartition(".")[0]]
         close = get_close_matches(key, siblings, 1, 0.6) or get_close_matches(key, keys, 1, 0.6)
         if close:

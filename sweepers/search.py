@@ -66,6 +66,13 @@ class Search(Jobs):
             directions=["minimize"] * len(self.objectives),
             load_if_exists=True,
         )
+        objectives = study.user_attrs.get("objectives", self.objectives)
+        if objectives != self.objectives:
+            raise HydraException(
+                f"objectives: the search in {folder} is by {', '.join(objectives)}: go on with "
+                "them, or begin in another hydra.sweep.dir"
+            )
+        study.set_user_attr("objectives", objectives)
         # Another seed for what goes on: it would begin with the same proposals.
         study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
         states = optuna.trial.TrialState

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command import Command
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
@@ -36,14 +36,8 @@ CONFIGS = Path(pressfit.configs.__file__).parent
 QUICK = ["trainer.max_epochs=12", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
 
 
-def pressfit_(
-    *words: str, folder: Path | None = None, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from pressfit.experiments.cli import main; main()", *words]
-    environment = {**os.environ, "COLUMNS": "200", **environment}
-    return subprocess.run(
-        command, check=False, capture_output=True, text=True, env=environment, cwd=folder
-    )
+def pressfit_(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return Command(*words, folder=folder).end()
 
 
 # One worker, since the sweep below is made once for all.
@@ -169,12 +163,18 @@ def test_training_starts_from_the_weights_of_a_file(sweep: Path, tmp_path: Path)
         (["train", "data=zzz"], "there are cifar10, digits, mnist, stdlib"),
         (["train", "callbacks=[prun]"], "did you mean callbacks=[prune]?"),
         (["train", "callbacks.prune.sparsty=0.5"], "did you mean callbacks.prune.sparsity?"),
+        (["train", "trainer={max_epoch: 3}"], "others are added by ++trainer.NAME=VALUE"),
         (["train", "callbacks.rank.price=1"], "a setting of callbacks=[rank], which is not chosen"),
         (["train", "callbacks.prune.sparsity=95", *QUICK], "a fraction in [0, 1], got 95"),
         (["train", "callbacks=[share,prune]", *QUICK], "list GradualPruning first"),
         (["train", "callbacks@observers=[monitor]", *QUICK], "none writes the file"),
         (["train", "trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
         (["train", "init=nowhere.pressfit", *QUICK], "nowhere.pressfit"),
+        (["train", "-m", "hydra/sweeper=search"], "nothing to search: give an interval"),
+        (
+            ["train", "-m", "experiment=search_compression", "hydra/sweeper=grids"],
+            "sparsity: a grid has values, not an interval: name values, or search with",
+        ),
         (["train", "model=lenet5", *QUICK], "choose data=mnist"),
         (["train", "model=resnet20", *QUICK], "images of 3 x 32 x 32, and got 1 x 8 x 8"),
     ],
@@ -188,7 +188,12 @@ def test_mistakes_get_one_line(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["pressfit"])  # both are set anew for Hydra
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")
-    quiet = [f"hydra.run.dir={tmp_path}", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    quiet = [
+        f"hydra.run.dir={tmp_path}",
+        f"hydra.sweep.dir={tmp_path}",
+        "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
+    ]
     with pytest.raises(SystemExit) as exit:
         main(words + quiet * (words[0] == "train"))
     assert exit.value.code == 2
@@ -230,7 +235,7 @@ def test_a_users_own_configuration_and_module(tmp_path: Path) -> None:
         "optimizer: {_target_: torch.optim.SGD, _partial_: true, lr: 0.1}\n"
     )
     words = ["train", "--config-dir", str(tmp_path), "model=mine", "model.units=25", *QUICK]
-    run = pressfit_(*words, f"hydra.run.dir={tmp_path / 'run'}", PYTHONPATH=str(tmp_path))
+    run = pressfit_(*words, "hydra.run.dir=run", folder=tmp_path)
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["layers"]["net.1.weight"]["weights"] == 25 * 64

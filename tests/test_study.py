@@ -1,7 +1,6 @@
 """Sweeps under one budget: equal costs, shared beginnings, and what is left when they stop."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -12,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from command import Command
 from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
 from hydra.utils import get_object
+from hydra_plugins.pressfit.search import Search
 from torch import nn
 
 from pressfit.compressors import load, same_bits
@@ -76,20 +78,8 @@ class Data(pl.LightningDataModule):
 SIZES = "model.net.widths=[64,8,10],[64,16,10]"
 
 
-def study(
-    folder: Path, *words: str, experiment: str = "train_big_then_compress"
-) -> subprocess.Popen[str]:
-    command = Path(sys.executable).with_name("pressfit")
-    return subprocess.Popen(
-        [str(command), "train", "-m", f"experiment={experiment}", *STUDY, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "COLUMNS": "200"},
-        # What runs in the background of a shell ignores Ctrl-C, and so do its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
-    )
+def study(folder: Path, *words: str, experiment: str = "train_big_then_compress") -> Command:
+    return Command("train", "-m", f"experiment={experiment}", *STUDY, *words, folder=folder)
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -101,10 +91,9 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sizes, two compressions of each, with training and without."""
     folder = tmp_path_factory.mktemp("study")
     compressions = "compression=none,bits4,zeros80_bits4"
-    run = study(folder, "seed=0", SIZES, compressions, "fine_tune=true,false")
-    output, errors = run.communicate()
-    assert run.returncode == 0, errors
-    (folder / "stdout").write_text(output)
+    done = study(folder, "seed=0", SIZES, compressions, "fine_tune=true,false").end()
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
     return folder
 
 
@@ -155,25 +144,25 @@ def test_without_fine_tuning_weights_stay(swept: Path) -> None:
 def test_a_finished_study_is_not_done_again(swept: Path) -> None:
     times = {path: path.stat().st_mtime for path in swept.glob("runs/**/*") if path.is_file()}
     compressions = "compression=none,bits4,zeros80_bits4"
-    run = study(swept, "seed=0", SIZES, compressions, "fine_tune=true,false")
-    output, errors = run.communicate()
-    assert run.returncode == 0, errors
-    assert "10 jobs in" in output
-    assert "10 of them finished before" in output
+    done = study(swept, "seed=0", SIZES, compressions, "fine_tune=true,false").end()
+    assert done.returncode == 0, done.stderr
+    assert "10 jobs in" in done.stdout
+    assert "10 of them finished before" in done.stdout
     for path, changed in times.items():
         if path.name not in ("multirun.yaml", "summary.json"):
             assert path.stat().st_mtime == changed, path
 
 
 def test_a_job_that_fails_sinks_no_other(tmp_path: Path) -> None:
-    run = study(tmp_path, "seed=0", "model.net.widths=[64,8,10],[63,8,10]", "compression=none")
-    output, errors = run.communicate()
-    assert run.returncode == 1
+    done = study(
+        tmp_path, "seed=0", "model.net.widths=[64,8,10],[63,8,10]", "compression=none"
+    ).end()
+    assert done.returncode == 1
     (result,) = results(tmp_path)
     assert result["size"] == "64-8-10"
-    assert "2 of 2" in output
-    assert "1 failed" in errors
-    assert "mat1 and mat2 shapes cannot be multiplied" in errors
+    assert "2 of 2" in done.stdout
+    assert "1 failed" in done.stderr
+    assert "mat1 and mat2 shapes cannot be multiplied" in done.stderr
     (failure,) = tmp_path.glob("runs/*/*/*/error.txt")
     command, _, trace = failure.read_text().partition("\n\n")
     assert command.startswith("pressfit train seed=0 'model.net.widths=[63,8,10]'")
@@ -186,34 +175,33 @@ def test_a_study_that_is_stopped_goes_on_and_ends_the_same(tmp_path: Path) -> No
         "seed=0",
         "model.net.widths=[64,8,10]",
         "compression=none,zeros80_bits4",
-        "budget.steps=1500",
-        "observers.resume.train_time_interval={_target_: datetime.timedelta, seconds: 1}",
+        "budget.steps=600",
+        "observers.resume.train_time_interval={_target_: datetime.timedelta, seconds: 0.3}",
     ]
     for folder in (whole, killed):
         folder.mkdir()
     run = study(killed, *words)
     while not list(killed.glob("runs/dense/*/resume.ckpt")):
-        assert run.poll() is None, run.stderr
+        assert run.runs()
         time.sleep(0.05)
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
+    run.send(signal.SIGKILL)
+    run.end()
     assert not results(killed)
     (saved,) = killed.glob("runs/dense/*/resume.ckpt")
     step = int(torch.load(saved, weights_only=False)["global_step"])
-    assert 0 < step < 1500
+    assert 0 < step < 600
     # Then once more, between two jobs or within the next one, by Ctrl-C.
     run = study(killed, *words)
     while not results(killed):
-        assert run.poll() is None, run.stderr
+        assert run.runs()
         time.sleep(0.05)
-    run.send_signal(signal.SIGINT)
-    output, _ = run.communicate()
-    assert run.returncode != 0
-    assert "stopped with 1 of 3 jobs finished: the same command goes on from here" in output
+    run.send(signal.SIGINT)
+    done = run.end()
+    assert done.returncode != 0
+    assert "stopped with 1 of 3 jobs finished: the same command goes on from here" in done.stdout
     for folder in (killed, whole):
-        run = study(folder, *words)
-        _, errors = run.communicate()
-        assert run.returncode == 0, errors
+        done = study(folder, *words).end()
+        assert done.returncode == 0, done.stderr
     pairs = [
         {(r["compression"], r["fine_tune"]): r for r in results(folder)}
         for folder in (killed, whole)
@@ -230,25 +218,19 @@ def test_a_study_that_is_stopped_goes_on_and_ends_the_same(tmp_path: Path) -> No
 
 def test_observers_make_different_runs(tmp_path: Path) -> None:
     words = ["seed=0", "model.net.widths=[64,8,10]", "compression=none"]
-    run = study(tmp_path, *words, "observers.checkpoint.coder=context,huffman")
-    output, errors = run.communicate()
-    assert run.returncode == 0, errors
-    assert "2 jobs in" in output
+    done = study(tmp_path, *words, "observers.checkpoint.coder=context,huffman").end()
+    assert done.returncode == 0, done.stderr
+    assert "2 jobs in" in done.stdout
     assert {result["coder"] for result in results(tmp_path)} == {"context", "huffman"}
 
 
 def test_numbered_folders_are_those_of_this_sweep(tmp_path: Path) -> None:
     """What another sweep has left in a folder is none of its own results."""
     words = ["trainer.max_epochs=2", "reference=false", "trainer.enable_progress_bar=false"]
-    command = [str(Path(sys.executable).with_name("pressfit")), "train", "-m", *words]
     for sparsities, first in (("0.5,0.6", 0), ("0.6,0.7", 0), ("0.6,0.7", 2)):
-        done = subprocess.run(
-            [*command, "hydra.sweep.dir=here", f"callbacks.prune.sparsity={sparsities}"],
-            check=True,
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        )
+        values = f"callbacks.prune.sparsity={sparsities}"
+        done = Command("train", "-m", *words, "hydra.sweep.dir=here", values, folder=tmp_path).end()
+        assert done.returncode == 0, done.stderr
         assert f"2 jobs in here, {first} of them finished before" in done.stdout
         for number, sparsity in enumerate(sparsities.split(",")):
             result = json.loads((tmp_path / "here" / str(number) / "result.json").read_text())
@@ -260,14 +242,13 @@ def test_numbered_folders_are_those_of_this_sweep(tmp_path: Path) -> None:
 def test_a_search_learns_and_goes_on(tmp_path: Path) -> None:
     experiment = "search_compression"
     words = ["hydra/sweeper=search", "model.net.widths=[64,16,10]", "hydra.sweeper.trials=4"]
-    run = study(tmp_path, *words, experiment=experiment)
-    output, errors = run.communicate()
-    assert run.returncode == 0, errors
-    assert "4 trials in" in output
+    done = study(tmp_path, *words, experiment=experiment).end()
+    assert done.returncode == 0, done.stderr
+    assert "4 trials in" in done.stdout
     found = results(tmp_path)
     assert len(found) == 4
     assert len({result["compression"] for result in found}) == 4
-    front = re.findall(r"^([\d.]+), (\S+): callbacks.prune.sparsity=", output, re.MULTILINE)
+    front = re.findall(r"^([\d.]+), (\S+): callbacks.prune.sparsity=", done.stdout, re.MULTILINE)
     points = {(r["error_validation"], r["bytes"]) for r in found}
     best = {
         (error, size)
@@ -275,26 +256,22 @@ def test_a_search_learns_and_goes_on(tmp_path: Path) -> None:
         if not any(e <= error and b <= size and (e, b) != (error, size) for e, b in points)
     }
     assert len(front) == len(best)
-    run = study(tmp_path, *words[:-1], "hydra.sweeper.trials=6", experiment=experiment)
-    output, errors = run.communicate()
-    assert run.returncode == 0, errors
-    assert "6 trials in" in output
-    assert "4 of them finished before" in output
+    done = study(tmp_path, *words[:-1], "hydra.sweeper.trials=6", experiment=experiment).end()
+    assert done.returncode == 0, done.stderr
+    assert "6 trials in" in done.stdout
+    assert "4 of them finished before" in done.stdout
     assert len(results(tmp_path)) == 6
-    words[-1] = "hydra.sweeper.trials=7"
-    objectives = "hydra.sweeper.objectives=[error_validation,size]"
-    run = study(tmp_path, *words, objectives, experiment=experiment)
-    _, errors = run.communicate()
-    assert run.returncode == 2
-    assert "objectives: size is no number of result.json, which has error, " in errors
-    run = study(tmp_path, *words, "~hydra.sweeper.params", experiment=experiment)
-    _, errors = run.communicate()
-    assert run.returncode == 2
-    assert "nothing to search: give an interval" in errors
-    run = study(tmp_path, experiment=experiment)
-    _, errors = run.communicate()
-    assert run.returncode == 2
-    assert "sparsity: a grid has values, not an interval: name values, or search with" in errors
+    other = "hydra.sweeper.objectives=[error_validation,ratio]"
+    done = study(tmp_path, *words, other, experiment=experiment).end()
+    assert done.returncode == 2
+    assert "is by error_validation, bytes: go on with them, or begin in another" in done.stderr
+
+
+def test_objectives_are_numbers_of_the_result() -> None:
+    search = Search(objectives=["error_validation", "size"])
+    message = "objectives: size is no number of result.json, which has error_validation, bytes"
+    with pytest.raises(HydraException, match=message):
+        search._values({"error_validation": 0.1, "size": "64-8-10", "bytes": 9})
 
 
 def test_the_documented_study_of_an_own_network_runs(tmp_path: Path) -> None:
@@ -302,18 +279,9 @@ def test_the_documented_study_of_an_own_network_runs(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "mine.py").write_text(MINE)
-    command = [str(Path(sys.executable).with_name("pressfit")), "train", "-m"]
-    command += ["--config-dir", "configs", "experiment=mine", "seed=0", "budget.steps=30"]
-    command += ["model.width=4,64", "compression=none,zeros80_bits4", "fine_tune=true"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [*command, "budget.scale=1"],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-    )
+    words = ["--config-dir", "configs", "experiment=mine", "seed=0", "budget.steps=30"]
+    words += ["budget.scale=1", "model.width=4,64", "compression=none,zeros80_bits4"]
+    done = Command("train", "-m", *words, "fine_tune=true", folder=tmp_path).end()
     assert done.returncode == 0, done.stderr
     sizes = [(r["size"], r["compression"]) for r in results(tmp_path)]
     ways = ("none", "80 % zeros, 4 bits")
@@ -325,10 +293,9 @@ def test_the_documented_study_of_an_own_network_runs(tmp_path: Path) -> None:
 def test_other_launchers_do_the_same(launcher: str, swept: Path, tmp_path: Path) -> None:
     several = "hydra.launcher.n_jobs=2" if launcher == "joblib" else "hydra.launcher.timeout_min=9"
     words = ["seed=0", "model.net.widths=[64,8,10]", "compression=bits4", "fine_tune=true,false"]
-    run = study(tmp_path, *words, f"hydra/launcher={launcher}", several)
-    output, errors = run.communicate()
-    assert run.returncode == 0, errors
-    assert "2 of 2" in output
+    done = study(tmp_path, *words, f"hydra/launcher={launcher}", several).end()
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2" in done.stdout
     found, expected = (
         {
             (r["compression"], r["fine_tune"]): (r["error"], r["bytes"])
@@ -352,9 +319,8 @@ def test_a_cluster_gets_a_task_and_a_gpu_for_each_process() -> None:
 
 def test_every_job_of_a_sweep_has_its_own_processes(swept: Path, tmp_path: Path) -> None:
     words = ["seed=0", "model.net.widths=[64,8,10]", "compression=none,bits4", "fine_tune=true"]
-    run = study(tmp_path, *words, "trainer.devices=2", "trainer.strategy=ddp")
-    _, errors = run.communicate()
-    assert run.returncode == 0, errors
+    done = study(tmp_path, *words, "trainer.devices=2", "trainer.strategy=ddp").end()
+    assert done.returncode == 0, done.stderr
     alone = {
         r["compression"]: r
         for r in results(swept)

@@ -1,0 +1,63 @@
+"""The command line in processes of its own, which begin where torch and Lightning are imported."""
+
+import os
+import signal
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+from subprocess import CompletedProcess
+from tempfile import TemporaryDirectory
+
+from pressfit.experiments.cli import main
+
+_SERVER = get_context("forkserver")
+_SERVER.set_forkserver_preload(["pressfit.experiments.train"])
+
+
+class Command:
+    """``pressfit`` with these words, from now on.
+
+    Args:
+        words: What stands behind it.
+        folder: Where it is called.
+        environment: Variables on top of those of this process.
+    """
+
+    def __init__(self, *words: str, folder: Path | None = None, **environment: str) -> None:
+        self._printed = TemporaryDirectory()
+        environment = {**os.environ, "COLUMNS": "200", **environment}
+        arguments = (words, folder or Path.cwd(), environment, Path(self._printed.name))
+        self._process = _SERVER.Process(target=_run, args=arguments)
+        self._process.start()
+
+    def runs(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._process.is_alive()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def end(self) -> CompletedProcess[str]:
+        """Wait until it ends."""
+        self._process.join()
+        code = self._process.exitcode
+        assert code is not None
+        output, errors = (Path(self._printed.name, name).read_text() for name in _STREAMS)
+        return CompletedProcess([], code, output, errors)
+
+
+_STREAMS = {"stdout": 1, "stderr": 2}
+
+
+def _run(words: tuple[str, ...], folder: Path, environment: dict[str, str], printed: Path) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for name, number in _STREAMS.items():
+        os.dup2(os.open(printed / name, os.O_WRONLY | os.O_CREAT), number)
+    # What runs in the background of a shell ignores Ctrl-C, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = [str(Path(sys.executable).with_name("pressfit"))]
+    main(words)
