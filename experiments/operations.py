@@ -1,6 +1,8 @@
 """Floating-point operations: all, and those that a network with zeros needs."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,8 +33,12 @@ _ATTENTION = {
 }
 
 
-def counter() -> FlopCounterMode:
+@contextmanager
+def counter() -> Iterator[FlopCounterMode]:
     """A context that counts the products and sums of matrix products, convolutions, attention.
+
+    Kernels that run a whole recurrent network or encoder layer at once are left out of use
+    meanwhile: what is within them could not be counted.
 
     Example:
         >>> with counter() as counted:
@@ -40,7 +46,19 @@ def counter() -> FlopCounterMode:
         >>> counted.get_total_flops()
         48
     """
-    return FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    mha, mkldnn, cudnn = torch.backends.mha, torch.backends.mkldnn, torch.backends.cudnn
+    fast = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),  # of what oneDNN could do elsewhere
+            mkldnn.flags(enabled=False),
+            cudnn.flags(enabled=False),
+            FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counted,
+        ):
+            yield counted
+    finally:
+        mha.set_fastpath_enabled(fast)
 
 
 def operations(module: nn.Module, forward: Callable[[], Any]) -> tuple[float, float]:
