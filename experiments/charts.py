@@ -84,7 +84,7 @@ def timeline(study: Study) -> go.Figure:
                 continue
             run = point.runs[min(point.runs)]
             steps = curve(Path(run["folder"]), study.metric)
-            if not point.plain:
+            if run["steps_before"] and not point.plain:
                 before = curve(Path(run["init"]).parent, study.metric)
                 steps = before + [(run["steps_before"] + step, error) for step, error in steps]
             figure.add_scatter(

@@ -2,9 +2,8 @@
 
 from datetime import date
 
-from pressfit.experiments.budget import AMOUNTS
 from pressfit.experiments.sheet import Sheet
-from pressfit.experiments.study import Study
+from pressfit.experiments.study import Study, amount
 
 __all__ = ["facts", "markdown"]
 
@@ -33,14 +32,16 @@ def markdown(
 
 def facts(study: Study) -> str:
     """How much was run, and on what, with what, and when."""
-    runs = [run for point in study.points for run in point.runs.values()]
-    (budget,) = (f"{study.budget[a]:,.6g} {a}" for a in AMOUNTS if study.budget[a] is not None)
+    groups = [[r for point in points for r in point.runs.values()] for _, points in study.budgets]
+    runs = [run for group in groups for run in group]
+    others = f" and {len(runs) - len(groups[0])} under other budgets" if groups[1:] else ""
     made = [run["provenance"] for run in runs]
     machines, software = (sorted({m[key] for m in made}) for key in ("machine", "software"))
     dates = [date.fromisoformat(d) for d in sorted({m["date"] for m in made})]
     first, last = (f"{day:%d %B %Y}" for day in (dates[0], dates[-1]))
     return (
-        f"{len(study.points)} points, {len(runs)} runs, at least {study.seeds} of each, a budget "
-        f"of {budget}. Run on {' and '.join(machines)} with {' and '.join(software)}; "
+        f"{len(study.points)} points of at least {study.seeds} seeds, {len(groups[0])} runs under "
+        f"a budget of {amount(study.budget)}{others}. Run on {' and '.join(machines)} with "
+        f"{' and '.join(software)}; "
         f"{first if first == last else f'{first} to {last}'}."
     )

@@ -28,7 +28,8 @@ def page(
         conclusions: Sentences at its top.
         checklist: What a comparison should have, and whether this one does.
     """
-    runs = [run for point in study.points for _, run in sorted(point.runs.items())]
+    points = [point for _, points in study.budgets for point in points]
+    runs = [run for point in points for _, run in sorted(point.runs.items())]
     commands = "\n".join(shlex.join(["pressfit", "train", *run["overrides"]]) for run in runs)
     return _PAGE.substitute(
         plotly=get_plotlyjs(),

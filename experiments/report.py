@@ -15,7 +15,16 @@ from pressfit.experiments.markdown import markdown
 from pressfit.experiments.metric import scale, shown, words
 from pressfit.experiments.page import page
 from pressfit.experiments.sheet import Sheet
-from pressfit.experiments.study import LARGE, Comparison, Point, Study, compare, losses, read
+from pressfit.experiments.study import (
+    LARGE,
+    Comparison,
+    Point,
+    Study,
+    amount,
+    compare,
+    losses,
+    read,
+)
 
 __all__ = ["report"]
 
@@ -71,16 +80,17 @@ def report(folders: Sequence[Path], output: Path, console: Console | None = None
 
 
 def points(study: Study, path: Path) -> None:
-    """Write a line for each run of each point."""
+    """Write a line for each run of each point, those under other budgets included."""
     numbers = ["error", "error_validation", "bytes", "bytes_dense", "ratio", "steps", "seconds"]
     numbers += ["flops_per_step", "operations", "operations_needed", "folder"]
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["size", "compression", "fine_tune", "seed", *numbers])
-        for point in study.points:
-            for seed, run in sorted(point.runs.items()):
-                words = [point.size, point.compression, point.fine_tune, seed]
-                writer.writerow([*words, *(run[number] for number in numbers)])
+        writer.writerow(["budget", "size", "compression", "fine_tune", "seed", *numbers])
+        for budget, points in study.budgets:
+            for point in points:
+                for seed, run in sorted(point.runs.items()):
+                    words = [amount(budget), point.size, point.compression, point.fine_tune, seed]
+                    writer.writerow([*words, *(run[number] for number in numbers)])
 
 
 def sheets(study: Study) -> list[Sheet]:
@@ -94,19 +104,19 @@ def conclusions(study: Study) -> list[str]:
     """What the study says, in sentences."""
     claims = study.claims()
     found = []
+    if study.diverged:
+        found.append(f"Left out, since their error is not finite: {', '.join(study.diverged)}.")
     for rival, name in (
         ("dense", "the best dense one"),
         ("small", "the best of all that are smaller, however compressed,"),
     ):
         comparisons = [claim.against(getattr(claim, rival)) for claim in claims]
-        verdicts = Counter(c.verdict if c else "missing" for c in comparisons)
+        verdicts = Counter(c.verdict for c in comparisons if c)
         found.append(
-            f"A network of {LARGE} times the bytes or more, compressed, beats {name} of equal "
-            f"bytes at {verdicts['holds']} of {len(claims)} budgets of bytes, loses at "
-            f"{verdicts['fails']}, and cannot be told from it at {verdicts['undecided']}."
+            f"A network of {LARGE} times the bytes or more, compressed, beats {name} of at most "
+            f"as many bytes at {verdicts['holds']} of {verdicts.total()} budgets of bytes, loses "
+            f"at {verdicts['fails']}, and cannot be told from it at {verdicts['undecided']}."
         )
-        if verdicts["missing"]:
-            found[-1] += f" At {verdicts['missing']} there is none of the two."
     return found
 
 
@@ -136,7 +146,8 @@ def _claims(study: Study) -> Sheet:
     return Sheet(
         "Who owns each number of bytes",
         "Chosen by the held-out error, stated in the test error: mean and 95 % interval over "
-        "seeds; differences with their standard error, which hold beyond two of them.",
+        "seeds; differences with their standard error, which hold beyond two of them. Where no "
+        "dense network takes as many bytes, it has no rival.",
         [
             "bytes",
             "owner",

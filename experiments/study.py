@@ -17,9 +17,21 @@ from typing import Any, Literal
 
 from scipy.stats import t as student
 
+from pressfit.experiments.budget import AMOUNTS
 from pressfit.experiments.figures import logged
 
-__all__ = ["LARGE", "Claim", "Comparison", "Point", "Study", "compare", "curve", "losses", "read"]
+__all__ = [
+    "LARGE",
+    "Claim",
+    "Comparison",
+    "Point",
+    "Study",
+    "amount",
+    "compare",
+    "curve",
+    "losses",
+    "read",
+]
 
 LARGE = 4  # times as many bytes as there are to spend, before compression
 
@@ -131,7 +143,7 @@ class Claim:
         bytes: What there is to spend.
         owner: Of all points that fit, the best.
         large: Of networks that take four times as much or more before compression, the best.
-        dense: Of networks as they are, the best.
+        dense: Of networks as they are, the best, if there is one of as many bytes.
         small: Of all the others, however compressed, the best.
     """
 
@@ -151,15 +163,20 @@ class Claim:
 class Study:
     """The points of a sweep under its one budget, and those of other budgets beside.
 
+    Those whose error is not finite are left out, and listed as ``diverged``.
+
     Args:
-        results: ``result.json`` of each run.
+        results: ``result.json`` of each run, with its ``folder``, as :func:`read` finds them.
 
     Raises:
-        ValueError: There are no runs, or they measure different things.
+        ValueError: There are no runs; they measure different things; or two of them are of one
+            size, compression and seed, but differ in other settings.
     """
 
     def __init__(self, results: Iterable[dict[str, Any]]) -> None:
         results = [result for result in results if "size" in result]
+        self.diverged = [run["folder"] for run in results if not _finite(run)]
+        results = [run for run in results if _finite(run)]
         if not results:
             raise ValueError("no finished run that belongs to a budget")
         metrics = {str(result["metric"]) for result in results}
@@ -176,6 +193,11 @@ class Study:
         self.controls = [(json.loads(budget), _points(runs)) for budget, runs in groups.items()]
 
     @property
+    def budgets(self) -> list[tuple[dict[str, Any], list[Point]]]:
+        """Each budget with its points, the one that is compared first."""
+        return [(self.budget, self.points), *self.controls]
+
+    @property
     def sizes(self) -> list[str]:
         """From small to large."""
         dense = {point.size: point.mean("bytes_dense") for point in self.points}
@@ -187,19 +209,18 @@ class Study:
         return min(len(point.runs) for point in self.points)
 
     def amounts(self) -> list[int]:
-        """Bytes at which networks are compared: of every network as it is that a large one could
-        replace, once it is compressed; and between them, until there are enough."""
-        found = sorted(
-            {
-                round(dense.mean("bytes"))
-                for dense in self.points
-                if dense.plain and self.best(self._large(dense.mean("bytes")), dense.mean("bytes"))
-            }
-        )
+        """Bytes at which networks are compared: of every network as it is; and between them, until
+        there are enough."""
+        found = self._measured()
         while 1 < len(found) < _AMOUNTS:
-            middle = [round(math.sqrt(a * b)) for a, b in pairwise(found)]
+            middle = {round(math.sqrt(a * b)) for a, b in pairwise(found)} - {*found}
+            if not middle:
+                break
             found = sorted({*found, *middle})
         return found
+
+    def _measured(self) -> list[int]:
+        return sorted({round(point.mean("bytes")) for point in self.points if point.plain})
 
     def _large(self, most: float) -> list[Point]:
         return [point for point in self.points if point.mean("bytes_dense") >= LARGE * most]
@@ -219,12 +240,13 @@ class Study:
         return best
 
     def claims(self) -> list[Claim]:
-        """What holds at each of the :meth:`amounts`."""
-        found = []
+        """What holds at each of the :meth:`amounts`. Where no dense network takes as many bytes,
+        the best of those that take fewer is no rival of equal bytes, and there is none."""
+        found, measured = [], self._measured()
         for most in self.amounts():
             large = self._large(most)
             small = [point for point in self.points if point not in large]
-            dense = [p for p in self.points if p.plain]
+            dense = [p for p in self.points if p.plain and most in measured]
             owner = self.best(self.points, most)
             assert owner is not None, "amounts are sizes of files"
             rivals = (self.best(points, most) for points in (large, dense, small))
@@ -246,7 +268,7 @@ class Study:
             for point in self.points
             if point.plain
         }
-        if not all(all(runs.values()) for runs in curves.values()):
+        if not curves or not all(all(runs.values()) for runs in curves.values()):
             return math.nan, {}
         target = max(
             min(error for _, error in run) for runs in curves.values() for run in runs.values()
@@ -263,8 +285,19 @@ class Study:
 def _points(results: list[dict[str, Any]]) -> list[Point]:
     groups: dict[tuple[str, str, bool], dict[int, dict[str, Any]]] = defaultdict(dict)
     for run in results:
-        groups[run["size"], run["compression"], run["fine_tune"]][run["seed"]] = run
+        runs = groups[run["size"], run["compression"], run["fine_tune"]]
+        other = runs.setdefault(run["seed"], run)
+        if other["fingerprint"] != run["fingerprint"]:
+            raise ValueError(
+                f"{other['folder']} and {run['folder']} are of one size, compression and seed, "
+                "but differ in other settings; name folders that hold one of the two, and give "
+                "each a hydra.sweep.dir of its own"
+            )
     return [Point(*key, runs) for key, runs in groups.items()]
+
+
+def _finite(run: dict[str, Any]) -> bool:
+    return math.isfinite(run["error"]) and math.isfinite(run["error_validation"])
 
 
 def losses(points: Sequence[Point], kind: str) -> dict[str, dict[str, dict[int, float]]]:
@@ -279,6 +312,17 @@ def losses(points: Sequence[Point], kind: str) -> dict[str, dict[str, dict[int, 
                 seed: error - whole[seed] for seed, error in point.errors.items() if seed in whole
             }
     return dict(found)
+
+
+def amount(budget: Mapping[str, Any]) -> str:
+    """How much a budget is.
+
+    Example:
+        >>> amount({"flops": None, "seconds": None, "steps": 2000, "scale": 0.25})
+        '500 steps'
+    """
+    (kind,) = (kind for kind in AMOUNTS if budget[kind] is not None)
+    return f"{budget[kind] * budget['scale']:.6g} {kind}"
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 import xml.etree.ElementTree as ET
@@ -31,6 +32,7 @@ def write(
                 run.mkdir(parents=True)
                 value = error(size, compression, seed)
                 result = {
+                    "fingerprint": run.name,
                     "metric": metric,
                     "size": size,
                     "compression": compression,
@@ -81,21 +83,22 @@ def test_large_networks_own_what_they_own(runs: Path) -> None:
     assert study.sizes == list(SIZES)
     assert study.seeds == 3
     claims = study.claims()
-    assert [claim.bytes for claim in claims] == [1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000]
-    for claim in claims:
+    assert [claim.bytes for claim in claims] == [*SIZES.values()]
+    for claim in claims[:-1]:
         assert claim.owner.mean("bytes_dense") >= 4 * claim.bytes
         assert claim.large is not None
         assert claim.large.mean("bytes") <= 1.02 * claim.bytes
         against = claim.against(claim.dense)
         assert against is not None
         assert against.verdict == "holds"
-    sixteen = claims[4]
+    assert claims[-1].large is None  # none is larger
+    sixteen = claims[2]
     assert (sixteen.owner.size, sixteen.dense and sixteen.dense.size) == ("huge", "medium")
     assert sixteen.against(sixteen.dense).mean == pytest.approx(0.06 - 0.005)  # type: ignore[union-attr]
     assert sixteen.small is not None
     assert sixteen.small.size == "medium"
     first, second = conclusions(study)
-    assert "beats the best dense one of equal bytes at 7 of 7" in first
+    assert "beats the best dense one of at most as many bytes at 4 of 4" in first
     assert "smaller" in second
 
 
@@ -105,7 +108,7 @@ def test_a_claim_that_does_not_hold_is_told(tmp_path: Path) -> None:
 
     write(tmp_path, smaller_is_better)
     (first, _) = conclusions(Study(read(tmp_path)))
-    assert "at 0 of 7 budgets of bytes, loses at 7, and cannot be told from it at 0" in first
+    assert "at 0 of 4 budgets of bytes, loses at 4, and cannot be told from it at 0" in first
 
 
 def test_noise_decides_nothing(tmp_path: Path) -> None:
@@ -122,8 +125,51 @@ def test_noise_decides_nothing(tmp_path: Path) -> None:
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     write(tmp_path, larger_is_better, seeds=1)
     study = Study(read(tmp_path))
-    assert {claim.against(claim.dense).verdict for claim in study.claims()} == {"undecided"}  # type: ignore[union-attr]
+    comparisons = [claim.against(claim.dense) for claim in study.claims()]
+    assert {comparison.verdict for comparison in comparisons if comparison} == {"undecided"}
     assert ("several seeds, with intervals: 1", False) in checklist(study)
+
+
+def test_between_few_networks_there_are_other_amounts(tmp_path: Path) -> None:
+    write(tmp_path, larger_is_better)
+    results = read(tmp_path)
+    few = Study(r for r in results if r["size"] in ("tiny", "large", "huge")).claims()
+    assert [claim.bytes for claim in few] == [1_000, 8_000, 64_000, 128_000, 256_000]
+    # Of 8,000 bytes no network as it is is a rival: that of 1,000 would be an easy one.
+    assert [claim.dense is None for claim in few] == [False, True, False, True, False]
+    near = {"tiny": 1_000, "small": 1_002}
+    for result in results:
+        result["bytes"] = near.get(result["size"], 0)
+    close = [r for r in results if r["size"] in near and r["compression"] == "none"]
+    assert Study(close).amounts() == [1_000, 1_001, 1_002]
+
+
+def test_a_run_that_diverged_is_left_out_and_listed(tmp_path: Path) -> None:
+    def diverges(size: str, compression: str, seed: int) -> float:
+        lost = (size, compression, seed) == ("small", "8 bits", 1)
+        return math.nan if lost else larger_is_better(size, compression, seed)
+
+    write(tmp_path, diverges)
+    study = Study(read(tmp_path))
+    assert study.diverged == [str(tmp_path / "small-8 bits-1-1e+09")]
+    assert study.seeds == 2
+    assert str(tmp_path / "small-8 bits-1-1e+09") in conclusions(study)[0]
+
+
+def test_other_settings_are_not_taken_for_the_same(runs: Path) -> None:
+    assert len(Study(read(runs) + read(runs)).points) == 20  # found twice, it is one run
+    other = read(runs)[0] | {"fingerprint": "of another learning rate", "folder": "elsewhere"}
+    with pytest.raises(ValueError, match=r"elsewhere are of one size, .* hydra.sweep.dir"):
+        Study([*read(runs), other])
+
+
+def test_without_a_dense_network_there_is_a_report(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in runs.glob("*-none-*/result.json"):
+        path.unlink()
+    report([runs], runs.parent / "report")
+    assert "of 0 budgets of bytes" in capsys.readouterr().out
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -186,7 +232,7 @@ def test_the_checklist_is_met(runs: Path) -> None:
 def test_a_report_is_complete(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["report", str(runs)])
     printed = capsys.readouterr().out
-    for words in ("Who owns each number of bytes", "holds", "at 7 of 7", "report.html"):
+    for words in ("Who owns each number of bytes", "holds", "at 4 of 4", "report.html"):
         assert words in printed
     folder = runs / "report"
     with open(folder / "points.csv", newline="") as file:
