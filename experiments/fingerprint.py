@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-__all__ = ["digest", "fingerprint", "finished", "record"]
+__all__ = ["digest", "fingerprint", "finished", "record", "write"]
 
 # Where a run writes, and what it shows while it trains.
 _ASIDE = {"hydra", "folder", "cache", "group", "logger"}
@@ -62,9 +62,14 @@ def finished(config: DictConfig) -> dict[str, Any] | None:
 
 
 def record(path: Path, value: Any) -> None:
-    """Write JSON as a whole or not at all: who reads it, or kills this process, does not wait."""
+    """Write a value as JSON, as a whole or not at all."""
+    write(path, json.dumps(value, indent=2) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text as a whole or not at all: who reads it, or kills this process, does not wait."""
     scratch = path.with_suffix(".new")
-    scratch.write_text(json.dumps(value, indent=2) + "\n")
+    scratch.write_text(text)
     scratch.replace(path)
 
 

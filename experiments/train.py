@@ -9,16 +9,16 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import hydra
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict, read_write
 
 from pressfit.experiments.budget import AMOUNTS, spend
-from pressfit.experiments.fingerprint import finished
+from pressfit.experiments.fingerprint import finished, write
 from pressfit.experiments.progress import NOTE
 from pressfit.experiments.run import disband, run
 
@@ -28,19 +28,28 @@ __all__ = ["main"]
 @hydra.main(version_base="1.3", config_path="pkg://pressfit.configs", config_name="train")
 def main(config: DictConfig) -> float:
     """What Hydra runs for each job; returns the held-out error, which a sweeper may minimise."""
-    job = HydraConfig.get()
-    overrides = list(job.overrides.task)
-    # Distributed training starts its other processes from the words of this one, and they must
-    # name the command and this job alone, not the whole sweep.
-    sys.argv = [sys.argv[0], "train", *overrides]
+    job: Any = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
+    overrides = [*_own_configurations(job), *job.overrides.task]
+    # Distributed training starts its other processes from the words and the folder of this one,
+    # and they must name the command and this job alone, not the whole sweep.
+    sys.argv = [sys.argv[0], "train", *overrides]
+    with read_write(job), open_dict(job):
+        job.run.dir = str(folder)
     try:
         if job.mode == RunMode.MULTIRUN:
-            config.group = config.group or Path(job.sweep.dir).name
+            parts = Path(job.sweep.dir).parts[-2:]
+            config.group = config.group or "/".join(part for part in parts if part != "runs")
             return _one_of_many(config, overrides, folder)
         return _job(config, overrides)
     finally:
         (folder / NOTE).unlink(missing_ok=True)
+
+
+def _own_configurations(job: Any) -> list[str]:
+    """The words that name a folder of configurations beside those of this package."""
+    paths = (s.path for s in job.runtime.config_sources if s.provider == "command-line")
+    return [f"--config-dir={path}" for path in paths]
 
 
 def _one_of_many(config: DictConfig, overrides: list[str], folder: Path) -> float:
@@ -52,7 +61,7 @@ def _one_of_many(config: DictConfig, overrides: list[str], folder: Path) -> floa
             return _job(config, overrides)
     except Exception:
         command = shlex.join(["pressfit", "train", *overrides, f"hydra.run.dir={folder}"])
-        failure.write_text(f"{command}\n\n{traceback.format_exc()}")
+        write(failure, f"{command}\n\n{traceback.format_exc()}")
         raise
     finally:
         if dist.is_available() and dist.is_initialized():  # it has failed
