@@ -13,23 +13,32 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["Summary", "summarize"]
+from pressfit.experiments.metric import scale, words
+
+__all__ = ["JOBS", "Summary", "summarize"]
+
+JOBS = "jobs.txt"  # folders of the jobs of a sweep, one in a line, where it knows them beforehand
 
 MEASURES = ("error", "error_dense", "bytes", "ratio", "seconds")
 
 
 def summarize(folder: Path) -> list[dict[str, Any]]:
-    """Mean and sample standard deviation of each measure, for each set of overrides but the seed.
+    """Mean and sample standard deviation of each measure, for each set of overrides but the seed;
+    of one run there is no deviation.
 
     Args:
         folder: Sweep directory, with a ``result.json`` in the directory of each run.
     """
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
-    for path in sorted(folder.glob("*/result.json")):
+    for path in _of_jobs(folder, "result.json"):
         result = json.loads(path.read_text())
         groups[tuple(o for o in result["overrides"] if not o.startswith("seed="))].append(result)
     return [
-        {"overrides": list(overrides), "seeds": [run["seed"] for run in runs]}
+        {
+            "overrides": list(overrides),
+            "seeds": [run["seed"] for run in runs],
+            "metric": runs[0]["metric"],
+        }
         | {measure: _spread([run[measure] for run in runs]) for measure in MEASURES}
         for overrides, runs in groups.items()
     ]
@@ -44,32 +53,47 @@ class Summary(Callback):
         (folder / "summary.json").write_text(json.dumps(groups, indent=2) + "\n")
         Console().print(_table(groups))
         print(folder / "summary.json")
-        if failed := sorted(folder.glob("*/error.txt")):
+        if failed := _of_jobs(folder, "error.txt"):
             print(f"{len(failed)} failed; the same command tries them again:", file=sys.stderr)
             for path in failed:
                 print(f"  {path}: {path.read_text().strip().splitlines()[-1]}", file=sys.stderr)
             sys.exit(1)
 
 
-def _spread(values: list[float | None]) -> dict[str, float] | None:
+def _of_jobs(folder: Path, name: str) -> list[Path]:
+    """The files of a name that the jobs of a sweep have left."""
+    jobs = folder / JOBS
+    if not jobs.is_file():
+        return sorted(folder.glob(f"*/{name}"))
+    paths = (Path(job) / name for job in jobs.read_text().splitlines())
+    return [path for path in paths if path.is_file()]
+
+
+def _spread(values: list[float | None]) -> dict[str, float | None] | None:
     known = [value for value in values if value is not None]
     if not known:
         return None
-    deviation = statistics.stdev(known) if len(known) > 1 else 0.0
+    deviation = statistics.stdev(known) if len(known) > 1 else None
     return {"mean": statistics.fmean(known), "std": deviation}
 
 
 def _table(groups: list[dict[str, Any]]) -> Table:
     shared = set.intersection(*(set(group["overrides"]) for group in groups)) if groups else set()
-    table = Table(title=escape(" ".join(sorted(shared))) or None)
-    for column in ("run", "seeds", "error %", "dense %", "bytes", "ratio", "seconds"):
+    common = [o for o in groups[0]["overrides"] if o in shared] if groups else []
+    table = Table(title=escape(" ".join(common)) or None)
+    metrics = {group["metric"] for group in groups}
+    metric = words(*metrics) if len(metrics) == 1 else "error"
+    unit = " %" if all(scale(m) == 100 for m in metrics) else ""
+    for column in ("run", "seeds", f"{metric}{unit}", f"dense{unit}", "bytes", "ratio", "seconds"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for group in groups:
+        factor = scale(group["metric"])
+        digits = 2 if factor == 100 else 3
         table.add_row(
             escape(" ".join(o for o in group["overrides"] if o not in shared)) or "-",
             str(len(group["seeds"])),
-            _cell(group["error"], 100, 2),
-            _cell(group["error_dense"], 100, 2),
+            _cell(group["error"], factor, digits),
+            _cell(group["error_dense"], factor, digits),
             _cell(group["bytes"], 1, 0),
             _cell(group["ratio"], 1, 1),
             _cell(group["seconds"], 1, 1),
@@ -77,7 +101,10 @@ def _table(groups: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _cell(spread: dict[str, float] | None, scale: float, digits: int) -> str:
+def _cell(spread: dict[str, float | None] | None, scale: float, digits: int) -> str:
     if spread is None:
         return "-"
-    return f"{scale * spread['mean']:,.{digits}f} ± {scale * spread['std']:,.{digits}f}"
+    mean, deviation = spread["mean"], spread["std"]
+    assert mean is not None, "there are values"
+    around = "" if deviation is None else f" ± {scale * deviation:,.{digits}f}"
+    return f"{scale * mean:,.{digits}f}{around}"

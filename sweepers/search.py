@@ -66,13 +66,16 @@ class Search(Jobs):
             directions=["minimize"] * len(self.objectives),
             load_if_exists=True,
         )
-        objectives = study.user_attrs.get("objectives", self.objectives)
-        if objectives != self.objectives:
+        # What is the same in all trials, and decides what comes out of them.
+        fixed = [_fixed(o) for o in overrides if not o.is_sweep_override()]
+        own = {"objectives": self.objectives, "settings": self.job(fixed, 0).key}
+        before = study.user_attrs.get("search", own)
+        if before != own:
             raise HydraException(
-                f"objectives: the search in {folder} is by {', '.join(objectives)}: go on with "
-                "them, or begin in another hydra.sweep.dir"
+                f"the search in {folder} has other settings, and {', '.join(before['objectives'])} "
+                "as objectives: go on with the same, or begin in another hydra.sweep.dir"
             )
-        study.set_user_attr("objectives", objectives)
+        study.set_user_attr("search", own)
         # Another seed for what goes on: it would begin with the same proposals.
         study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
         states = optuna.trial.TrialState
@@ -80,10 +83,9 @@ class Search(Jobs):
             # It is tried again, and resumes.
             study.enqueue_trial(stopped.params)
             study.tell(stopped.number, state=states.FAIL)
-        before = len(study.get_trials(states=(states.COMPLETE,)))
-        print(f"{self.trials} trials in {folder}, {before} of them finished before")
+        count = len(study.get_trials(states=(states.COMPLETE,)))
+        print(f"{self.trials} trials in {folder}, {count} of them finished before")
         returns: list[Sequence[JobReturn]] = []
-        count = before
         while count < self.trials:
             asked = [study.ask() for _ in range(min(self.parallel, self.trials - count))]
             jobs = [
@@ -93,8 +95,9 @@ class Search(Jobs):
             returns.append(self.launch(jobs, asked[0].number))
             for trial, job in zip(asked, jobs, strict=True):
                 path = job.folder / "result.json"
-                if path.is_file():
-                    study.tell(trial, self._values(json.loads(path.read_text())))
+                result = json.loads(path.read_text()) if path.is_file() else {}
+                if result.get("fingerprint") == job.key:
+                    study.tell(trial, self._values(result))
                 else:
                     study.tell(trial, state=states.FAIL)
             count += len(asked)
@@ -126,8 +129,12 @@ def _word(override: Override, trial: Any) -> str:
         first, last = value.start, value.end
         chosen = _number(trial, first, last)(key, first, last, log="log" in value.tags)
     else:
-        return f"{key}={override.get_value_element_as_str()}"
+        return _fixed(override)
     return f"{key}={chosen}"
+
+
+def _fixed(override: Override) -> str:
+    return f"{override.get_key_element()}={override.get_value_element_as_str()}"
 
 
 def _number(trial: Any, first: Any, last: Any) -> Callable[..., Any]:

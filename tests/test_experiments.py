@@ -121,13 +121,13 @@ def test_summaries_group_by_everything_but_the_seed(tmp_path: Path) -> None:
         (tmp_path / str(number)).mkdir()
         result: dict[str, Any] = {"seed": seed, "error": error, "error_dense": None}
         result |= {"bytes": 10, "ratio": 1.0, "seconds": 2.0}
-        result["overrides"] = [f"clusters={clusters}", f"seed={seed}"]
+        result |= {"overrides": [f"clusters={clusters}", f"seed={seed}"], "metric": "error"}
         (tmp_path / str(number) / "result.json").write_text(json.dumps(result))
     first, second = summarize(tmp_path)
     assert first["overrides"] == ["clusters=4"]
     assert first["error"] == {"mean": pytest.approx(0.2), "std": pytest.approx(0.02**0.5)}
     assert first["error_dense"] is None
-    assert second["error"] == {"mean": 0.5, "std": 0.0}
+    assert second["error"] == {"mean": 0.5, "std": None}
 
 
 def test_inspect_and_decompress(
