@@ -23,7 +23,14 @@ __all__ = ["main"]
 # What a command needs it imports when it runs: help and completion do not wait for torch.
 
 # What a user can mend; anything else is a bug and shows its traceback.
-_MISTAKES = (HydraException, OmegaConfBaseException, ImportError, OSError, ValueError)
+_MISTAKES = (
+    HydraException,
+    OmegaConfBaseException,
+    FloatingPointError,  # training has diverged
+    ImportError,
+    OSError,
+    ValueError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -255,13 +262,16 @@ def _restored(folder: Path, part: str = "test", most: int | None = None) -> "tup
     restore(module, folder / "model.pressfit")
     data = instantiate(config.data, _convert_="all")
     data.setup("test")
-    if part == "test":
-        images, _ = next(iter(data.test_dataloader()))
-        return module, images
+    loader = data.test_dataloader() if part == "test" else data.train_dataloader()
     batches: list[torch.Tensor] = []
-    for images, _ in data.train_dataloader():
-        batches.append(images)
-        if most is not None and sum(map(len, batches)) >= most:
+    for batch in loader:
+        if isinstance(batch, torch.Tensor) or len(batch) != 2:
+            raise ValueError(
+                f"the batches of {config.data._target_} are no pairs of inputs and targets, which "
+                "this command takes the inputs of"
+            )
+        batches.append(batch[0])
+        if part == "test" or (most is not None and sum(map(len, batches)) >= most):
             break
     return module, torch.cat(batches)[:most]
 
