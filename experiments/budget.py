@@ -6,31 +6,36 @@ compression alone. It is done once and kept in ``cache``, under the fingerprint 
 
 import copy
 import json
+import os
 import shutil
 import statistics
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from filelock import FileLock, Timeout
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch.optim import Optimizer
 
 from pressfit.compressors import restore
-from pressfit.experiments.fingerprint import fingerprint, finished, record
+from pressfit.experiments.fingerprint import fingerprint, finished, record, write
 from pressfit.experiments.operations import counter, operations
-from pressfit.experiments.run import build, disband, fit, run
+from pressfit.experiments.run import build, disband, first, fit, run
 
 __all__ = ["AMOUNTS", "Budget", "Pace", "Still", "pace", "spend"]
 
 AMOUNTS = ("flops", "seconds", "steps")
 
 _WARM, _TIMED = 3, 12  # steps
+_POLL = 0.1  # seconds
+# What tells the processes that SLURM or torchrun has started together from others.
+_STARTED_BY = ("SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,11 @@ class Budget:
                 f"a budget is one of flops, seconds and steps, and positive: got flops="
                 f"{self.flops}, seconds={self.seconds}, steps={self.steps}, scale={self.scale}"
             )
+        if self.calibration < 1 or self.validations < 1:
+            raise ValueError(
+                f"budget.calibration and budget.validations are 1 or more, got "
+                f"{self.calibration} and {self.validations}"
+            )
         if not 0.0 <= self.dense < 1.0:
             raise ValueError(
                 f"budget.dense is the fraction before compression begins, got {self.dense}"
@@ -91,11 +101,16 @@ class Budget:
         """Optimizer steps that it pays for.
 
         Raises:
-            ValueError: Not even two.
+            ValueError: Not even two, or there are no operations to pay for.
         """
         if self.steps is not None:
             steps = float(self.steps)
         elif self.flops is not None:
+            if pace.flops == 0:
+                raise ValueError(
+                    "no floating-point operation of this network can be counted: give budget.steps "
+                    "or budget.seconds instead"
+                )
             steps = self.flops / pace.flops
         else:
             assert self.seconds is not None
@@ -136,8 +151,9 @@ class _Watch(pl.Callback):
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.times.append(time.perf_counter())
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step > len(self.times):  # one of several that are accumulated is no step
+            self.times.append(time.perf_counter())
 
     def pace(self) -> float:
         """The median duration of a step."""
@@ -174,17 +190,17 @@ def spend(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     if before:
         plain = _limited(config, before, validations, callbacks={}, compression=None)
         plain.folder = str(Path(config.cache).absolute() / fingerprint(plain))
-        with _alone(Path(plain.folder)):
-            result = finished(plain) or run(plain, overrides)
+        result = _once(Path(plain.folder), lambda: finished(plain), lambda: run(plain, overrides))
         init = str(Path(plain.folder) / "model.pressfit")
-    error_before = result.get("error")
+    error_before, seconds = result.get("error"), result.get("seconds", 0.0)
     if methods:
         still = {} if config.fine_tune else {"still": {"_target_": f"{__name__}.Still"}}
         observers = {**config.observers, **still}
         result = run(
             _limited(config, after, validations, init=init, observers=observers), overrides
         )
-    elif _first():
+        seconds += result["seconds"]
+    elif first():
         # Its run at W&B is one.
         own = shutil.ignore_patterns("wandb")
         shutil.copytree(plain.folder, folder, ignore=own, dirs_exist_ok=True)
@@ -195,6 +211,7 @@ def spend(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
         "fine_tune": bool(config.fine_tune and methods),
         "budget": vars(budget),
         "flops_per_step": cost.flops,
+        "seconds": seconds,
         "steps": before + after,
         "steps_before": before,
         "error_before": error_before,
@@ -203,7 +220,7 @@ def spend(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
         "overrides": overrides,
     }
     disband()
-    if _first():
+    if first():
         result |= _operations(config, folder / "model.pressfit")
         record(folder / "result.json", result)
     return result
@@ -222,13 +239,17 @@ def _pace(config: DictConfig) -> Pace:
     timed = config.budget.seconds is not None
     key = fingerprint(_with(config, {}, budget={"seconds": timed}, **changes))
     path = Path(config.cache) / f"{key}.pace.json"
-    with _alone(path):
-        if not path.is_file():
-            found = pace(config)
-            if _first():
-                record(path, asdict(found))
-            return found
-    return Pace(**json.loads(path.read_text()))
+
+    def known() -> Pace | None:
+        return Pace(**json.loads(path.read_text())) if path.is_file() else None
+
+    def measured() -> Pace:
+        found = pace(config)
+        if first():
+            record(path, asdict(found))
+        return found
+
+    return _once(path, known, measured)
 
 
 def _limited(config: DictConfig, steps: int, validations: int, **changes: Any) -> DictConfig:
@@ -251,22 +272,35 @@ def _with(config: DictConfig, trainer: dict[str, Any], **changes: Any) -> DictCo
     return config
 
 
-def _alone(path: Path) -> AbstractContextManager[Any]:
-    """One job at a time makes what others wait for; its own further processes come with it."""
+def _once(path: Path, known: Callable[[], T | None], make: Callable[[], T]) -> T:
+    """What several jobs share: the first one that comes makes it, and the others wait for it.
+
+    The processes that train together make it together. A cluster starts all of them at once, and
+    the first one tells the others in a file that it has begun; Lightning's come when it has.
+    """
+    group = " ".join(os.environ[name] for name in _STARTED_BY if name in os.environ)
+    begun = path.with_suffix(".begun")
+    if not first():
+        while (found := known()) is None:
+            if not group or (begun.is_file() and begun.read_text() == group):
+                return make()
+            time.sleep(_POLL)
+        return found
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not _first():
-        return nullcontext()
     lock = FileLock(path.with_suffix(".lock"))
     try:
-        return lock.acquire(blocking=False)
+        lock.acquire(blocking=False)
     except Timeout:
         print(f"waiting for {path}, which another job makes")
-        return lock.acquire()
-
-
-def _first() -> bool:
-    """Whether this is the first of the processes that train together, or will be."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+        lock.acquire()
+    try:
+        if (found := known()) is None:
+            write(begun, group)
+            found = make()
+            begun.unlink()
+        return found
+    finally:
+        lock.release()
 
 
 def _operations(config: DictConfig, file: Path) -> dict[str, float]:

@@ -1,11 +1,11 @@
 """One run: fit with compression, write the file, measure what it restores, and draw a picture.
 
 The run's directory then holds ``config.yaml`` (resolved), ``metrics.csv``, ``model.pressfit``,
-``result.json`` and ``report.png``. A run that was interrupted goes on from ``resume.ckpt``.
+``result.json`` and ``report.png``. A run that was interrupted goes on from the checkpoint in it
+that is named by the fingerprint of its configuration.
 """
 
 import csv
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from pressfit.callbacks import CompressedCheckpoint
@@ -27,7 +28,7 @@ from pressfit.experiments.fingerprint import fingerprint, record
 from pressfit.experiments.metric import shown, words
 from pressfit.experiments.provenance import provenance
 
-__all__ = ["build", "disband", "fit", "instances", "run"]
+__all__ = ["build", "disband", "first", "fit", "instances", "run"]
 
 
 def run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
@@ -45,7 +46,8 @@ def run(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    if first():
+        OmegaConf.save(config, folder / "config.yaml", resolve=True)
     # A group of which nothing is chosen, `callbacks=[]`, has no node.
     callbacks = [*instances(config.get("callbacks")), *instances(config.get("observers"))]
     checkpoint = next((c for c in callbacks if isinstance(c, CompressedCheckpoint)), None)
@@ -68,7 +70,7 @@ def _measured(
 ) -> dict[str, Any]:
     """Train, and measure what the file holds."""
     folder = Path(config.folder)
-    resume = folder / "resume.ckpt"
+    resume = folder / f"resume-{fingerprint(config)}.ckpt"
     trainer, seconds = fit(config, callbacks, loggers, resume)
     # What is measured is what the file holds, in a module that was never trained.
     path = trainer.strategy.broadcast(checkpoint.path)
@@ -102,7 +104,8 @@ def _measured(
     if checkpoint.report is not None:  # on the first process
         result |= _sizes(checkpoint.report)
         record(folder / "result.json", result)
-        resume.unlink(missing_ok=True)
+        for checkpoints in folder.glob("resume-*.ckpt"):
+            checkpoints.unlink()
         marks = {"compressed": (result["bytes"], error)}
         if error_dense is not None:
             marks["dense"] = (result["bytes_dense"], error_dense)
@@ -140,8 +143,12 @@ def fit(
     loggers: list[Any],
     resume: Path | None = None,
 ) -> tuple[pl.Trainer, float]:
-    """Train once, from the beginning or from where a checkpoint is, and count the seconds."""
+    """Train once, from the beginning or from where a checkpoint is, and count the seconds, those
+    before it included."""
     pl.seed_everything(config.seed, verbose=False)
+    timer = next((c for c in callbacks if isinstance(c, Timer)), None)
+    if timer is None:
+        callbacks = [timer := Timer(), *callbacks]
     trainer = instantiate(config.trainer, _partial_=True)(
         callbacks=callbacks,
         logger=loggers or False,
@@ -149,15 +156,20 @@ def fit(
     )
     model, data = build(config.model), build(config.data)
     if resume is not None and resume.is_file():
-        _keep_curve(loggers, int(torch.load(resume, weights_only=False)["global_step"]))
+        saved = torch.load(resume, map_location="cpu", weights_only=False)
+        _keep_curve(loggers, int(saved["global_step"]))
     else:
         resume = None
         if config.init is not None:
             restore(model, config.init)
     declare(loggers, config)
-    start = time.perf_counter()
     trainer.fit(model, datamodule=data, ckpt_path=resume)
-    return trainer, time.perf_counter() - start
+    return trainer, timer.time_elapsed()
+
+
+def first() -> bool:
+    """Whether this is the first of the processes that train together, or will be."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def disband() -> None:
@@ -183,7 +195,8 @@ def _error(config: DictConfig, trainer: pl.Trainer, module: pl.LightningModule, 
     loggers = trainer.loggers
     if on == "val":
         trainer.loggers = []  # what was logged while training is the curve, and this no point of it
-    (metrics,) = evaluate(module, datamodule=build(config.data), verbose=False)
+    loaders = evaluate(module, datamodule=build(config.data), verbose=False)
+    metrics = {name: value for loader in loaders for name, value in loader.items()}
     trainer.loggers = loggers
     name = f"{on}/{config.metric}"
     if name not in metrics:

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from command import Command
@@ -16,10 +18,13 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from hydra.utils import get_object
 from hydra_plugins.pressfit.search import Search
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from pressfit.compressors import load, same_bits
-from pressfit.experiments.budget import Budget, Pace
+from pressfit.experiments.budget import Budget, Pace, _once, _Watch
+from pressfit.experiments.fingerprint import write
 from pressfit.experiments.operations import counter, operations
 from pressfit.experiments.study import curve
 
@@ -107,6 +112,9 @@ def test_every_run_spends_the_budget(swept: Path) -> None:
         assert result["steps_before"] == (40 if tuned else 80)
         assert result["steps"] == (80 if tuned or plain else 100)
         assert 0 < result["operations_needed"] <= result["operations"]
+        if not plain:
+            beginning = json.loads(Path(result["init"]).with_name("result.json").read_text())
+            assert result["seconds"] > beginning["seconds"] > 0
         if "80 % zeros" in result["compression"]:
             assert result["operations_needed"] < 0.35 * result["operations"]
 
@@ -149,14 +157,13 @@ def test_a_finished_study_is_not_done_again(swept: Path) -> None:
     assert "10 jobs in" in done.stdout
     assert "10 of them finished before" in done.stdout
     for path, changed in times.items():
-        if path.name not in ("multirun.yaml", "summary.json"):
+        if path.name not in ("jobs.txt", "multirun.yaml", "summary.json"):
             assert path.stat().st_mtime == changed, path
 
 
 def test_a_job_that_fails_sinks_no_other(tmp_path: Path) -> None:
-    done = study(
-        tmp_path, "seed=0", "model.net.widths=[64,8,10],[63,8,10]", "compression=none"
-    ).end()
+    sizes = "model.net.widths=[64,8,10],[63,8,10]"
+    done = study(tmp_path, "seed=0", sizes, "compression=none").end()
     assert done.returncode == 1
     (result,) = results(tmp_path)
     assert result["size"] == "64-8-10"
@@ -167,6 +174,9 @@ def test_a_job_that_fails_sinks_no_other(tmp_path: Path) -> None:
     command, _, trace = failure.read_text().partition("\n\n")
     assert command.startswith("pressfit train seed=0 'model.net.widths=[63,8,10]'")
     assert trace.startswith("Traceback")
+    # It is no failure of another sweep in this folder.
+    done = study(tmp_path, "seed=0", "model.net.widths=[64,8,10]", "compression=none").end()
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_study_that_is_stopped_goes_on_and_ends_the_same(tmp_path: Path) -> None:
@@ -181,18 +191,19 @@ def test_a_study_that_is_stopped_goes_on_and_ends_the_same(tmp_path: Path) -> No
     for folder in (whole, killed):
         folder.mkdir()
     run = study(killed, *words)
-    while not list(killed.glob("runs/dense/*/resume.ckpt")):
+    while not list(killed.glob("runs/dense/*/resume-*.ckpt")):
         assert run.runs()
         time.sleep(0.05)
     run.send(signal.SIGKILL)
     run.end()
     assert not results(killed)
-    (saved,) = killed.glob("runs/dense/*/resume.ckpt")
+    (saved,) = killed.glob("runs/dense/*/resume-*.ckpt")
     step = int(torch.load(saved, weights_only=False)["global_step"])
     assert 0 < step < 600
     # Then once more, between two jobs or within the next one, by Ctrl-C.
     run = study(killed, *words)
-    while not results(killed):
+    # The file is there before it says of which size it is.
+    while not any('"size"' in path.read_text() for path in killed.glob("runs/*/*/*/result.json")):
         assert run.runs()
         time.sleep(0.05)
     run.send(signal.SIGINT)
@@ -261,10 +272,13 @@ def test_a_search_learns_and_goes_on(tmp_path: Path) -> None:
     assert "6 trials in" in done.stdout
     assert "4 of them finished before" in done.stdout
     assert len(results(tmp_path)) == 6
-    other = "hydra.sweeper.objectives=[error_validation,ratio]"
-    done = study(tmp_path, *words, other, experiment=experiment).end()
-    assert done.returncode == 2
-    assert "is by error_validation, bytes: go on with them, or begin in another" in done.stderr
+    message = "has other settings, and error_validation, bytes as objectives: go on with the same"
+    for other in ("hydra.sweeper.objectives=[error_validation,ratio]", "budget.steps=90"):
+        done = study(tmp_path, *words, other, experiment=experiment).end()
+        assert done.returncode == 2
+        assert message in done.stderr
+    report = Command("report", "runs/search_compression/digits_mlp", folder=tmp_path).end()
+    assert report.returncode == 0, report.stderr
 
 
 def test_objectives_are_numbers_of_the_result() -> None:
@@ -293,7 +307,10 @@ def test_the_documented_study_of_an_own_network_runs(tmp_path: Path) -> None:
 def test_other_launchers_do_the_same(launcher: str, swept: Path, tmp_path: Path) -> None:
     several = "hydra.launcher.n_jobs=2" if launcher == "joblib" else "hydra.launcher.timeout_min=9"
     words = ["seed=0", "model.net.widths=[64,8,10]", "compression=bits4", "fine_tune=true,false"]
-    done = study(tmp_path, *words, f"hydra/launcher={launcher}", several).end()
+    words += [f"hydra/launcher={launcher}", several, "experiment=train_big_then_compress"]
+    command = [str(Path(sys.executable).with_name("pressfit")), "train", "-m", *STUDY, *words]
+    # As a user starts it: joblib's processes end with the interpreter that has started them.
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 of 2" in done.stdout
     found, expected = (
@@ -318,8 +335,12 @@ def test_a_cluster_gets_a_task_and_a_gpu_for_each_process() -> None:
 
 
 def test_every_job_of_a_sweep_has_its_own_processes(swept: Path, tmp_path: Path) -> None:
-    words = ["seed=0", "model.net.widths=[64,8,10]", "compression=none,bits4", "fine_tune=true"]
-    done = study(tmp_path, *words, "trainer.devices=2", "trainer.strategy=ddp").end()
+    (tmp_path / "own" / "trainer").mkdir(parents=True)
+    two = "defaults: [default]\ndevices: 2\nstrategy: ddp\n"
+    (tmp_path / "own" / "trainer" / "two.yaml").write_text(two)
+    words = ["--config-dir=own", "experiment=train_big_then_compress", "trainer=two", *STUDY]
+    words += ["seed=0", "model.net.widths=[64,8,10]", "compression=none,bits4", "fine_tune=true"]
+    done = Command("train", "-m", *words, folder=tmp_path).end()
     assert done.returncode == 0, done.stderr
     alone = {
         r["compression"]: r
@@ -334,6 +355,11 @@ def test_every_job_of_a_sweep_has_its_own_processes(swept: Path, tmp_path: Path)
         assert result["flops_per_step"] == other["flops_per_step"]
         assert result["error"] == pytest.approx(other["error"], abs=0.1)
         assert result["steps"] == 80
+    # The second process of each job has worked in the folder of the job.
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
+        "dense",
+        "train_big_then_compress",
+    }
 
 
 @pytest.mark.parametrize(
@@ -343,6 +369,7 @@ def test_every_job_of_a_sweep_has_its_own_processes(swept: Path, tmp_path: Path)
         ({"flops": 1e9, "steps": 10}, "one of flops, seconds and steps"),
         ({"seconds": -1.0}, "positive"),
         ({"steps": 10, "dense": 1.0}, "budget.dense"),
+        ({"steps": 10, "validations": 0}, "budget.calibration and budget.validations are 1 or"),
     ],
 )
 def test_a_budget_is_one_amount(amounts: dict[str, Any], message: str) -> None:
@@ -357,23 +384,70 @@ def test_a_budget_buys_steps() -> None:
     assert Budget(seconds=30).steps_at(pace) == 60
     with pytest.raises(ValueError, match="pays for 1 steps: one costs 1e"):
         Budget(flops=1.5e6).steps_at(pace)
+    with pytest.raises(ValueError, match=r"can be counted: give budget.steps or budget.seconds"):
+        Budget(flops=1.5e6).steps_at(Pace(flops=0.0, seconds=0.5))
+
+
+def shared(path: Path, made: list[str], name: str, wait: float = 0.3) -> str:
+    """What several jobs need: whoever makes it takes a while, and signs it."""
+
+    def make() -> str:
+        made.append(name)
+        time.sleep(wait)
+        write(path, made[0])
+        return made[0]
+
+    return _once(path, lambda: path.read_text() if path.is_file() else None, make)
 
 
 def test_what_jobs_share_is_made_by_one_at_a_time(tmp_path: Path) -> None:
-    code = (
-        "import sys, time; from pathlib import Path\n"
-        "from pressfit.experiments.budget import _alone\n"
-        "with _alone(Path(sys.argv[1]) / 'shared'):\n"
-        "    print('in', time.monotonic()); time.sleep(0.5); print('out', time.monotonic())\n"
+    made: list[str] = []
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lambda name: shared(tmp_path / "shared", made, name), "abcd")]
+    assert found == 4 * made
+    assert len(made) == 1
+
+
+def test_processes_of_a_cluster_wait_for_the_first_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, made = tmp_path / "shared", ["another"]
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    write(path.with_suffix(".begun"), "6")
+    with ThreadPoolExecutor(2) as pool:
+        second = pool.submit(shared, path, made, "second")
+        time.sleep(0.3)
+        assert made == ["another"]  # a job that has begun is none of its own
+        write(path.with_suffix(".begun"), "7")
+        assert second.result() == "another"
+        assert made == ["another", "second"]
+        # The first has found that it was made before; the second does not make it alone.
+        assert pool.submit(shared, path, made, "second").result() == "another"
+        assert len(made) == 2
+
+
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_seconds_are_those_of_optimizer_steps(accumulated: int) -> None:
+    class Slow(BoringModel):
+        def training_step(self, batch: Any, index: int) -> Any:
+            time.sleep(0.02)
+            return super().training_step(batch, index)
+
+    watch = _Watch()
+    trainer = pl.Trainer(
+        max_steps=6,
+        accumulate_grad_batches=accumulated,
+        callbacks=[watch],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        limit_val_batches=0,
     )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    spans = []
-    for process in both:
-        lines = dict(line.split() for line in process.communicate()[0].splitlines()[-2:])
-        spans.append((float(lines["in"]), float(lines["out"])))
-    first, second = sorted(spans)
-    assert first[1] <= second[0]
+    trainer.fit(Slow())
+    assert len(watch.times) == 6
+    assert watch.pace() >= 0.02 * accumulated
 
 
 def test_operations_are_counted_by_layer() -> None:
@@ -390,3 +464,20 @@ def test_operations_are_counted_by_layer() -> None:
     with counter() as counted:
         nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
     assert counted.get_total_flops() == 2 * (2 * 2 * 10 * 10 * 8)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("training", [True, False])
+def test_operations_within_a_fast_kernel_are_counted(training: bool) -> None:
+    batch, steps, width, heads, hidden = 2, 10, 8, 2, 16
+    x = torch.ones(batch, steps, width)
+    layer = nn.TransformerEncoderLayer(width, heads, hidden, batch_first=True).train(training)
+    projections = 2 * batch * steps * width * 4 * width
+    attention = 2 * 2 * batch * steps * steps * width
+    perceptron = 2 * 2 * batch * steps * width * hidden
+    lstm = nn.LSTM(width, hidden, batch_first=True).train(training)
+    gates = 2 * batch * steps * (width + hidden) * 4 * hidden
+    with torch.no_grad():
+        total, needed = operations(layer, lambda: layer(x))
+        assert total == needed == projections + attention + perceptron
+        assert operations(lstm, lambda: lstm(x)) == (gates, gates)
