@@ -10,13 +10,15 @@ from wandb_workspaces.reports.v2.interface import LinePlot, ScatterPlot, Summary
 __all__ = ["workspace"]
 
 _LAYERS = {"Zeros": "sparsity", "Bits": "bits", "Clusters": "clusters", "Rank": "rank"}
+_GROUPS = ("size", "compression", "fine_tune", "trainer.max_steps")
 
 
 def workspace(folder: Path, entity: str) -> ws.Workspace:
     """The view of the runs in a folder; ``save()`` sends it.
 
-    Each panel has the axes that the runs declare. Runs of a study are grouped by size and
-    compression, so that lines are means over seeds.
+    Each panel has the axes that the runs declare. Runs of a study are grouped by size, compression
+    and steps, so that lines are means over seeds; the trainings that they begin with are among
+    them.
 
     Args:
         folder: A run, or a sweep of runs, of which one tells metric, project and group.
@@ -68,8 +70,12 @@ def workspace(folder: Path, entity: str) -> ws.Workspace:
             ws.Section(name="Layers", panels=layers),
         ],
         runset_settings=ws.RunsetSettings(
-            filters=[ws.Metric("Group") == config.group] if config.group else [],
-            groupby=[ws.Config("size"), ws.Config("compression")] if config.size else [],
+            filters=[
+                ws.Metric("Group") == config.group
+                if config.group
+                else ws.Metric("ID") == config.logger.wandb.id
+            ],
+            groupby=[ws.Config(name) for name in _GROUPS] if config.size else [],
         ),
     )
 

@@ -172,6 +172,18 @@ def test_the_saved_view_draws_what_the_run_declares(run: tuple[Path, list[Any]])
     assert (kept["op"], kept["value"]) == ("=", "curves")
 
 
+def test_the_view_of_a_run_has_no_other(run: tuple[Path, list[Any]], tmp_path: Path) -> None:
+    from pressfit.experiments.workspace import workspace
+
+    folder, _ = run
+    config = yaml.safe_load((folder / "config.yaml").read_text()) | {"group": None}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    spec = json.loads(workspace(tmp_path, "me")._to_model().spec.model_dump_json(by_alias=True))
+    (kept,) = spec["section"]["runSets"][0]["filters"]["filters"]
+    assert kept["key"] == {"section": "run", "name": "name"}
+    assert (kept["op"], kept["value"]) == ("=", config["logger"]["wandb"]["id"])
+
+
 def test_a_view_of_runs_that_were_not_sent_names_the_remedy(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("pressfit")), "dashboard", str(tmp_path)]
     done = subprocess.run([*command, "--entity", "me"], check=False, capture_output=True, text=True)
