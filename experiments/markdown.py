@@ -34,14 +34,14 @@ def facts(study: Study) -> str:
     """How much was run, and on what, with what, and when."""
     groups = [[r for point in points for r in point.runs.values()] for _, points in study.budgets]
     runs = [run for group in groups for run in group]
-    others = f" and {len(runs) - len(groups[0])} under other budgets" if groups[1:] else ""
+    others = f", and {len(runs) - len(groups[0])} runs under others" if groups[1:] else ""
     made = [run["provenance"] for run in runs]
     machines, software = (sorted({m[key] for m in made}) for key in ("machine", "software"))
     dates = [date.fromisoformat(d) for d in sorted({m["date"] for m in made})]
     first, last = (f"{day:%d %B %Y}" for day in (dates[0], dates[-1]))
     return (
-        f"{len(study.points)} points of at least {study.seeds} seeds, {len(groups[0])} runs under "
-        f"a budget of {amount(study.budget)}{others}. Run on {' and '.join(machines)} with "
-        f"{' and '.join(software)}; "
+        f"{len(study.points)} points, {len(groups[0])} runs under a budget of "
+        f"{amount(study.budget)}, at least {study.seeds} of each{others}. Run on "
+        f"{' and '.join(machines)} with {' and '.join(software)}; "
         f"{first if first == last else f'{first} to {last}'}."
     )

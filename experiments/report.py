@@ -161,8 +161,10 @@ def _claims(study: Study) -> Sheet:
 
 
 def _against(study: Study, rival: Point | None, comparison: Comparison | None) -> str:
-    if rival is None or comparison is None:
+    if rival is None:
         return "no rival"
+    if comparison is None:
+        return "-"
     difference = _number(study, comparison.mean, comparison.error)
     share = comparison.mean / rival.mean()
     return f"{difference} ({100 * share:+.0f} %) {comparison.verdict}: {rival.name}"

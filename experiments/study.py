@@ -322,7 +322,7 @@ def amount(budget: Mapping[str, Any]) -> str:
         '500 steps'
     """
     (kind,) = (kind for kind in AMOUNTS if budget[kind] is not None)
-    return f"{budget[kind] * budget['scale']:.6g} {kind}"
+    return f"{budget[kind] * budget['scale']:,.6g} {kind}"
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
