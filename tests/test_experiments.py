@@ -148,8 +148,12 @@ def test_inspect_and_decompress(
 def test_training_starts_from_the_weights_of_a_file(sweep: Path, tmp_path: Path) -> None:
     file = sweep / "0" / "model.pressfit"
     still = ["model.optimizer.lr=0", "callbacks=[]", "reference=false"]
+    # What a run with other settings has left in the folder is not resumed.
+    other = tmp_path / "resume-of-other-settings.ckpt"
+    other.write_text("no checkpoint")
     run = pressfit_("train", f"init={file}", *still, *QUICK, f"hydra.run.dir={tmp_path}")
     assert run.returncode == 0, run.stderr
+    assert not other.exists()
     weights = load(tmp_path / "model.pressfit")
     assert all(same_bits(weights[name], tensor) for name, tensor in load(file).items())
 
