@@ -27,7 +27,7 @@ class Transformer(nn.Module):
     the embedding itself, whose weight is tied.
 
     Args:
-        width: Size of the embedding, a multiple of 32; each 32 have a head of their own.
+        width: Size of the embedding. Each 32 have a head of their own, or fewer the only one.
         depth: Number of blocks.
         symbols: Size of the alphabet.
 
@@ -41,10 +41,10 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int = 128, depth: int = 4, symbols: int = 256) -> None:
         super().__init__()
-        if width % _HEAD or width < _HEAD or depth < 1:
+        if width < 1 or width % min(_HEAD, width) or width % 2 or depth < 1:
             raise ValueError(
-                f"a transformer has a width that is a multiple of {_HEAD}, and blocks: got "
-                f"width={width}, depth={depth}"
+                f"a transformer has a width that is a multiple of {_HEAD}, or even and less, and "
+                f"blocks: got width={width}, depth={depth}"
             )
         self.embedding = nn.Embedding(symbols, width)
         self.blocks = nn.Sequential(*(_Block(width) for _ in range(depth)))
@@ -66,6 +66,7 @@ class _Block(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.head = min(_HEAD, width)
         self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -78,7 +79,7 @@ class _Block(nn.Module):
         return x
 
     def _attention(self, qkv: Tensor) -> Tensor:
-        q, k, v = qkv.unflatten(-1, (3, -1, _HEAD)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unflatten(-1, (3, -1, self.head)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(_rotated(q), _rotated(k), v, is_causal=True)
         return mixed.transpose(1, 2).flatten(2)
 
