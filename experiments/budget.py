@@ -10,6 +10,7 @@ import os
 import shutil
 import statistics
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -32,8 +33,7 @@ AMOUNTS = ("flops", "seconds", "steps")
 
 _WARM, _TIMED = 3, 12  # steps
 _POLL = 0.1  # seconds
-# What tells the processes that SLURM or torchrun has started together from others.
-_STARTED_BY = ("SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID")
+_JOB = "PRESSFIT_JOB"
 
 T = TypeVar("T")
 
@@ -275,14 +275,14 @@ def _with(config: DictConfig, trainer: dict[str, Any], **changes: Any) -> DictCo
 def _once(path: Path, known: Callable[[], T | None], make: Callable[[], T]) -> T:
     """What several jobs share: the first one that comes makes it, and the others wait for it.
 
-    The processes that train together make it together. A cluster starts all of them at once, and
-    the first one tells the others in a file that it has begun; Lightning's come when it has.
+    The processes that train together make it together: the first of them tells the others in a
+    file that it has begun, since a cluster starts all of them at once.
     """
-    group = " ".join(os.environ[name] for name in _STARTED_BY if name in os.environ)
+    group = _group()
     begun = path.with_suffix(".begun")
     if not first():
         while (found := known()) is None:
-            if not group or (begun.is_file() and begun.read_text() == group):
+            if begun.is_file() and begun.read_text() == group:
                 return make()
             time.sleep(_POLL)
         return found
@@ -297,10 +297,22 @@ def _once(path: Path, known: Callable[[], T | None], make: Callable[[], T]) -> T
         if (found := known()) is None:
             write(begun, group)
             found = make()
-            begun.unlink()
         return found
     finally:
+        begun.unlink(missing_ok=True)
         lock.release()
+
+
+def _group() -> str:
+    """What tells the processes that train together from those of other jobs."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # by itself the same for all
+        names = ["TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"]
+    elif "SLURM_JOB_ID" in os.environ:
+        names = ["SLURM_JOB_ID", "SLURM_STEP_ID"]
+    else:  # those that Lightning starts have the environment of the first
+        os.environ.setdefault(_JOB, uuid.uuid4().hex)
+        names = [_JOB]
+    return " ".join(os.environ.get(name, "") for name in names)
 
 
 def _operations(config: DictConfig, file: Path) -> dict[str, float]:

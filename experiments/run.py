@@ -6,6 +6,7 @@ that is named by the fingerprint of its configuration.
 """
 
 import csv
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,8 @@ def _measured(
     if checkpoint.report is not None:  # on the first process
         result |= _sizes(checkpoint.report)
         record(folder / "result.json", result)
-        for checkpoints in folder.glob("resume-*.ckpt"):
-            checkpoints.unlink()
+        for saved in folder.glob("resume-*.ckpt"):
+            shutil.rmtree(saved) if saved.is_dir() else saved.unlink()
         marks = {"compressed": (result["bytes"], error)}
         if error_dense is not None:
             marks["dense"] = (result["bytes_dense"], error_dense)
@@ -155,8 +156,10 @@ def fit(
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
     )
     model, data = build(config.model), build(config.data)
-    if resume is not None and resume.is_file():
-        saved = torch.load(resume, map_location="cpu", weights_only=False)
+    if resume is not None and resume.exists():
+        # A sharded one is a folder.
+        file = resume / "meta.pt" if resume.is_dir() else resume
+        saved = torch.load(file, map_location="cpu", weights_only=False)
         _keep_curve(loggers, int(saved["global_step"]))
     else:
         resume = None

@@ -31,9 +31,11 @@ def main(config: DictConfig) -> float:
     job: Any = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     overrides = [*_own_configurations(job), *job.overrides.task]
-    # Distributed training starts its other processes from the words and the folder of this one,
-    # and they must name the command and this job alone, not the whole sweep.
-    sys.argv = [sys.argv[0], "train", *overrides]
+    # Distributed training starts its other processes by the words and the folder of this one. They
+    # must name the command, also where this is a process of a launcher, and this job alone.
+    command = Path(sys.executable).with_name("pressfit")
+    sys.argv = [str(command) if command.is_file() else sys.argv[0], "train", *overrides]
+    sys.modules["__main__"].__spec__ = None
     with read_write(job), open_dict(job):
         job.run.dir = str(folder)
     try:
@@ -47,9 +49,12 @@ def main(config: DictConfig) -> float:
 
 
 def _own_configurations(job: Any) -> list[str]:
-    """The words that name a folder of configurations beside those of this package."""
+    """The words that say where configurations are beside those of this package."""
     paths = (s.path for s in job.runtime.config_sources if s.provider == "command-line")
-    return [f"--config-dir={path}" for path in paths]
+    words = [f"--config-dir={path}" for path in paths]
+    if job.job.config_name != "train":
+        words.append(f"--config-name={job.job.config_name}")
+    return words + [o for o in job.overrides.hydra if o.startswith("hydra.searchpath")]
 
 
 def _one_of_many(config: DictConfig, overrides: list[str], folder: Path) -> float:

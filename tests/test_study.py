@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from pressfit.compressors import load, same_bits
-from pressfit.experiments.budget import Budget, Pace, _once, _Watch
+from pressfit.experiments.budget import Budget, Pace, _group, _once, _Watch
 from pressfit.experiments.fingerprint import write
 from pressfit.experiments.operations import counter, operations
 from pressfit.experiments.study import curve
@@ -157,7 +157,7 @@ def test_a_finished_study_is_not_done_again(swept: Path) -> None:
     assert "10 jobs in" in done.stdout
     assert "10 of them finished before" in done.stdout
     for path, changed in times.items():
-        if path.name not in ("jobs.txt", "multirun.yaml", "summary.json"):
+        if path.name not in ("multirun.yaml", "summary.json"):
             assert path.stat().st_mtime == changed, path
 
 
@@ -303,14 +303,20 @@ def test_the_documented_study_of_an_own_network_runs(tmp_path: Path) -> None:
     assert all(f"{number} of 4" in done.stdout for number in range(1, 5))
 
 
+def started(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """A study as a user starts it: processes of launchers begin and end with the interpreter."""
+    command = [str(Path(sys.executable).with_name("pressfit")), "train", "-m"]
+    options = [word for word in words if word.startswith("--")]
+    overrides = [word for word in words if word not in options]
+    command += [*options, "experiment=train_big_then_compress", *STUDY, *overrides]
+    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder)
+
+
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_other_launchers_do_the_same(launcher: str, swept: Path, tmp_path: Path) -> None:
     several = "hydra.launcher.n_jobs=2" if launcher == "joblib" else "hydra.launcher.timeout_min=9"
     words = ["seed=0", "model.net.widths=[64,8,10]", "compression=bits4", "fine_tune=true,false"]
-    words += [f"hydra/launcher={launcher}", several, "experiment=train_big_then_compress"]
-    command = [str(Path(sys.executable).with_name("pressfit")), "train", "-m", *STUDY, *words]
-    # As a user starts it: joblib's processes end with the interpreter that has started them.
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+    done = started(tmp_path, *words, f"hydra/launcher={launcher}", several)
     assert done.returncode == 0, done.stderr
     assert "2 of 2" in done.stdout
     found, expected = (
@@ -334,13 +340,23 @@ def test_a_cluster_gets_a_task_and_a_gpu_for_each_process() -> None:
     assert (launcher.tasks_per_node, launcher.gpus_per_node, launcher.partition) == (2, 2, "p")
 
 
-def test_every_job_of_a_sweep_has_its_own_processes(swept: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "basic",
+        pytest.param("joblib", marks=pytest.mark.slow),
+        pytest.param("submitit_local", marks=pytest.mark.slow),
+    ],
+)
+def test_every_job_of_a_sweep_has_its_own_processes(
+    launcher: str, swept: Path, tmp_path: Path
+) -> None:
     (tmp_path / "own" / "trainer").mkdir(parents=True)
     two = "defaults: [default]\ndevices: 2\nstrategy: ddp\n"
     (tmp_path / "own" / "trainer" / "two.yaml").write_text(two)
-    words = ["--config-dir=own", "experiment=train_big_then_compress", "trainer=two", *STUDY]
+    words = ["--config-dir=own", f"hydra/launcher={launcher}", "trainer=two"]
     words += ["seed=0", "model.net.widths=[64,8,10]", "compression=none,bits4", "fine_tune=true"]
-    done = Command("train", "-m", *words, folder=tmp_path).end()
+    done = started(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     alone = {
         r["compression"]: r
@@ -408,18 +424,20 @@ def test_what_jobs_share_is_made_by_one_at_a_time(tmp_path: Path) -> None:
     assert len(made) == 1
 
 
-def test_processes_of_a_cluster_wait_for_the_first_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "PRESSFIT_JOB"])
+def test_further_processes_of_a_job_wait_for_the_first_of_their_own(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, made = tmp_path / "shared", ["another"]
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv(variable, "6")
+    write(path.with_suffix(".begun"), _group())
+    monkeypatch.setenv(variable, "7")
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    write(path.with_suffix(".begun"), "6")
     with ThreadPoolExecutor(2) as pool:
         second = pool.submit(shared, path, made, "second")
         time.sleep(0.3)
         assert made == ["another"]  # a job that has begun is none of its own
-        write(path.with_suffix(".begun"), "7")
+        write(path.with_suffix(".begun"), _group())
         assert second.result() == "another"
         assert made == ["another", "second"]
         # The first has found that it was made before; the second does not make it alone.
