@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def record(path: Path, value: Any) -> None:
 
 def write(path: Path, text: str) -> None:
     """Write a text as a whole or not at all: who reads it, or kills this process, does not wait."""
-    scratch = path.with_suffix(".new")
+    scratch = path.with_suffix(f".{os.getpid()}.new")
     scratch.write_text(text)
     scratch.replace(path)
 

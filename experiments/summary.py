@@ -4,6 +4,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,20 @@ from rich.table import Table
 
 from pressfit.experiments.metric import scale, words
 
-__all__ = ["JOBS", "Summary", "summarize"]
-
-JOBS = "jobs.txt"  # folders of the jobs of a sweep, one in a line, where it knows them beforehand
+__all__ = ["Summary", "summarize"]
 
 MEASURES = ("error", "error_dense", "bytes", "ratio", "seconds")
 
 
-def summarize(folder: Path) -> list[dict[str, Any]]:
+def summarize(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean and sample standard deviation of each measure, for each set of overrides but the seed;
     of one run there is no deviation.
 
     Args:
-        folder: Sweep directory, with a ``result.json`` in the directory of each run.
+        results: ``result.json`` of each run.
     """
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
-    for path in _of_jobs(folder, "result.json"):
-        result = json.loads(path.read_text())
+    for result in results:
         groups[tuple(o for o in result["overrides"] if not o.startswith("seed="))].append(result)
     return [
         {
@@ -45,28 +43,32 @@ def summarize(folder: Path) -> list[dict[str, Any]]:
 
 
 class Summary(Callback):
-    """Writes ``summary.json`` into the directory of a sweep that has ended, and prints it."""
+    """Writes ``summary.json`` into the directory of a sweep that has ended, and prints it.
+
+    A sweeper of this package sets ``jobs``, the fingerprint of each by its folder; of another one
+    all that is in the directory counts.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: dict[Path, str] | None = None
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        groups = summarize(folder)
+        folders = sorted(path.parent for path in folder.glob("*/config.yaml"))
+        folders = folders if self.jobs is None else [*self.jobs]
+        paths = (job / "result.json" for job in folders)
+        found = {p.parent: json.loads(p.read_text()) for p in paths if p.is_file()}
+        if self.jobs is not None:
+            found = {f: r for f, r in found.items() if r["fingerprint"] == self.jobs[f]}
+        groups = summarize(found.values())
         (folder / "summary.json").write_text(json.dumps(groups, indent=2) + "\n")
         Console().print(_table(groups))
         print(folder / "summary.json")
-        if failed := _of_jobs(folder, "error.txt"):
+        if failed := [job / "error.txt" for job in folders if (job / "error.txt").is_file()]:
             print(f"{len(failed)} failed; the same command tries them again:", file=sys.stderr)
             for path in failed:
                 print(f"  {path}: {path.read_text().strip().splitlines()[-1]}", file=sys.stderr)
             sys.exit(1)
-
-
-def _of_jobs(folder: Path, name: str) -> list[Path]:
-    """The files of a name that the jobs of a sweep have left."""
-    jobs = folder / JOBS
-    if not jobs.is_file():
-        return sorted(folder.glob(f"*/{name}"))
-    paths = (Path(job) / name for job in jobs.read_text().splitlines())
-    return [path for path in paths if path.is_file()]
 
 
 def _spread(values: list[float | None]) -> dict[str, float | None] | None:

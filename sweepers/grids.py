@@ -9,9 +9,6 @@ from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra_plugins.pressfit.jobs import Job, Jobs
 
-from pressfit.experiments.fingerprint import write
-from pressfit.experiments.summary import JOBS
-
 __all__ = ["Grids"]
 
 
@@ -38,8 +35,7 @@ class Grids(Jobs):
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         folder, jobs = self.open_folder(), self._jobs(arguments)
-        # What else is in the folder is of other sweeps.
-        write(folder / JOBS, "".join(f"{job.folder}\n" for job in jobs))
+        self.summarize(jobs)
         done = sum(job.done for job in jobs)
         print(f"{len(jobs)} jobs in {folder}, {done} of them finished before")
         return [self.launch(jobs)]

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from pressfit.experiments.fingerprint import fingerprint, finished
 from pressfit.experiments.progress import Progress
+from pressfit.experiments.summary import Summary
 
 __all__ = ["Job", "Jobs"]
 
@@ -69,21 +70,21 @@ class Jobs(Sweeper):
         """The job of these words."""
         config = self.context.config_loader.load_sweep_config(self.config, words)
         before = HydraConfig.instance().cfg
-        folders = []
         try:
-            for id in (number, number + 1):
-                with read_write(config.hydra), open_dict(config):
-                    config.hydra.job.id = config.hydra.job.num = id
-                HydraConfig.instance().set_config(config)
-                sweep = config.hydra.sweep
-                folders.append(str(Path(str(sweep.dir)) / str(sweep.subdir)))
+            numbered = _folder(config, number + 1) != (folder := _folder(config, number))
+            # As the job itself finds it.
             with read_write(config.hydra), open_dict(config):
-                config.hydra.runtime.output_dir = folders[0]
-                config.folder = folders[0]
+                config.hydra.runtime.output_dir = str(folder.absolute())
+            HydraConfig.instance().set_config(config)
+            return Job(words, fingerprint(config), folder, numbered, finished(config) is not None)
         finally:
             HydraConfig.instance().cfg = before
-        numbered, done = folders[0] != folders[1], finished(config) is not None
-        return Job(words, fingerprint(config), Path(folders[0]), numbered, done)
+
+    def summarize(self, jobs: Sequence[Job]) -> None:
+        """Let the summary be one of these alone: what else is in the folder is of other sweeps."""
+        for callback in self.context.callbacks.callbacks:
+            if isinstance(callback, Summary):
+                callback.jobs = {job.folder: job.key for job in jobs}
 
     def launch(self, jobs: Sequence[Job], first: int = 0) -> Sequence[JobReturn]:
         """Run those that are not done, with a display of all."""
@@ -96,3 +97,10 @@ class Jobs(Sweeper):
         left = [job.words for job in jobs if job.numbered or not job.done]
         with Progress(names, {job.folder for job in jobs if job.done}):
             return self.launcher.launch(left, initial_job_idx=first) if left else []
+
+
+def _folder(config: DictConfig, number: int) -> Path:
+    with read_write(config.hydra), open_dict(config):
+        config.hydra.job.id = config.hydra.job.num = number
+    HydraConfig.instance().set_config(config)
+    return Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)

@@ -66,9 +66,12 @@ class Search(Jobs):
             directions=["minimize"] * len(self.objectives),
             load_if_exists=True,
         )
-        # What is the same in all trials, and decides what comes out of them.
         fixed = [_fixed(o) for o in overrides if not o.is_sweep_override()]
-        own = {"objectives": self.objectives, "settings": self.job(fixed, 0).key}
+        own = {
+            "objectives": self.objectives,
+            "searched": sorted(str(o.input_line) for o in overrides if o.is_sweep_override()),
+            "settings": self.job(fixed, 0).key,  # the same in all trials
+        }
         before = study.user_attrs.get("search", own)
         if before != own:
             raise HydraException(

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -116,14 +115,20 @@ def test_a_sweep_ends_in_mean_and_spread(sweep: Path) -> None:
     assert "callbacks=[prune,share,share_biases]" in printed.partition("dense %")[0]
 
 
-def test_summaries_group_by_everything_but_the_seed(tmp_path: Path) -> None:
-    for number, (seed, clusters, error) in enumerate([(0, 4, 0.1), (1, 4, 0.3), (0, 8, 0.5)]):
-        (tmp_path / str(number)).mkdir()
-        result: dict[str, Any] = {"seed": seed, "error": error, "error_dense": None}
-        result |= {"bytes": 10, "ratio": 1.0, "seconds": 2.0}
-        result |= {"overrides": [f"clusters={clusters}", f"seed={seed}"], "metric": "error"}
-        (tmp_path / str(number) / "result.json").write_text(json.dumps(result))
-    first, second = summarize(tmp_path)
+def test_summaries_group_by_everything_but_the_seed() -> None:
+    first, second = summarize(
+        {
+            "seed": seed,
+            "error": error,
+            "error_dense": None,
+            "bytes": 10,
+            "ratio": 1.0,
+            "seconds": 2.0,
+            "overrides": [f"clusters={clusters}", f"seed={seed}"],
+            "metric": "error",
+        }
+        for seed, clusters, error in [(0, 4, 0.1), (1, 4, 0.3), (0, 8, 0.5)]
+    )
     assert first["overrides"] == ["clusters=4"]
     assert first["error"] == {"mean": pytest.approx(0.2), "std": pytest.approx(0.02**0.5)}
     assert first["error_dense"] is None
