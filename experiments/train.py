@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import hydra
 import torch.distributed as dist
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
@@ -64,9 +65,12 @@ def _one_of_many(config: DictConfig, overrides: list[str], folder: Path) -> floa
     try:
         with open(folder / "log.txt", "a") as log, _output_into(log):
             return _job(config, overrides)
-    except Exception:
+    except Exception as error:
         command = shlex.join(["pressfit", "train", *overrides, f"hydra.run.dir={folder}"])
-        write(failure, f"{command}\n\n{traceback.format_exc()}")
+        text = f"{command}\n\n{traceback.format_exc()}"
+        if isinstance(error, InstantiationException) and error.__cause__:  # Hydra's end says less
+            text += "".join(traceback.format_exception_only(error.__cause__))
+        write(failure, text)
         raise
     finally:
         if dist.is_available() and dist.is_initialized():  # it has failed
