@@ -54,13 +54,11 @@ class Summary(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        folders = sorted(path.parent for path in folder.glob("*/config.yaml"))
-        folders = folders if self.jobs is None else [*self.jobs]
-        paths = (job / "result.json" for job in folders)
-        found = {p.parent: json.loads(p.read_text()) for p in paths if p.is_file()}
-        if self.jobs is not None:
-            found = {f: r for f, r in found.items() if r["fingerprint"] == self.jobs[f]}
-        groups = summarize(found.values())
+        jobs = self.jobs
+        folders = sorted(p for p in folder.iterdir() if p.is_dir()) if jobs is None else [*jobs]
+        paths = [job / "result.json" for job in folders]
+        results = [(p.parent, json.loads(p.read_text())) for p in paths if p.is_file()]
+        groups = summarize(r for job, r in results if jobs is None or r["fingerprint"] == jobs[job])
         (folder / "summary.json").write_text(json.dumps(groups, indent=2) + "\n")
         Console().print(_table(groups))
         print(folder / "summary.json")

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from datetime import date
 from itertools import product
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
 from lightning.pytorch import Callback
 from matplotlib.figure import Figure
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
 import pressfit.configs
@@ -29,7 +30,7 @@ from pressfit.experiments.cli import main
 from pressfit.experiments.data import Mnist
 from pressfit.experiments.figures import _draw_bytes, curve
 from pressfit.experiments.models import VGG, LeNet5, LeNet300, ResNet, ResNet18
-from pressfit.experiments.summary import summarize
+from pressfit.experiments.summary import Summary, summarize
 
 CONFIGS = Path(pressfit.configs.__file__).parent
 QUICK = ["trainer.max_epochs=12", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
@@ -78,6 +79,10 @@ def test_a_run_leaves_everything_behind(sweep: Path) -> None:
     assert result["ratio"] == pytest.approx(result["bytes_dense"] / result["bytes"])
     assert result["seed"] == 0
     assert result["seconds"] > 0
+    made = result["provenance"]
+    assert made["machine"]
+    assert f"torch {torch.__version__}" in made["software"]
+    assert (date.today() - date.fromisoformat(made["date"])).days in (-1, 0, 1)
     layers = result["layers"]
     assert layers["net.fc1.weight"]["weights"] == 64 * 300
     assert sum(layer["bytes"] for layer in layers.values()) + result["overhead"] == result["bytes"]
@@ -133,6 +138,33 @@ def test_summaries_group_by_everything_but_the_seed() -> None:
     assert first["error"] == {"mean": pytest.approx(0.2), "std": pytest.approx(0.02**0.5)}
     assert first["error_dense"] is None
     assert second["error"] == {"mean": 0.5, "std": None}
+
+
+def test_a_summary_is_of_its_own_jobs_in_the_unit_of_their_metric(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary, config = Summary(), OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    result = {"metric": "bits_per_byte", "error": 2.345, "error_dense": None, "bytes": 10}
+    result |= {"ratio": 1.0, "seconds": 2.0, "seed": 0, "overrides": ["a=1"]}
+    for name in ("own", "stale"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(result | {"fingerprint": name}))
+    summary.jobs = {tmp_path / "own": "own", tmp_path / "stale": "of other settings"}
+    summary.on_multirun_end(config)
+    (group,) = json.loads((tmp_path / "summary.json").read_text())
+    assert (group["seeds"], group["metric"]) == ([0], "bits_per_byte")
+    printed = capsys.readouterr().out
+    assert "bits per byte" in printed
+    assert " 2.345 " in printed  # no percentage, and of one seed no deviation
+    # Another sweeper does not tell: all that is there counts, failures without a result too.
+    (tmp_path / "failed").mkdir()
+    (tmp_path / "failed" / "error.txt").write_text("command\n\nValueError: wrong\n")
+    summary.jobs = None
+    with pytest.raises(SystemExit):
+        summary.on_multirun_end(config)
+    assert "ValueError: wrong" in capsys.readouterr().err
+    (group,) = json.loads((tmp_path / "summary.json").read_text())
+    assert group["seeds"] == [0, 0]
 
 
 def test_inspect_and_decompress(
