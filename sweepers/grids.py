@@ -1,6 +1,7 @@
 """A union of grids, which goes on where it was stopped."""
 
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra_plugins.pressfit.jobs import Job, Jobs
+from rich.progress import track
 
 __all__ = ["Grids"]
 
@@ -45,7 +47,9 @@ class Grids(Jobs):
         for grid in self.grids:
             words = [f"{key}={value}" for key, value in {**self.params, **grid}.items()]
             values = map(_values, self.parse(words + arguments))
-            for chosen in itertools.product(*values):
+            chosen_values = [*itertools.product(*values)]
+            quiet = not sys.stdout.isatty()
+            for chosen in track(chosen_values, "composing jobs", transient=True, disable=quiet):
                 job = self.job(list(chosen), len(found))
                 found.setdefault(job.key, job)
         return list(found.values())
