@@ -106,7 +106,10 @@ def _measured(
         result |= _sizes(checkpoint.report)
         record(folder / "result.json", result)
         for saved in folder.glob("resume-*.ckpt"):
-            shutil.rmtree(saved) if saved.is_dir() else saved.unlink()
+            if saved.is_dir():
+                shutil.rmtree(saved)
+            else:
+                saved.unlink()
         marks = {"compressed": (result["bytes"], error)}
         if error_dense is not None:
             marks["dense"] = (result["bytes_dense"], error_dense)
