@@ -244,6 +244,10 @@ def test_a_report_is_complete(runs: Path, capsys: pytest.CaptureFixture[str]) ->
     assert ET.parse(folder / "envelope.svg").getroot().tag.endswith("svg")
     document = (folder / "report.md").read_text()
     assert document.startswith("- A network of 4 times the bytes or more")
+    assert (
+        "20 points, 60 runs under a budget of 1e+09 flops, at least 3 of each. Run on Processor "
+        "with pressfit 0.1.0, torch 2.13.0; 27 November 2026 to 29 November 2026."
+    ) in document
     assert "| tiny: dense | 3 | 1,000 | 1.0 |" in document
     assert "- [x] random pruning as the floor" in document
     page = (folder / "report.html").read_text()
