@@ -11,7 +11,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(BIN)/.installed
-	$(BIN)/pressfit train experiment=deep_compression
+	$(BIN)/fitsmall train experiment=deep_compression
 
 test: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -1,22 +1,22 @@
 """Lightning callbacks that compress a network while it trains."""
 
-from pressfit.callbacks.averaging import EMA
-from pressfit.callbacks.best import (
+from fitsmall.callbacks.averaging import EMA
+from fitsmall.callbacks.best import (
     EarlyStoppingOnceCompressed,
     ModelCheckpointOnceCompressed,
 )
-from pressfit.callbacks.checkpoint import CompressedCheckpoint
-from pressfit.callbacks.guard import AccuracyGuard
-from pressfit.callbacks.method import Method, methods_of, plan_of
-from pressfit.callbacks.monitor import CompressionMonitor
-from pressfit.callbacks.pareto import ParetoCheckpoint
-from pressfit.callbacks.plan import Plan
-from pressfit.callbacks.proximal import LearningCompression
-from pressfit.callbacks.pruning import GradualPruning
-from pressfit.callbacks.quantization import QuantizationAwareTraining
-from pressfit.callbacks.rank import RankLearning
-from pressfit.callbacks.resume import RandomState, ResumableLoader
-from pressfit.callbacks.sharing import WeightSharing
+from fitsmall.callbacks.checkpoint import CompressedCheckpoint
+from fitsmall.callbacks.guard import AccuracyGuard
+from fitsmall.callbacks.method import Method, methods_of, plan_of
+from fitsmall.callbacks.monitor import CompressionMonitor
+from fitsmall.callbacks.pareto import ParetoCheckpoint
+from fitsmall.callbacks.plan import Plan
+from fitsmall.callbacks.proximal import LearningCompression
+from fitsmall.callbacks.pruning import GradualPruning
+from fitsmall.callbacks.quantization import QuantizationAwareTraining
+from fitsmall.callbacks.rank import RankLearning
+from fitsmall.callbacks.resume import RandomState, ResumableLoader
+from fitsmall.callbacks.sharing import WeightSharing
 
 __all__ = [
     "EMA",

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from pressfit.callbacks.method import plan_of
-from pressfit.compressors.quantize import QUANTIZER
+from fitsmall.callbacks.method import plan_of
+from fitsmall.compressors.quantize import QUANTIZER
 
 __all__ = ["EMA"]
 

@@ -5,7 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from pressfit.callbacks.method import plan_of
+from fitsmall.callbacks.method import plan_of
 
 __all__ = ["EarlyStoppingOnceCompressed", "ModelCheckpointOnceCompressed"]
 

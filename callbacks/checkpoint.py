@@ -16,13 +16,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from pressfit.callbacks.best import ModelCheckpointOnceCompressed
-from pressfit.callbacks.method import methods_of
-from pressfit.callbacks.sharding import whole
-from pressfit.compressors.artifact import load, save
-from pressfit.compressors.codes import CODED, same_bits
-from pressfit.compressors.compress import restore
-from pressfit.compressors.report import Report, inspect
+from fitsmall.callbacks.best import ModelCheckpointOnceCompressed
+from fitsmall.callbacks.method import methods_of
+from fitsmall.compressors.codes import CODED, same_bits
+from fitsmall.compressors.file.artifact import load, save
+from fitsmall.compressors.file.report import Report, inspect
+from fitsmall.compressors.oneshot import restore
+from fitsmall.compressors.training.sharding import whole
 
 __all__ = ["CompressedCheckpoint", "check_writable"]
 
@@ -42,13 +42,13 @@ class CompressedCheckpoint(pl.Callback):
 
     Attributes:
         path: The file, once training has ended.
-        report: Its table, as :func:`~pressfit.compressors.inspect` returns it.
+        report: Its table, as :func:`~fitsmall.compressors.inspect` returns it.
     """
 
     def __init__(
         self,
         dirpath: str | os.PathLike[str] | None = None,
-        filename: str = "model.pressfit",
+        filename: str = "model.fitsmall",
         weights: Literal["last", "best"] = "last",
         coder: str = "context",
     ) -> None:

@@ -7,8 +7,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from pressfit.callbacks.method import plan_of
-from pressfit.callbacks.metric import Metric
+from fitsmall.callbacks.method import plan_of
+from fitsmall.callbacks.monitored import Metric
 
 __all__ = ["AccuracyGuard"]
 

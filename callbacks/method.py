@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from pressfit.callbacks.plan import Plan
-from pressfit.compressors.schedules import Schedule
-from pressfit.compressors.select import Selection, select
+from fitsmall.callbacks.plan import Plan
+from fitsmall.compressors.schedules import Schedule
+from fitsmall.compressors.select import Selection, select
 
 __all__ = ["Method", "methods_of", "plan_of"]
 
@@ -26,7 +26,7 @@ __all__ = ["Method", "methods_of", "plan_of"]
 class Method(pl.Callback):
     """A projection that training meets in a window of steps; callbacks only declare it.
 
-    All methods of a Trainer are gathered into one :class:`~pressfit.callbacks.Plan`, which the
+    All methods of a Trainer are gathered into one :class:`~fitsmall.callbacks.Plan`, which the
     first of them in the Trainer's list drives. A subclass says how to :meth:`choose` anew (masks,
     clusters) and how to :meth:`project_` with the choice fixed.
 
@@ -86,7 +86,7 @@ class Method(pl.Callback):
         if schedule is not None and not callable(schedule):
             raise MisconfigurationException(
                 f"{type(self).__name__}: a schedule maps progress to strength, as "
-                f"pressfit.compressors.Cubic() does, and got {schedule!r}"
+                f"fitsmall.compressors.Cubic() does, and got {schedule!r}"
             )
         return schedule or default
 
@@ -365,12 +365,12 @@ def _refuse_rivals(trainer: pl.Trainer) -> None:
         if isinstance(callback, averages) and not getattr(callback, "projects", False):
             raise MisconfigurationException(
                 f"{type(callback).__name__} averages weights, and an average of sparse or shared "
-                "weights is neither: use pressfit.callbacks.EMA, which projects the average"
+                "weights is neither: use fitsmall.callbacks.EMA, which projects the average"
             )
         if isinstance(callback, ModelPruning):
             raise MisconfigurationException(
                 f"{type(callback).__name__} keeps masks of its own, which other methods know "
-                "nothing of: use pressfit.callbacks.GradualPruning"
+                "nothing of: use fitsmall.callbacks.GradualPruning"
             )
     sharded = {"FSDPStrategy", "DeepSpeedStrategy"}
     if sharded.intersection(base.__name__ for base in type(trainer.strategy).__mro__):

@@ -4,12 +4,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from pressfit.callbacks.method import methods_of
-from pressfit.callbacks.sharding import whole
-from pressfit.compressors.artifact import estimate
-from pressfit.compressors.codes import Integer, Lookup, Sparse, exact
-from pressfit.compressors.factorize import weights_saved
-from pressfit.compressors.select import select
+from fitsmall.callbacks.method import methods_of
+from fitsmall.compressors.codes import Integer, Lookup, Sparse, exact
+from fitsmall.compressors.file.artifact import estimate
+from fitsmall.compressors.select import select
+from fitsmall.compressors.surgery.factors import weights_saved
+from fitsmall.compressors.training.sharding import whole
 
 __all__ = ["CompressionMonitor"]
 

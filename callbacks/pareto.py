@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 
-from pressfit.callbacks.averaging import EMA
-from pressfit.callbacks.checkpoint import check_writable
-from pressfit.callbacks.metric import Metric
-from pressfit.callbacks.sharding import whole
-from pressfit.compressors.artifact import save
+from fitsmall.callbacks.averaging import EMA
+from fitsmall.callbacks.checkpoint import check_writable
+from fitsmall.callbacks.monitored import Metric
+from fitsmall.compressors.file.artifact import save
+from fitsmall.compressors.training.sharding import whole
 
 __all__ = ["ParetoCheckpoint"]
 
@@ -30,7 +30,7 @@ class ParetoCheckpoint(pl.Callback):
         dirpath: Folder of the files.
         monitor: Name of the metric of the validation.
         mode: ``"min"`` if it is an error, ``"max"`` if it is an accuracy.
-        coder: Coder of the index streams, see :func:`~pressfit.compressors.save`.
+        coder: Coder of the index streams, see :func:`~fitsmall.compressors.save`.
 
     Attributes:
         points: Step, bytes, metric and path of the files that are kept.
@@ -69,7 +69,7 @@ class ParetoCheckpoint(pl.Callback):
         tensors = {name: whole(tensor) for name, tensor in validated.items()}
         if not trainer.is_global_zero:
             return
-        path = self.dirpath / f"step{trainer.global_step}.pressfit"
+        path = self.dirpath / f"step{trainer.global_step}.fitsmall"
         try:
             size = save(path, tensors, self.coder)
         except OSError as error:  # a long training is not to be lost for a full disk

@@ -27,11 +27,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from pressfit.callbacks.sharding import local, whole
-from pressfit.compressors.allocation import Lazy
+from fitsmall.compressors.allocation import Lazy
+from fitsmall.compressors.training.sharding import local, whole
 
 if TYPE_CHECKING:
-    from pressfit.callbacks.method import Method
+    from fitsmall.callbacks.method import Method
 
 __all__ = ["Plan", "gradient_scale"]
 
@@ -498,7 +498,7 @@ def _refuse(optimizer: Optimizer) -> None:
     if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
         raise MisconfigurationException(
             f"{name} swaps the weights for averages of its own, which are not compressed: use the "
-            "optimizer that it is based on, with pressfit.callbacks.EMA for the average"
+            "optimizer that it is based on, with fitsmall.callbacks.EMA for the average"
         )
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from pressfit.callbacks.method import Method
-from pressfit.callbacks.sharding import gather, shard
-from pressfit.compressors.allocation import Lazy
-from pressfit.compressors.projections import Projection
-from pressfit.compressors.schedules import Exponential, Schedule
-from pressfit.compressors.select import match
+from fitsmall.callbacks.method import Method
+from fitsmall.compressors.allocation import Lazy
+from fitsmall.compressors.projections import Projection
+from fitsmall.compressors.schedules import Exponential, Schedule
+from fitsmall.compressors.select import match
+from fitsmall.compressors.training.sharding import gather, shard
 
 __all__ = ["LearningCompression", "Proximal"]
 
@@ -167,8 +167,8 @@ class LearningCompression(Proximal):
         exclude: Patterns of parameter names to leave out.
 
     Example:
-        >>> from pressfit.callbacks import Plan
-        >>> from pressfit.compressors import TopK
+        >>> from fitsmall.callbacks import Plan
+        >>> from fitsmall.compressors import TopK
         >>> print(Plan([LearningCompression(TopK(0.9))], nn.Linear(20, 10), horizon=1000))
         Compression plan
           LearningCompression: TopK(sparsity=0.9), proximal, steps 0 to 1,000
@@ -198,7 +198,7 @@ class LearningCompression(Proximal):
         if not by_pattern or not known:
             raise MisconfigurationException(
                 "LearningCompression: a projection is TopK(0.9), KMeans(16) or another of "
-                f"pressfit.compressors, or several by pattern, and got {projection!r}"
+                f"fitsmall.compressors, or several by pattern, and got {projection!r}"
             )
         self.by_pattern = dict(by_pattern)
         self.projections: dict[str, Projection] = {}

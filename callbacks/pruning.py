@@ -8,14 +8,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pressfit.callbacks.method import Method
-from pressfit.callbacks.sharding import gather, processes, shard, stack, unstack, whole
-from pressfit.compressors.allocation import ALLOCATIONS, BY_SHAPE, Lazy
-from pressfit.compressors.codes import INTEGERS
-from pressfit.compressors.criteria import CRITERIA
-from pressfit.compressors.prune import kept, support
-from pressfit.compressors.schedules import Cubic, Schedule
-from pressfit.compressors.select import match
+from fitsmall.callbacks.method import Method
+from fitsmall.compressors.allocation import ALLOCATIONS, BY_SHAPE, Lazy
+from fitsmall.compressors.codes import INTEGERS
+from fitsmall.compressors.criteria import CRITERIA
+from fitsmall.compressors.prune import kept, support
+from fitsmall.compressors.schedules import Cubic, Schedule
+from fitsmall.compressors.select import match
+from fitsmall.compressors.training.sharding import gather, processes, shard, stack, unstack, whole
 
 __all__ = ["GradualPruning"]
 
@@ -36,9 +36,9 @@ class GradualPruning(Method):
         sparsity: Final fraction of zeros, over all selected parameters together.
         criterion: What makes a weight matter: ``magnitude``, ``gradient``, ``activation``,
             ``hessian``, ``adam``, ``movement`` or ``random``, see
-            :mod:`pressfit.compressors.criteria`.
+            :mod:`fitsmall.compressors.criteria`.
         allocation: How the sparsity is spread over tensors: ``global``, ``uniform``, ``erk`` or
-            ``lamp``, see :mod:`pressfit.compressors.allocation`.
+            ``lamp``, see :mod:`fitsmall.compressors.allocation`.
         schedule: Strength as a function of progress through the window.
         start: Fraction of training at which pruning begins.
         stop: Fraction of training at which the final sparsity is reached.
@@ -55,7 +55,7 @@ class GradualPruning(Method):
             ``sparsity`` among them.
 
     Example:
-        >>> from pressfit.callbacks import Plan
+        >>> from fitsmall.callbacks import Plan
         >>> print(Plan([GradualPruning(0.9, stop=0.5)], nn.Linear(20, 10), horizon=1000))
         Compression plan
           GradualPruning: sparsity 0.9 (global magnitude), hard, steps 0 to 500

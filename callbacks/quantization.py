@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.adam import adam
 
-from pressfit.callbacks.method import Method
-from pressfit.callbacks.sharding import gather, local, processes, shard, stack
-from pressfit.callbacks.widths import Widths
-from pressfit.compressors.compress import attach_saved
-from pressfit.compressors.lattice import blocked, spread
-from pressfit.compressors.quantize import (
+from fitsmall.callbacks.method import Method
+from fitsmall.compressors.lattice import blocked, spread
+from fitsmall.compressors.oneshot import attach_saved
+from fitsmall.compressors.quantize import (
     QUANTIZER,
     TRANSPOSED,
     ActivationQuantizer,
@@ -33,7 +31,9 @@ from pressfit.compressors.quantize import (
     rounded,
     steps_of,
 )
-from pressfit.compressors.select import match
+from fitsmall.compressors.select import match
+from fitsmall.compressors.training.bitwidth_search import Widths
+from fitsmall.compressors.training.sharding import gather, local, processes, shard, stack
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -97,7 +97,7 @@ class QuantizationAwareTraining(Method):
             ``stop``, by the gradients of the ``observe_steps`` before.
 
     Example:
-        >>> from pressfit.callbacks import Plan
+        >>> from fitsmall.callbacks import Plan
         >>> net = nn.Sequential(nn.Linear(20, 10), nn.BatchNorm1d(10), nn.Linear(10, 5))
         >>> print(Plan([QuantizationAwareTraining(4, 4, overrides={"2": 8})], net, horizon=100))
         Compression plan

@@ -14,22 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from pressfit.callbacks.factors import decay_, transplant_
-from pressfit.callbacks.plan import gradient_scale
-from pressfit.callbacks.proximal import Proximal
-from pressfit.callbacks.sharding import gather
-from pressfit.compressors.factorize import (
-    Factored,
-    attach_factors,
-    factorable,
-    forms,
-    is_factor,
-    places,
-    replace_layer,
-    split,
-    unit_costs,
-)
-from pressfit.compressors.lowrank import (
+from fitsmall.callbacks.plan import gradient_scale
+from fitsmall.callbacks.proximal import Proximal
+from fitsmall.compressors.lowrank import (
     DENSE,
     Metric,
     Options,
@@ -40,9 +27,22 @@ from pressfit.compressors.lowrank import (
     matrix,
     price_of,
 )
-from pressfit.compressors.quantize import detach_quantizer
-from pressfit.compressors.schedules import Schedule
-from pressfit.compressors.select import Selection, select
+from fitsmall.compressors.quantize import detach_quantizer
+from fitsmall.compressors.schedules import Schedule
+from fitsmall.compressors.select import Selection, select
+from fitsmall.compressors.surgery.factors import (
+    Factored,
+    attach_factors,
+    factorable,
+    forms,
+    is_factor,
+    places,
+    replace_layer,
+    split,
+    unit_costs,
+)
+from fitsmall.compressors.training.optimizers import decay_, transplant_
+from fitsmall.compressors.training.sharding import gather
 
 __all__ = ["RankLearning"]
 
@@ -59,18 +59,18 @@ class RankLearning(Proximal):
     Idelbayev and Carreira-Perpinan, "Low-rank compression of neural nets: learning the rank of each
     layer" (CVPR 2020), inside of one training. From ``start`` to ``stop`` weights are pulled to
     their best approximations of low rank, ever more strongly, as
-    :class:`~pressfit.callbacks.proximal.Proximal` does it. Ranks are chosen anew every time: with
+    :class:`~fitsmall.callbacks.proximal.Proximal` does it. Ranks are chosen anew every time: with
     the singular values of all layers,
 
         min over ranks  price C(r) + sum over layers of ||W - W_r||^2,
 
     where the price is the one that meets the budget, and the norm the one in which a change of a
-    weight counts by what it does to the loss, see :class:`~pressfit.compressors.lowrank.Metric`.
+    weight counts by what it does to the loss, see :class:`~fitsmall.compressors.lowrank.Metric`.
 
     At ``stop`` each layer that is cheaper that way becomes two, ``reduce`` and ``expand``, which
     train on as any layers do: the optimizer goes on with the moments that it had, and weight decay
     acts on their product. A layer that is cheaper as it is stays. Convolutions are matrices in two
-    forms, see :mod:`pressfit.compressors.lowrank`, and the cheaper one is taken.
+    forms, see :mod:`fitsmall.compressors.lowrank`, and the cheaper one is taken.
 
     List it before other methods: what begins at its ``stop`` or later acts on the factors.
 
@@ -91,7 +91,7 @@ class RankLearning(Proximal):
         exclude: Patterns of parameter names to leave out.
 
     Example:
-        >>> from pressfit.callbacks import Plan
+        >>> from fitsmall.callbacks import Plan
         >>> net = nn.Sequential(nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 10))
         >>> print(Plan([RankLearning(keep_size=0.3)], net, horizon=1000))
         Compression plan

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pressfit.callbacks.sharding import processes
+from fitsmall.compressors.training.sharding import processes
 
 __all__ = ["RandomState", "ResumableLoader"]
 

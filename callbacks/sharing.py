@@ -7,12 +7,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from pressfit.callbacks.centroids import move_, precision, sums
-from pressfit.callbacks.method import Method
-from pressfit.callbacks.sharding import gather, local, reduce_, shard
-from pressfit.compressors.cluster import KMeans, assign, linear
-from pressfit.compressors.schedules import Linear, Schedule
-from pressfit.compressors.select import match
+from fitsmall.callbacks.method import Method
+from fitsmall.compressors.cluster import KMeans, assign, linear
+from fitsmall.compressors.schedules import Linear, Schedule
+from fitsmall.compressors.select import match
+from fitsmall.compressors.training.centroids import move_, precision, sums
+from fitsmall.compressors.training.sharding import gather, local, reduce_, shard
 
 __all__ = ["WeightSharing"]
 
@@ -47,7 +47,7 @@ class WeightSharing(Method):
             paper's choice, which serves the few large weights; later assignments start from the
             trained centroids. ``"optimal"``: exact k-means of the latents at every assignment.
         codebook_dtype: Float type that centroids are rounded to, as in
-            :class:`~pressfit.compressors.KMeans`.
+            :class:`~fitsmall.compressors.KMeans`.
         schedule: Strength as a function of progress through the window; ``OneShot()`` clusters
             at once.
         start: Fraction of training after which sharing begins.
@@ -63,7 +63,7 @@ class WeightSharing(Method):
         overrides: Number of clusters for parameters by pattern.
 
     Example:
-        >>> from pressfit.callbacks import GradualPruning, Plan
+        >>> from fitsmall.callbacks import GradualPruning, Plan
         >>> net = nn.Sequential(nn.Linear(20, 10))
         >>> print(Plan([GradualPruning(0.9), WeightSharing(8)], net, horizon=1000))
         Compression plan

@@ -1,18 +1,17 @@
 """Compression as projection, in pure torch: codes, projections, criteria, allocations, the file."""
 
-from pressfit.compressors.allocation import ALLOCATIONS
-from pressfit.compressors.artifact import load, read, save
-from pressfit.compressors.cluster import KMeans
-from pressfit.compressors.codes import Code, Dense, Integer, Lookup, Sparse, Sum, exact, same_bits
-from pressfit.compressors.compress import compress, restore
-from pressfit.compressors.criteria import CRITERIA
-from pressfit.compressors.factorize import Factored, factorize
-from pressfit.compressors.lowrank import Factors, Rank, Truncate
-from pressfit.compressors.projections import Additive, Chain, Projection
-from pressfit.compressors.prune import TopK
-from pressfit.compressors.quantize import ActivationQuantizer, Quantize
-from pressfit.compressors.report import Report, TensorReport, inspect
-from pressfit.compressors.schedules import (
+from fitsmall.compressors.allocation import ALLOCATIONS
+from fitsmall.compressors.cluster import KMeans
+from fitsmall.compressors.codes import Code, Dense, Integer, Lookup, Sparse, Sum, exact, same_bits
+from fitsmall.compressors.criteria import CRITERIA
+from fitsmall.compressors.file.artifact import load, read, save
+from fitsmall.compressors.file.report import Report, TensorReport, inspect
+from fitsmall.compressors.lowrank import Factors, Rank, Truncate
+from fitsmall.compressors.oneshot import compress, restore
+from fitsmall.compressors.projections import Additive, Chain, Projection
+from fitsmall.compressors.prune import TopK
+from fitsmall.compressors.quantize import ActivationQuantizer, Quantize
+from fitsmall.compressors.schedules import (
     Cosine,
     Cubic,
     Exponential,
@@ -21,7 +20,8 @@ from pressfit.compressors.schedules import (
     OneShot,
     Schedule,
 )
-from pressfit.compressors.select import Selection, select
+from fitsmall.compressors.select import Selection, select
+from fitsmall.compressors.surgery.factors import Factored, factorize
 
 __all__ = [
     "ALLOCATIONS",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from pressfit.compressors.prune import kept
+from fitsmall.compressors.prune import kept
 
 __all__ = ["ALLOCATIONS", "BY_SHAPE", "Allocation", "Lazy", "erk", "global_", "lamp", "uniform"]
 

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pressfit.compressors.codes import Code, Dense, Lookup, Sparse
-from pressfit.compressors.projections import Projection
+from fitsmall.compressors.codes import Code, Dense, Lookup, Sparse
+from fitsmall.compressors.projections import Projection
 
 __all__ = ["KMeans", "assign", "linear"]
 

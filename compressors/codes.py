@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pressfit.compressors.coding import CODERS
-from pressfit.compressors.lattice import blocked, lattice, spread, unblocked
+from fitsmall.compressors.file.coding import CODERS
+from fitsmall.compressors.lattice import blocked, lattice, spread, unblocked
 
 __all__ = [
     "Code",

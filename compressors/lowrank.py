@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pressfit.compressors.codes import Code, Dense
-from pressfit.compressors.projections import Projection
+from fitsmall.compressors.codes import Code, Dense
+from fitsmall.compressors.projections import Projection
 
 __all__ = [
     "DENSE",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pressfit.compressors.codes import Code, Sum
+from fitsmall.compressors.codes import Code, Sum
 
 __all__ = ["Additive", "Chain", "Projection"]
 
@@ -38,7 +38,7 @@ class Projection(ABC):
         """``first | then`` codes the float leaves of the first with the second.
 
         Example:
-            >>> from pressfit.compressors import KMeans, TopK
+            >>> from fitsmall.compressors import KMeans, TopK
             >>> import torch
             >>> (TopK(0.5) | KMeans(1)).project(torch.tensor([3.0, -0.1, 0.2, 5.0]))
             tensor([4., 0., 0., 4.])
@@ -49,7 +49,7 @@ class Projection(ABC):
         """``first + second`` finds two tensors that add up to the weight.
 
         Example:
-            >>> from pressfit.compressors import KMeans, TopK
+            >>> from fitsmall.compressors import KMeans, TopK
             >>> import torch
             >>> (KMeans(1) + TopK(0.75)).project(torch.tensor([1.0, 1.0, 1.0, 9.0]))
             tensor([1., 1., 1., 9.])

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pressfit.compressors.codes import Code, Dense, Sparse
-from pressfit.compressors.projections import Projection
+from fitsmall.compressors.codes import Code, Dense, Sparse
+from fitsmall.compressors.projections import Projection
 
 __all__ = ["TopK", "kept", "support"]
 

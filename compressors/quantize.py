@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pressfit.compressors.codes import Code, Dense, Integer
-from pressfit.compressors.lattice import LARGEST, blocked, spread, unblocked
-from pressfit.compressors.projections import Projection
+from fitsmall.compressors.codes import Code, Dense, Integer
+from fitsmall.compressors.lattice import LARGEST, blocked, spread, unblocked
+from fitsmall.compressors.projections import Projection
 
 __all__ = [
     "QUANTIZER",

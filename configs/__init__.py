@@ -3,7 +3,7 @@ application of their own as well, imports this package."""
 
 from omegaconf import OmegaConf
 
-from pressfit.experiments.fingerprint import digest, fingerprint
+from fitsmall.experiments.run.fingerprint import digest, fingerprint
 
 # A learning rate from a width.
 OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)

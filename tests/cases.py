@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import pytest
 from torch import nn
 
-from pressfit.callbacks import (
+from fitsmall.callbacks import (
     GradualPruning,
     LearningCompression,
     Method,
     QuantizationAwareTraining,
     WeightSharing,
 )
-from pressfit.compressors import CRITERIA, KMeans, TopK
-from pressfit.compressors.lattice import lattice
+from fitsmall.compressors import CRITERIA, KMeans, TopK
+from fitsmall.compressors.lattice import lattice
 from training import WEIGHTS, sparsity
 
 __all__ = ["CASES", "every_case"]

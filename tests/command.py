@@ -8,14 +8,14 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
 
-from pressfit.experiments.cli import main
+from fitsmall.experiments.cli.main import main
 
 _SERVER = get_context("forkserver")
-_SERVER.set_forkserver_preload(["pressfit.experiments.train"])
+_SERVER.set_forkserver_preload(["fitsmall.experiments.run.train"])
 
 
 class Command:
-    """``pressfit`` with these words, from now on.
+    """``fitsmall`` with these words, from now on.
 
     Args:
         words: What stands behind it.
@@ -59,5 +59,5 @@ def _run(words: tuple[str, ...], folder: Path, environment: dict[str, str], prin
         os.dup2(os.open(printed / name, os.O_WRONLY | os.O_CREAT), number)
     # What runs in the background of a shell ignores Ctrl-C, and so do its children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = [str(Path(sys.executable).with_name("pressfit"))]
+    sys.argv = [str(Path(sys.executable).with_name("fitsmall"))]
     main(words)

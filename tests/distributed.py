@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import TensorDataset
 
-from pressfit.callbacks import (
+from fitsmall.callbacks import (
     EMA,
     CompressedCheckpoint,
     CompressionMonitor,
@@ -32,8 +32,8 @@ from pressfit.callbacks import (
     ResumableLoader,
     plan_of,
 )
-from pressfit.callbacks.sharding import whole
-from pressfit.compressors import load, restore
+from fitsmall.compressors import load, restore
+from fitsmall.compressors.training.sharding import whole
 from training import IMAGES, LABELS, Net
 
 EVERY = CASES | {

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pressfit.compressors import (
+from fitsmall.compressors import (
     Code,
     Dense,
     Integer,
@@ -24,7 +24,6 @@ from pressfit.compressors import (
     Lookup,
     Sparse,
     TopK,
-    artifact,
     compress,
     exact,
     inspect,
@@ -34,10 +33,11 @@ from pressfit.compressors import (
     same_bits,
     save,
 )
-from pressfit.compressors.allocation import Lazy
-from pressfit.compressors.artifact import Entry, estimate
-from pressfit.compressors.coding import CODERS, Streams
-from pressfit.compressors.lattice import lattice, spread
+from fitsmall.compressors.allocation import Lazy
+from fitsmall.compressors.file import artifact
+from fitsmall.compressors.file.artifact import Entry, estimate
+from fitsmall.compressors.file.coding import CODERS, Streams
+from fitsmall.compressors.lattice import lattice, spread
 
 GENERATOR = torch.Generator().manual_seed(0)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -69,9 +69,9 @@ def codes(dtype: torch.dtype) -> dict[str, Code]:
 @pytest.mark.parametrize("coder", CODERS)
 def test_every_code_survives_the_file(coder: str, dtype: torch.dtype, tmp_path: Path) -> None:
     stored = codes(dtype)
-    size = save(tmp_path / "a.pressfit", stored, coder)
-    assert size == (tmp_path / "a.pressfit").stat().st_size
-    restored = load(tmp_path / "a.pressfit")
+    size = save(tmp_path / "a.fitsmall", stored, coder)
+    assert size == (tmp_path / "a.fitsmall").stat().st_size
+    restored = load(tmp_path / "a.fitsmall")
     assert list(restored) == list(stored)
     for name, code in stored.items():
         assert same_bits(restored[name], code.decode()), name
@@ -99,12 +99,12 @@ def test_any_state_dict_survives(coder: str, tmp_path: Path) -> None:
         "many levels": torch.arange(3000.0).repeat(3),
         "название": weight(3),
     }
-    save(tmp_path / "a.pressfit", tensors, coder)
-    restored = load(tmp_path / "a.pressfit")
+    save(tmp_path / "a.fitsmall", tensors, coder)
+    restored = load(tmp_path / "a.fitsmall")
     assert list(restored) == list(tensors)
     for name, tensor in tensors.items():
         assert same_bits(restored[name], tensor), name
-    assert [(entry.name, tensor.shape) for entry, tensor in read(tmp_path / "a.pressfit")] == [
+    assert [(entry.name, tensor.shape) for entry, tensor in read(tmp_path / "a.fitsmall")] == [
         (name, tensor.shape) for name, tensor in tensors.items()
     ]
 
@@ -144,7 +144,7 @@ def test_memory_that_is_used_again_is_no_tie(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    path = tmp_path / "small.pressfit"
+    path = tmp_path / "small.fitsmall"
     sparse = (TopK(0.9) | KMeans(4)).project(weight(30, 40))
     save(path, {"fc.weight": sparse, "fc.bias": weight(30), "tied": sparse})
     return path
@@ -156,7 +156,7 @@ def test_every_damaged_byte_is_noticed(small: Path) -> None:
         damaged = bytearray(data)
         damaged[position] ^= 1 + position % 255
         small.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"small\.pressfit"):
+        with pytest.raises(ValueError, match=r"small\.fitsmall"):
             load(small)
 
 
@@ -164,7 +164,7 @@ def test_every_truncation_is_noticed(small: Path) -> None:
     data = small.read_bytes()
     for length in range(len(data)):
         small.write_bytes(data[:length])
-        with pytest.raises(ValueError, match=r"small\.pressfit"):
+        with pytest.raises(ValueError, match=r"small\.fitsmall"):
             load(small)
 
 
@@ -284,7 +284,7 @@ def test_a_file_may_not_ask_for_more_memory_than_is_allowed(tmp_path: Path) -> N
 
 def test_other_files_and_versions_are_refused(small: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello, this is no compressed network")
-    with pytest.raises(ValueError, match="is not a pressfit file"):
+    with pytest.raises(ValueError, match="is not a fitsmall file"):
         load(tmp_path / "text")
     newer = bytearray(small.read_bytes())
     newer[4] = 9

@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pressfit.compressors import Quantize, compress, save
-from pressfit.compressors.export import export_onnx
-from pressfit.compressors.quantize import attach_quantizer
-from pressfit.experiments.cli import main
-from pressfit.experiments.models import MLP
+from fitsmall.compressors import Quantize, compress, save
+from fitsmall.compressors.export.onnx import export_onnx
+from fitsmall.compressors.quantize import attach_quantizer
+from fitsmall.experiments.cli.main import main
+from fitsmall.experiments.models.networks import MLP
 
 CONFIG = """
-model: {_target_: pressfit.experiments.models.MLP, widths: [64, 30, 10]}
-data: {_target_: pressfit.experiments.data.Digits, batch_size: 64, held_out: 270}
+model: {_target_: fitsmall.experiments.models.networks.MLP, widths: [64, 30, 10]}
+data: {_target_: fitsmall.experiments.data.images.Digits, batch_size: 64, held_out: 270}
 """
 
 Rows = dict[tuple[str, str], list[str]]
@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> Path:
         quantizer.commit()
         quantizer.observing, quantizer.active = False, True
     compress(net, {"*": Quantize(7)})
-    save(tmp_path / "model.pressfit", net.state_dict())
+    save(tmp_path / "model.fitsmall", net.state_dict())
     (tmp_path / "config.yaml").write_text(CONFIG)
     export_onnx(net, tmp_path / "model.onnx", images)
     return tmp_path
@@ -82,25 +82,25 @@ def test_an_engine_that_is_missing_is_named(
     assert [*found] == ROWS
     missing = [row for row, numbers in found.items() if numbers[0] == "failed"]
     assert missing == [row for row in ROWS if row[0] == "OpenVINO"]
-    assert "OpenVINO is missing: pip install 'pressfit[openvino]'" in " ".join(printed.split())
+    assert "OpenVINO is missing: pip install -e '.[openvino]'" in " ".join(printed.split())
 
 
 @pytest.mark.parametrize(
     ("missing", "remedy"),
     [
-        ("model.onnx", "pressfit export RUN writes it"),
+        ("model.onnx", "fitsmall export RUN writes it"),
         ("config.yaml", "FILE is in the directory of its run"),
-        ("model.pressfit", "FILE is in the directory of its run"),
+        ("model.fitsmall", "FILE is in the directory of its run"),
     ],
 )
 def test_what_a_run_must_hold(
     missing: str, remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in {"model.onnx", "config.yaml", "model.pressfit"} - {missing}:
+    for name in {"model.onnx", "config.yaml", "model.fitsmall"} - {missing}:
         (tmp_path / name).touch()
     with pytest.raises(SystemExit):
         main(["bench", str(tmp_path / "model.onnx")])
-    assert f"pressfit: {tmp_path / missing} does not exist: {remedy}" in capsys.readouterr().err
+    assert f"fitsmall: {tmp_path / missing} does not exist: {remedy}" in capsys.readouterr().err
 
 
 def test_numbers_are_positive(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

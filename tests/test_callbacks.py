@@ -13,14 +13,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from pressfit.callbacks import (
+from fitsmall.callbacks import (
     CompressedCheckpoint,
     CompressionMonitor,
     GradualPruning,
     Plan,
     WeightSharing,
 )
-from pressfit.compressors import CRITERIA, Iterative, OneShot, inspect, load, restore, same_bits
+from fitsmall.compressors import CRITERIA, Iterative, OneShot, inspect, load, restore, same_bits
 from training import (
     IMAGES,
     LABELS,
@@ -334,8 +334,8 @@ def test_channels_last_weights_are_shared_too(tmp_path: Path) -> None:
 
 
 def test_report_of_the_file_equals_a_later_inspection(tmp_path: Path) -> None:
-    checkpoint = CompressedCheckpoint(tmp_path, "net.pressfit", coder="huffman")
+    checkpoint = CompressedCheckpoint(tmp_path, "net.fitsmall", coder="huffman")
     fit(tmp_path, GradualPruning(0.9), checkpoint)
-    assert inspect(tmp_path / "net.pressfit") == checkpoint.report
+    assert inspect(tmp_path / "net.fitsmall") == checkpoint.report
     assert checkpoint.report is not None
     assert checkpoint.report.coder == "huffman"

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
-from pressfit.compressors import coding, context
-from pressfit.compressors.coding import CODERS, Ans, Coder, Huffman, Streams
+from fitsmall.compressors.file import coding, context
+from fitsmall.compressors.file.coding import CODERS, Ans, Coder, Huffman, Streams
 
-DATA = Path(os.environ.get("PRESSFIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("FITSMALL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 INTS = DATA / "codec" / "lenet300_ints.npz"
 
 every_coder = pytest.mark.parametrize("coder", CODERS.values(), ids=CODERS.keys())
@@ -258,7 +258,7 @@ def test_more_weights_than_the_streams_can_stand_for_are_refused(coder: Coder) -
 
 def test_sizes_of_a_real_network() -> None:
     if not INTS.exists():
-        pytest.skip(f"{INTS} is not there: set PRESSFIT_DATA")
+        pytest.skip(f"{INTS} is not there: set FITSMALL_DATA")
     total = 0
     with np.load(INTS) as matrices:
         for matrix in matrices.values():

@@ -5,8 +5,8 @@ import weakref
 import pytest
 import torch
 
-from pressfit.compressors import ALLOCATIONS, CRITERIA, Cosine, Cubic, Iterative, Linear, OneShot
-from pressfit.compressors.allocation import Lazy, global_
+from fitsmall.compressors import ALLOCATIONS, CRITERIA, Cosine, Cubic, Iterative, Linear, OneShot
+from fitsmall.compressors.allocation import Lazy, global_
 
 WEIGHT = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
 STATISTICS = {

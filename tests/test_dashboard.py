@@ -44,7 +44,7 @@ def items(updates: Any) -> dict[str, Any]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     """A sweep of one run, offline."""
     folder = tmp_path_factory.mktemp("wandb")
-    command = [str(Path(sys.executable).with_name("pressfit")), "train", "-m"]
+    command = [str(Path(sys.executable).with_name("fitsmall")), "train", "-m"]
     command += ["experiment=deep_compression", "logger=[csv,wandb]", "trainer.max_epochs=6"]
     command += ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "reference=false"]
     command += ["hydra.sweep.dir=curves", "seed=3"]
@@ -63,7 +63,7 @@ def test_the_run_belongs_to_its_sweep(run: tuple[Path, list[Any]]) -> None:
         for record in run[1]
         if record.WhichOneof("record_type") == "run"
     }
-    assert started == ("curves", "pressfit")
+    assert started == ("curves", "fitsmall")
 
 
 def test_the_configuration_is_complete(run: tuple[Path, list[Any]]) -> None:
@@ -129,8 +129,8 @@ def test_the_table_and_the_file_are_there(run: tuple[Path, list[Any]]) -> None:
     (model,) = (artifact for artifact in artifacts if artifact.type == "model")
     assert json.loads(model.metadata)["bytes"] == result["bytes"]
     (entry,) = model.manifest.contents
-    assert entry.path == "model.pressfit"
-    assert entry.size == (folder / "model.pressfit").stat().st_size
+    assert entry.path == "model.fitsmall"
+    assert entry.size == (folder / "model.fitsmall").stat().st_size
     summary: dict[str, Any] = {}
     for record in found:
         if record.WhichOneof("record_type") == "summary":
@@ -140,11 +140,11 @@ def test_the_table_and_the_file_are_there(run: tuple[Path, list[Any]]) -> None:
 
 
 def test_the_saved_view_draws_what_the_run_declares(run: tuple[Path, list[Any]]) -> None:
-    from pressfit.experiments.workspace import workspace
+    from fitsmall.experiments.study.workspace import workspace
 
     folder, found = run
     view = workspace(folder.parent, entity="someone")._to_model()
-    assert (view.entity, view.project) == ("someone", "pressfit")
+    assert (view.entity, view.project) == ("someone", "fitsmall")
     assert view.display_name == "Compression: curves"
     spec = json.loads(view.spec.model_dump_json(by_alias=True))
     sections = spec["section"]["panelBankConfig"]["sections"]
@@ -173,7 +173,7 @@ def test_the_saved_view_draws_what_the_run_declares(run: tuple[Path, list[Any]])
 
 
 def test_the_view_of_a_run_has_no_other(run: tuple[Path, list[Any]], tmp_path: Path) -> None:
-    from pressfit.experiments.workspace import workspace
+    from fitsmall.experiments.study.workspace import workspace
 
     folder, _ = run
     config = yaml.safe_load((folder / "config.yaml").read_text()) | {"group": None}
@@ -185,7 +185,7 @@ def test_the_view_of_a_run_has_no_other(run: tuple[Path, list[Any]], tmp_path: P
 
 
 def test_a_view_of_runs_that_were_not_sent_names_the_remedy(tmp_path: Path) -> None:
-    command = [str(Path(sys.executable).with_name("pressfit")), "dashboard", str(tmp_path)]
+    command = [str(Path(sys.executable).with_name("fitsmall")), "dashboard", str(tmp_path)]
     done = subprocess.run([*command, "--entity", "me"], check=False, capture_output=True, text=True)
     assert done.returncode == 2
     assert "holds no run that was sent to W&B: train with 'logger=[csv,wandb]'" in done.stderr

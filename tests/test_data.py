@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from pressfit.experiments import sources
-from pressfit.experiments.augmentation import Affine, CropFlip
-from pressfit.experiments.data import Cifar10, Digits, ImageBatches, Mnist
-from pressfit.experiments.sources import Split
-from pressfit.experiments.text import StandardLibrary, Texts
-from pressfit.experiments.transformer import Transformer
+from fitsmall.experiments.data import sources
+from fitsmall.experiments.data.augmentation import Affine, CropFlip
+from fitsmall.experiments.data.images import Cifar10, Digits, ImageBatches, Mnist
+from fitsmall.experiments.data.sources import Split
+from fitsmall.experiments.data.text import StandardLibrary, Texts
+from fitsmall.experiments.models.transformer import Transformer
 
 
 def test_digits_are_split_without_overlap() -> None:
@@ -138,7 +138,7 @@ def test_mnist_is_read_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         content = idx(images if "images" in name else labels)
         digests[name] = hashlib.md5(content).hexdigest()
         (tmp_path / "mnist" / name).write_bytes(gzip.compress(content))
-    monkeypatch.setenv("PRESSFIT_DATA", str(tmp_path))
+    monkeypatch.setenv("FITSMALL_DATA", str(tmp_path))
     with pytest.raises(ValueError, match="is not the original MNIST file"):
         Mnist.load()
     monkeypatch.setattr(sources, "_MNIST", digests)
@@ -153,10 +153,10 @@ def test_mnist_that_cannot_be_had_says_what_to_do(
     def refuse(*args: object, **kwargs: object) -> str:
         raise OSError("no network")
 
-    monkeypatch.setenv("PRESSFIT_DATA", str(tmp_path))
+    monkeypatch.setenv("FITSMALL_DATA", str(tmp_path))
     monkeypatch.setattr(sources, "_folders", list)
     monkeypatch.setattr(sources.pooch, "retrieve", refuse)
-    with pytest.raises(OSError, match=r"no network.*PRESSFIT_DATA"):
+    with pytest.raises(OSError, match=r"no network.*FITSMALL_DATA"):
         Mnist.load()
 
 
@@ -177,7 +177,7 @@ def test_mnist_is_downloaded_once_and_damage_is_not_kept(
         (served / name).write_bytes(gzip.compress(content)[:-9])
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(served)))
     Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.delenv("PRESSFIT_DATA", raising=False)
+    monkeypatch.delenv("FITSMALL_DATA", raising=False)
     monkeypatch.setattr(sources, "_folders", list)
     monkeypatch.setattr(sources, "_MNIST", digests)
     monkeypatch.setattr(sources, "_MNIST_MIRRORS", [f"http://127.0.0.1:{server.server_port}/"])
@@ -211,7 +211,7 @@ def write_cifar(folder: Path, images: torch.Tensor, labels: list[int]) -> None:
 def test_cifar10_is_read_from_the_columns_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PRESSFIT_DATA", str(tmp_path))
+    monkeypatch.setenv("FITSMALL_DATA", str(tmp_path))
     images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
     write_cifar(tmp_path, images, [3, 0, 9, 1])
     train, test = Cifar10.load()
@@ -222,7 +222,7 @@ def test_cifar10_is_read_from_the_columns_of_the_hub(
 def test_what_is_no_cifar10_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PRESSFIT_DATA", str(tmp_path))
+    monkeypatch.setenv("FITSMALL_DATA", str(tmp_path))
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     write_cifar(tmp_path, images, [3, 10])
     with pytest.raises(ValueError, match=r"train-00000.*labels from 3 to 10"):

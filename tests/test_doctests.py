@@ -6,14 +6,14 @@ import pkgutil
 
 import pytest
 
-import pressfit.callbacks
-import pressfit.compressors
-import pressfit.experiments
+import fitsmall.callbacks
+import fitsmall.compressors
+import fitsmall.experiments
 
 MODULES = [
-    f"{package.__name__}.{module.name}"
-    for package in (pressfit.compressors, pressfit.callbacks, pressfit.experiments)
-    for module in pkgutil.iter_modules(package.__path__)
+    module.name
+    for package in (fitsmall.compressors, fitsmall.callbacks, fitsmall.experiments)
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
 ]
 
 

@@ -22,21 +22,21 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-import pressfit.configs
-from pressfit.callbacks import Method, Plan
-from pressfit.compressors import load, same_bits, save
-from pressfit.compressors.report import inspect as report_of
-from pressfit.experiments.cli import main
-from pressfit.experiments.data import Mnist
-from pressfit.experiments.figures import _draw_bytes, curve
-from pressfit.experiments.models import VGG, LeNet5, LeNet300, ResNet, ResNet18
-from pressfit.experiments.summary import Summary, summarize
+import fitsmall.configs
+from fitsmall.callbacks import Method, Plan
+from fitsmall.compressors import load, same_bits, save
+from fitsmall.compressors.file.report import inspect as report_of
+from fitsmall.experiments.cli.main import main
+from fitsmall.experiments.data.images import Mnist
+from fitsmall.experiments.models.networks import VGG, LeNet5, LeNet300, ResNet, ResNet18
+from fitsmall.experiments.run.figures import _draw_bytes, curve
+from fitsmall.experiments.study.summary import Summary, summarize
 
-CONFIGS = Path(pressfit.configs.__file__).parent
+CONFIGS = Path(fitsmall.configs.__file__).parent
 QUICK = ["trainer.max_epochs=12", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
 
 
-def pressfit_(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+def fitsmall_(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     return Command(*words, folder=folder).end()
 
 
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.xdist_group("experiments")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two seeds of a short run, from the command line."""
     folder = tmp_path_factory.mktemp("sweep")
-    run = pressfit_(
+    run = fitsmall_(
         "train",
         "-m",
         "experiment=deep_compression",
@@ -64,9 +64,9 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_picture_of_many_layers_can_be_read(tmp_path: Path) -> None:
     tensors = {f"net.{n}.weight": torch.randn(n, 10) for n in range(1, 61)}
-    save(tmp_path / "model.pressfit", tensors)
+    save(tmp_path / "model.fitsmall", tensors)
     (axes,) = Figure().subplots(1, 1, squeeze=False).flat
-    _draw_bytes(axes, report_of(tmp_path / "model.pressfit"))
+    _draw_bytes(axes, report_of(tmp_path / "model.fitsmall"))
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == [*map(str, range(42, 61)), "41 others", "header"]
 
@@ -75,7 +75,7 @@ def test_a_run_leaves_everything_behind(sweep: Path) -> None:
     folder = sweep / "0"
     result = json.loads((folder / "result.json").read_text())
     assert 0 < result["error_dense"] < result["error"] < 0.5
-    assert result["bytes"] == (folder / "model.pressfit").stat().st_size
+    assert result["bytes"] == (folder / "model.fitsmall").stat().st_size
     assert result["ratio"] == pytest.approx(result["bytes_dense"] / result["bytes"])
     assert result["seed"] == 0
     assert result["seconds"] > 0
@@ -99,9 +99,9 @@ def test_a_run_leaves_everything_behind(sweep: Path) -> None:
 
 def test_a_run_is_reproducible_from_its_overrides(sweep: Path, tmp_path: Path) -> None:
     first = json.loads((sweep / "1" / "result.json").read_text())
-    again = pressfit_("train", *first["overrides"], "reference=false", f"hydra.run.dir={tmp_path}")
+    again = fitsmall_("train", *first["overrides"], "reference=false", f"hydra.run.dir={tmp_path}")
     assert again.returncode == 0, again.stderr
-    ours, theirs = load(tmp_path / "model.pressfit"), load(sweep / "1" / "model.pressfit")
+    ours, theirs = load(tmp_path / "model.fitsmall"), load(sweep / "1" / "model.fitsmall")
     assert all(same_bits(ours[name], theirs[name]) for name in theirs)
     assert json.loads((tmp_path / "result.json").read_text())["error"] == first["error"]
 
@@ -170,7 +170,7 @@ def test_a_summary_is_of_its_own_jobs_in_the_unit_of_their_metric(
 def test_inspect_and_decompress(
     sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = sweep / "0" / "model.pressfit"
+    file = sweep / "0" / "model.fitsmall"
     main(["inspect", str(file)])
     table = capsys.readouterr().out
     for part in ("net.fc1.weight", "position bits", "P+Q+context", f"{file.stat().st_size:,}"):
@@ -183,23 +183,23 @@ def test_inspect_and_decompress(
 
 
 def test_training_starts_from_the_weights_of_a_file(sweep: Path, tmp_path: Path) -> None:
-    file = sweep / "0" / "model.pressfit"
+    file = sweep / "0" / "model.fitsmall"
     still = ["model.optimizer.lr=0", "callbacks=[]", "reference=false"]
     # What a run with other settings has left in the folder is not resumed.
     other = tmp_path / "resume-of-other-settings.ckpt"
     other.write_text("no checkpoint")
-    run = pressfit_("train", f"init={file}", *still, *QUICK, f"hydra.run.dir={tmp_path}")
+    run = fitsmall_("train", f"init={file}", *still, *QUICK, f"hydra.run.dir={tmp_path}")
     assert run.returncode == 0, run.stderr
     assert not other.exists()
-    weights = load(tmp_path / "model.pressfit")
+    weights = load(tmp_path / "model.fitsmall")
     assert all(same_bits(weights[name], tensor) for name, tensor in load(file).items())
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["inspect", "nowhere.pressfit"], "nowhere.pressfit"),
-        (["inspect", __file__], "is not a pressfit file"),
+        (["inspect", "nowhere.fitsmall"], "nowhere.fitsmall"),
+        (["inspect", __file__], "is not a fitsmall file"),
         (["train", "data=mnistt"], "data/mnistt': did you mean data=mnist? There are cifar10, "),
         (["train", "data=zzz"], "there are cifar10, digits, mnist, stdlib"),
         (["train", "callbacks=[prun]"], "did you mean callbacks=[prune]?"),
@@ -210,7 +210,7 @@ def test_training_starts_from_the_weights_of_a_file(sweep: Path, tmp_path: Path)
         (["train", "callbacks=[share,prune]", *QUICK], "list GradualPruning first"),
         (["train", "callbacks@observers=[monitor]", *QUICK], "none writes the file"),
         (["train", "trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
-        (["train", "init=nowhere.pressfit", *QUICK], "nowhere.pressfit"),
+        (["train", "init=nowhere.fitsmall", *QUICK], "nowhere.fitsmall"),
         (["train", "-m", "hydra/sweeper=search"], "nothing to search: give an interval"),
         (
             ["train", "-m", "experiment=search_compression", "hydra/sweeper=grids"],
@@ -227,7 +227,7 @@ def test_mistakes_get_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["pressfit"])  # both are set anew for Hydra
+    monkeypatch.setattr(sys, "argv", ["fitsmall"])  # both are set anew for Hydra
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")
     quiet = [
         f"hydra.run.dir={tmp_path}",
@@ -242,7 +242,7 @@ def test_mistakes_get_one_line(
 
 
 def test_help_helps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["pressfit"])
+    monkeypatch.setattr(sys, "argv", ["fitsmall"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")
     with pytest.raises(SystemExit) as exit:
         main(["--help"])
@@ -264,7 +264,7 @@ def test_help_helps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 def test_a_users_own_configuration_and_module(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
-        "from pressfit.experiments.classifier import Classifier\n"
+        "from fitsmall.experiments.models.classifier import Classifier\n"
         "class Mine(Classifier):\n"
         "    def __init__(self, units, optimizer):\n"
         "        net = nn.Sequential(nn.Flatten(), nn.Linear(64, units), nn.Linear(units, 10))\n"
@@ -276,14 +276,14 @@ def test_a_users_own_configuration_and_module(tmp_path: Path) -> None:
         "optimizer: {_target_: torch.optim.SGD, _partial_: true, lr: 0.1}\n"
     )
     words = ["train", "--config-dir", str(tmp_path), "model=mine", "model.units=25", *QUICK]
-    run = pressfit_(*words, "hydra.run.dir=run", folder=tmp_path)
+    run = fitsmall_(*words, "hydra.run.dir=run", folder=tmp_path)
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["layers"]["net.1.weight"]["weights"] == 25 * 64
 
 
 def test_a_new_project_trains_at_once(tmp_path: Path) -> None:
-    run = pressfit_("new", str(tmp_path / "mine"))
+    run = fitsmall_("new", str(tmp_path / "mine"))
     assert run.returncode == 0, run.stderr
     commands = re.findall(r"^    (.*)$", run.stdout, re.MULTILINE)
     assert commands[0] == f"cd {tmp_path / 'mine'}"
@@ -291,18 +291,18 @@ def test_a_new_project_trains_at_once(tmp_path: Path) -> None:
     assert commands[1] in readme
     first, study, report = (
         shlex.split(line, comments=True)[1:]
-        for line in re.findall(r"^    (pressfit .*)$", readme, re.MULTILINE)
+        for line in re.findall(r"^    (fitsmall .*)$", readme, re.MULTILINE)
     )
     quick = ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
     small = ["seed=0", "model.width=4,64", "budget.steps=40", "budget.scale=1"]
     small += ["compression=none,zeros80_bits4"]
     for words in ([*first, *quick], [*study, *small, *quick], report):
-        run = pressfit_(*words, folder=tmp_path / "mine")
+        run = fitsmall_(*words, folder=tmp_path / "mine")
         assert run.returncode == 0, run.stderr
     (result,) = (tmp_path / "mine" / "runs").glob("20*/result.json")
     assert json.loads(result.read_text())["error"] < 0.2
     assert list((tmp_path / "mine" / "runs").glob("*/*/report/report.html"))
-    again = pressfit_("new", str(tmp_path / "mine"))
+    again = fitsmall_("new", str(tmp_path / "mine"))
     assert again.returncode == 2
     assert "is not empty" in again.stderr
 
@@ -310,14 +310,14 @@ def test_a_new_project_trains_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reply"),
     [
-        ("pressfit tr", {"train"}),
-        ("pressfit train data=mni", {"mnist"}),
-        ("pressfit train callbacks.prune.spars", {"callbacks.prune.sparsity="}),
+        ("fitsmall tr", {"train"}),
+        ("fitsmall train data=mni", {"mnist"}),
+        ("fitsmall train callbacks.prune.spars", {"callbacks.prune.sparsity="}),
         (
-            "pressfit train -m experiment=",
+            "fitsmall train -m experiment=",
             {path.stem for path in (CONFIGS / "experiment").glob("*.yaml")},
         ),
-        ("pressfit inspect ", set()),
+        ("fitsmall inspect ", set()),
     ],
 )
 def test_bash_completes(line: str, reply: set[str]) -> None:
@@ -327,17 +327,17 @@ def test_bash_completes(line: str, reply: set[str]) -> None:
     words = words[:-1] if words[-2:] == ["=", ""] else words
     script = (
         f"PATH={Path(sys.executable).parent}:$PATH\n"
-        'eval "$(pressfit completion bash)"\n'
+        'eval "$(fitsmall completion bash)"\n'
         f"COMP_LINE={shlex.quote(line)} COMP_POINT={len(line)}\n"
         f"COMP_WORDS=({' '.join(map(shlex.quote, words))}) COMP_CWORD={len(words) - 1}\n"
-        '_pressfit; printf "%s\\n" "${COMPREPLY[@]}"\n'
+        '_fitsmall; printf "%s\\n" "${COMPREPLY[@]}"\n'
     )
     run = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True)
     assert {*run.stdout.split()} == reply, run.stderr
 
 
 def composed(*overrides: str) -> DictConfig:
-    with initialize_config_module("pressfit.configs", version_base="1.3"):
+    with initialize_config_module("fitsmall.configs", version_base="1.3"):
         words = [*overrides, "hydra.runtime.output_dir=out"]
         config = compose("train", words, return_hydra_config=True)
     HydraConfig.instance().set_config(config)
@@ -435,7 +435,7 @@ def test_the_recipe_reaches_its_bar_on_mnist(tmp_path: Path) -> None:
     except OSError as error:
         pytest.skip(str(error))
     words = ["experiment=deep_compression", "data=mnist", "model=lenet300", "reference=false"]
-    run = pressfit_("train", *words, "evaluate_on=val", f"hydra.run.dir={tmp_path}")
+    run = fitsmall_("train", *words, "evaluate_on=val", f"hydra.run.dir={tmp_path}")
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["bytes"] < 5000

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pressfit.callbacks import QuantizationAwareTraining
-from pressfit.compressors import Quantize, compress
-from pressfit.compressors.engines import ENGINES, session
-from pressfit.compressors.export import Agreement, Export, export_onnx
-from pressfit.compressors.quantize import attach_quantizer
-from pressfit.experiments.cli import main
-from pressfit.experiments.models import ResNet
+from fitsmall.callbacks import QuantizationAwareTraining
+from fitsmall.compressors import Quantize, compress
+from fitsmall.compressors.export.engines import ENGINES, session
+from fitsmall.compressors.export.onnx import Agreement, Export, export_onnx
+from fitsmall.compressors.quantize import attach_quantizer
+from fitsmall.experiments.cli.main import main
+from fitsmall.experiments.models.networks import ResNet
 from training import IMAGES, Net, fit
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -116,7 +116,12 @@ def test_a_run_is_exported_from_the_command_line(
     monkeypatch.chdir(tmp_path)
     words = ["callbacks=[quantize]", "callbacks.quantize.weight_bits=7", "reference=false"]
     words += ["trainer.max_epochs=4", "trainer.enable_progress_bar=false", "hydra.run.dir=run"]
-    command = [sys.executable, "-c", "from pressfit.experiments.cli import main; main()", "train"]
+    command = [
+        sys.executable,
+        "-c",
+        "from fitsmall.experiments.cli.main import main; main()",
+        "train",
+    ]
     subprocess.run([*command, *words], check=True)
     main(["export", "run"])
     told = capsys.readouterr().out
@@ -142,7 +147,9 @@ def test_a_file_that_disagrees_is_not_written(
 ) -> None:
     module = fit(tmp_path, QuantizationAwareTraining(), max_epochs=4)
     with monkeypatch.context() as patch:
-        patch.setattr("pressfit.compressors.export._fold", lambda layer, _: layer.bias.add_(9.0))
+        patch.setattr(
+            "fitsmall.compressors.export.onnx._fold", lambda layer, _: layer.bias.add_(9.0)
+        )
         with pytest.raises(ValueError, match="was not written, since folding batch-norm"):
             export_onnx(module, tmp_path / "net.onnx", IMAGES)
     module.head.register_forward_hook(lambda _, inputs, output: output * float("nan"))
@@ -217,8 +224,8 @@ def test_an_engine_that_is_missing_is_named(
     found = export_onnx(module, tmp_path / "net.onnx", IMAGES)
     assert found.agreement.keys() == {"onnxruntime"}
     told = found.table(len(IMAGES))
-    assert told.endswith("\nOpenVINO: not verified, pip install 'pressfit[openvino]'")
-    with pytest.raises(ImportError, match=r"OpenVINO is missing: pip install 'pressfit\[openvino"):
+    assert "\nOpenVINO: not verified, pip install -e '.[openvino]'" in told
+    with pytest.raises(ImportError, match=r"OpenVINO is missing: pip install -e '\.\[openvino"):
         session("OpenVINO", tmp_path / "net.onnx", threads=1)
 
 

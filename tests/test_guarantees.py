@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from pressfit.callbacks import (
+from fitsmall.callbacks import (
     EMA,
     AccuracyGuard,
     CompressedCheckpoint,
@@ -29,8 +29,8 @@ from pressfit.callbacks import (
     methods_of,
     plan_of,
 )
-from pressfit.compressors import restore
-from pressfit.experiments.soak import differences, outcome
+from fitsmall.compressors import restore
+from fitsmall.experiments.benchmarks.soak import differences, outcome
 from training import (
     IMAGES,
     LABELS,
@@ -516,7 +516,7 @@ def schedule_free(parameters: Any, lr: float) -> torch.optim.Optimizer:
     ("optimizer", "message"),
     [
         (lambda p, lr: torch.optim.LBFGS(p, lr), "LBFGS searches along a line.*use SGD, Adam"),
-        (schedule_free, "swaps the weights for averages of its own.*with pressfit.callbacks.EMA"),
+        (schedule_free, "swaps the weights for averages of its own.*with fitsmall.callbacks.EMA"),
         (Twice, "Twice computes the loss more than once in a step"),
         (Lookahead, "Lookahead does not call the hooks of its step"),
         (Replaced, "Replaced does not call the hooks of its step"),

@@ -1,8 +1,8 @@
 """Files that somebody damaged or forged, and files of every format version there has been.
 
-The first are small editions of ``python -m pressfit.experiments.fuzz_file``. A new format version
-gets a golden file of each coder: ``python tests/test_hostile_files.py 2`` writes them for version
-2, once, with the code that introduces it; add the number to ``VERSIONS``.
+The first are small editions of ``python -m fitsmall.experiments.benchmarks.fuzz_file``. A new
+format version gets a golden file of each coder: ``python tests/test_hostile_files.py 3`` writes
+them for version 3, once, with the code that introduces it; add the number to ``VERSIONS``.
 """
 
 import sys
@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pressfit.compressors import load, same_bits, save
-from pressfit.compressors.coding import CODERS
-from pressfit.experiments.fuzz_file import accepts, greedy, mutate, opened, sealed, seeds
+from fitsmall.compressors import load, same_bits, save
+from fitsmall.compressors.file.coding import CODERS
+from fitsmall.experiments.benchmarks.fuzz_file import accepts, greedy, mutate, opened, sealed, seeds
 
 VERSIONS = (1, 2)
 GOLDEN = Path(__file__).with_name("golden")
@@ -86,10 +86,15 @@ def golden(version: int) -> dict[str, Tensor]:
     }
 
 
+def golden_file(version: int, coder: str) -> Path:
+    """Files of the first two versions have the suffix and the magic of the project's first name."""
+    return GOLDEN / f"v{version}_{coder}.{'pressfit' if version < 3 else 'fitsmall'}"
+
+
 @pytest.mark.parametrize("coder", CODERS)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_files_of_every_version_are_read(version: int, coder: str) -> None:
-    found = load(GOLDEN / f"v{version}_{coder}.pressfit")
+    found = load(golden_file(version, coder))
     expected = golden(version)
     assert list(found) == list(expected)
     assert all(same_bits(found[name], tensor) for name, tensor in expected.items())
@@ -98,12 +103,12 @@ def test_files_of_every_version_are_read(version: int, coder: str) -> None:
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        (VERSIONS[-1] + 1, f"has format version {VERSIONS[-1] + 1}, .*: upgrade pressfit"),
-        (0, "has format version 0, this pressfit reads versions 1 to 2: no pressfit wrote it"),
+        (VERSIONS[-1] + 1, f"has format version {VERSIONS[-1] + 1}, .*: upgrade fitsmall"),
+        (0, "has format version 0, this fitsmall reads versions 1 to 2: no fitsmall wrote it"),
     ],
 )
 def test_other_versions_say_what_is_needed(version: int, message: str, tmp_path: Path) -> None:
-    content = bytearray((GOLDEN / "v1_ans.pressfit").read_bytes())
+    content = bytearray(golden_file(1, "ans").read_bytes())
     content[4] = version
     (tmp_path / "other").write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -113,4 +118,5 @@ def test_other_versions_say_what_is_needed(version: int, message: str, tmp_path:
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     for name in CODERS:
-        save(GOLDEN / f"v{sys.argv[1]}_{name}.pressfit", golden(int(sys.argv[1])), name)
+        version = int(sys.argv[1])
+        save(golden_file(version, name), golden(version), name)

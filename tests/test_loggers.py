@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that all loggers hear of."""
     loggers = ["csv", *filter(find_spec, ("tensorboard", "mlflow"))]
     folder = tmp_path_factory.mktemp("loggers")
-    command = [str(Path(sys.executable).with_name("pressfit")), "train"]
+    command = [str(Path(sys.executable).with_name("fitsmall")), "train"]
     command += [f"logger=[{','.join(loggers)}]", "trainer.max_epochs=4", "group=curves"]
     command += ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "reference=false"]
     command += ["hydra.run.dir=runs/first"]
@@ -84,7 +84,7 @@ def test_mlflow_has_the_curves_and_the_configuration(
     MlflowClient = pytest.importorskip("mlflow").MlflowClient  # noqa: N806
 
     client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("pressfit")
+    experiment = client.get_experiment_by_name("fitsmall")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert Path(run.info.run_name).name == "first"

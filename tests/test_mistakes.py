@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from pressfit.callbacks import (
+from fitsmall.callbacks import (
     AccuracyGuard,
     CompressedCheckpoint,
     CompressionMonitor,
@@ -26,7 +26,7 @@ from pressfit.callbacks import (
     ResumableLoader,
     WeightSharing,
 )
-from pressfit.compressors import TopK, compress, restore
+from fitsmall.compressors import TopK, compress, restore
 from training import Net, fit, loader, trainer, validation
 
 SETTINGS: list[tuple[Callable[[], Any], str]] = [
@@ -198,10 +198,10 @@ def test_a_folder_that_goes_away_while_training(tmp_path: Path) -> None:
 
     checkpoint = CompressedCheckpoint(tmp_path / "files")
     with pytest.warns(
-        UserWarning, match=r"files cannot be written into .*: the file is .*pressfit"
+        UserWarning, match=r"files cannot be written into .*: the file is .*fitsmall"
     ):
         module = fit(tmp_path, GradualPruning(), Remove(), checkpoint)
-    assert checkpoint.path == tmp_path / "model.pressfit"
+    assert checkpoint.path == tmp_path / "model.fitsmall"
     assert torch.equal(restore(Net(), checkpoint.path).head.weight, module.head.weight)
 
 
@@ -209,7 +209,7 @@ FULL = """
 import resource, signal, sys
 sys.path.insert(0, sys.argv[1])
 from training import *
-from pressfit.callbacks import CompressedCheckpoint, GradualPruning
+from fitsmall.callbacks import CompressedCheckpoint, GradualPruning
 class Full(pl.Callback):
     def on_train_end(self, *args):  # files may not grow any more
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -225,7 +225,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "File too large" in done.stderr
     assert "free some space" in done.stderr
-    assert not list(tmp_path.glob("**/*.pressfit*"))
+    assert not list(tmp_path.glob("**/*.fitsmall*"))
 
 
 def test_a_logger_that_is_absent(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_stock_averages(case: Case, first: bool, tmp_path: Path) -> None:
 
     for averaging in (EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=0.01)):
         callbacks = [averaging, *case.make()] if first else [*case.make(), averaging]
-        with pytest.raises(MisconfigurationException, match=r"use pressfit\.callbacks\.EMA"):
+        with pytest.raises(MisconfigurationException, match=r"use fitsmall\.callbacks\.EMA"):
             fit(tmp_path, *callbacks)
 
 
@@ -300,7 +300,7 @@ def test_stock_pruning(tmp_path: Path) -> None:
     from lightning.pytorch.callbacks import ModelPruning
 
     stock = ModelPruning("l1_unstructured", amount=0.5)
-    with pytest.raises(MisconfigurationException, match=r"use pressfit\.callbacks\.GradualPruning"):
+    with pytest.raises(MisconfigurationException, match=r"use fitsmall\.callbacks\.GradualPruning"):
         fit(tmp_path, WeightSharing(), stock)
 
 

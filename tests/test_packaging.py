@@ -10,12 +10,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Where each package is in the tree.
-FOLDERS = {
-    f"pressfit.{folder}": folder
-    for folder in ("callbacks", "compressors", "configs", "experiments")
-}
-FOLDERS["hydra_plugins.pressfit"] = "sweepers"
+# Folders that are measured and tested from a checkout only.
+UNPACKED = {"experiments/benchmarks"}
+
+
+def packages() -> dict[str, str]:
+    """Where each package of the wheel is in the tree."""
+    tops = ("callbacks", "compressors", "configs", "experiments")
+    folders = [
+        str(path.parent.relative_to(ROOT))
+        for top in tops
+        for path in sorted((ROOT / top).rglob("__init__.py"))
+    ]
+    found = {f"fitsmall.{folder.replace('/', '.')}": folder for folder in folders}
+    found["hydra_plugins.fitsmall"] = found.pop("fitsmall.experiments.sweepers")
+    return {package: folder for package, folder in found.items() if folder not in UNPACKED}
+
+
+FOLDERS = packages()
 
 # What each layer may not import, at any depth of a function.
 FORBIDDEN = {
@@ -24,10 +36,10 @@ FORBIDDEN = {
         "hydra",
         "omegaconf",
         "wandb",
-        "pressfit.callbacks",
-        "pressfit.experiments",
+        "fitsmall.callbacks",
+        "fitsmall.experiments",
     ),
-    "callbacks": ("hydra", "omegaconf", "wandb", "pressfit.experiments"),
+    "callbacks": ("hydra", "omegaconf", "wandb", "fitsmall.experiments"),
 }
 
 
@@ -44,7 +56,7 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("layer", FORBIDDEN)
 def test_a_layer_imports_nothing_from_above(layer: str) -> None:
-    for path in (ROOT / layer).glob("*.py"):
+    for path in (ROOT / layer).rglob("*.py"):
         for name in imports(path):
             for forbidden in FORBIDDEN[layer]:
                 assert name != forbidden, path
@@ -53,7 +65,7 @@ def test_a_layer_imports_nothing_from_above(layer: str) -> None:
 
 def test_compressors_load_without_lightning_and_hydra() -> None:
     code = (
-        "import sys, pressfit.compressors\n"
+        "import sys, fitsmall.compressors\n"
         "print(sorted({'lightning', 'hydra', 'omegaconf', 'wandb'} & sys.modules.keys()))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -63,7 +75,7 @@ def test_compressors_load_without_lightning_and_hydra() -> None:
 def test_sweepers_load_without_torch() -> None:
     """Hydra imports the plugins of every package for every command, whatever it is for."""
     code = (
-        "import sys, hydra_plugins.pressfit.grids, hydra_plugins.pressfit.search\n"
+        "import sys, hydra_plugins.fitsmall.grids, hydra_plugins.fitsmall.search\n"
         "print(sorted({'torch', 'lightning', 'matplotlib', 'optuna'} & sys.modules.keys()))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -75,9 +87,12 @@ def test_the_package_list_is_the_tree() -> None:
     assert settings["package-dir"] == FOLDERS
     assert set(settings["packages"]) == FOLDERS.keys()
     for package, folder in FOLDERS.items():
-        assert (ROOT / ".typing" / package.replace(".", "/")).resolve() == ROOT / folder
-        # A Python package below would vanish from the wheel without a word.
-        assert not list((ROOT / folder).glob("*/**/*.py"))
+        if package.count(".") == 1:
+            assert (ROOT / ".typing" / package.replace(".", "/")).resolve() == ROOT / folder
+    # A folder without an __init__.py would vanish from the wheel without a word.
+    for top in ("callbacks", "compressors", "experiments"):
+        for path in (ROOT / top).rglob("*.py"):
+            assert str(path.parent.relative_to(ROOT)) in {*FOLDERS.values(), *UNPACKED}
 
 
 def test_the_wheel_holds_every_file(tmp_path: Path) -> None:

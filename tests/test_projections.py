@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pressfit.compressors import KMeans, Projection, TopK, exact, same_bits
-from pressfit.compressors.cluster import BINS, assign, linear
-from pressfit.compressors.prune import support
+from fitsmall.compressors import KMeans, Projection, TopK, exact, same_bits
+from fitsmall.compressors.cluster import BINS, assign, linear
+from fitsmall.compressors.prune import support
 
 SINGLE = [TopK(0.0), TopK(0.5), TopK(1.0), KMeans(1), KMeans(3), KMeans(16)]
 CHAINS = [

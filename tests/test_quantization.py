@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_guarantees import half, resumed_equals_whole
 from torch import Tensor, nn
 
-from pressfit.callbacks import (
+from fitsmall.callbacks import (
     EMA,
     CompressedCheckpoint,
     CompressionMonitor,
@@ -23,7 +23,7 @@ from pressfit.callbacks import (
     Plan,
     QuantizationAwareTraining,
 )
-from pressfit.compressors import (
+from fitsmall.compressors import (
     ActivationQuantizer,
     Quantize,
     TopK,
@@ -32,9 +32,9 @@ from pressfit.compressors import (
     same_bits,
     save,
 )
-from pressfit.compressors.lattice import blocked, lattice
-from pressfit.compressors.quantize import attach_quantizer, bounds, layout, quantize_, steps_of
-from pressfit.experiments.soak import differences
+from fitsmall.compressors.lattice import blocked, lattice
+from fitsmall.compressors.quantize import attach_quantizer, bounds, layout, quantize_, steps_of
+from fitsmall.experiments.benchmarks.soak import differences
 from training import IMAGES, LABELS, Adversaries, Net, fit, loader, trainer, validation
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.utils.data import TensorDataset
 
-from pressfit.callbacks import (
+from fitsmall.callbacks import (
     EMA,
     CompressedCheckpoint,
     CompressionMonitor,
@@ -29,10 +29,8 @@ from pressfit.callbacks import (
     WeightSharing,
     plan_of,
 )
-from pressfit.callbacks.factors import decay_, transplant_
-from pressfit.compressors import Factored, KMeans, Rank, Sum, TopK, Truncate, factorize, restore
-from pressfit.compressors.factorize import forms, weights_saved
-from pressfit.compressors.lowrank import (
+from fitsmall.compressors import Factored, KMeans, Rank, Sum, TopK, Truncate, factorize, restore
+from fitsmall.compressors.lowrank import (
     Factors,
     Metric,
     Options,
@@ -41,6 +39,8 @@ from pressfit.compressors.lowrank import (
     matrix,
     price_of,
 )
+from fitsmall.compressors.surgery.factors import forms, weights_saved
+from fitsmall.compressors.training.optimizers import decay_, transplant_
 from training import IMAGES, LABELS, Net, fit, trainer
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -9,7 +9,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pressfit.compressors import load, same_bits
+from fitsmall.compressors import load, same_bits
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -29,11 +29,11 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     names["loader"] = names["validation_loader"] = DataLoader(dataset, batch_size=8)
     exec(short, names)  # noqa: S102
     trained = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    restored = load("compressed/model.pressfit")
+    restored = load("compressed/model.fitsmall")
     assert all(same_bits(restored[name], tensor) for name, tensor in trained.items())
     assert int(torch.count_nonzero(trained["layer.weight"])) == 3  # 5 % of 64
     exec(after, names)  # noqa: S102
-    assert load("small.pressfit").keys() == trained.keys()
+    assert load("small.fitsmall").keys() == trained.keys()
     exec(long, names)  # noqa: S102
     assert Path("resume/last.ckpt").exists()
     assert Path("pareto/pareto.json").exists()

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pressfit.experiments.cli import main
-from pressfit.experiments.report import checklist, conclusions, report, sheets
-from pressfit.experiments.study import Study, compare, losses, read
+from fitsmall.experiments.cli.main import main
+from fitsmall.experiments.study.points import Study, compare, losses, read
+from fitsmall.experiments.study.tables import checklist, conclusions, report, sheets
 
 SIZES = {"tiny": 1_000, "small": 4_000, "medium": 16_000, "large": 64_000, "huge": 256_000}
 RATIOS = {"none": 1.0, "8 bits": 4.0, "80 % zeros, 4 bits": 16.0, "random zeros": 16.0}
@@ -48,14 +48,14 @@ def write(
                     "seconds": 1.0,
                     "provenance": {
                         "machine": "Processor",
-                        "software": "pressfit 0.1.0, torch 2.13.0",
+                        "software": "fitsmall 0.1.0, torch 2.13.0",
                         "date": f"2026-11-{27 + seed}",
                     },
                     "flops_per_step": dense * 100.0,
                     "operations": 1e6,
                     "operations_needed": 1e6 if ratio < 16 else 2e5,
                     "budget": budget,
-                    "init": str(folder / f"{size}-none-{seed}-{flops:g}" / "model.pressfit"),
+                    "init": str(folder / f"{size}-none-{seed}-{flops:g}" / "model.fitsmall"),
                     "overrides": [f"seed={seed}", "model.net.widths=[64,10]"],
                     "layers": {"net.fc1.weight": {"weights": 100, "bytes": 400 / ratio}},
                 }
@@ -246,12 +246,12 @@ def test_a_report_is_complete(runs: Path, capsys: pytest.CaptureFixture[str]) ->
     assert document.startswith("- A network of 4 times the bytes or more")
     assert (
         "20 points, 60 runs under a budget of 1e+09 flops, at least 3 of each. Run on Processor "
-        "with pressfit 0.1.0, torch 2.13.0; 27 November 2026 to 29 November 2026."
+        "with fitsmall 0.1.0, torch 2.13.0; 27 November 2026 to 29 November 2026."
     ) in document
     assert "| tiny: dense | 3 | 1,000 | 1.0 |" in document
     assert "- [x] random pruning as the floor" in document
     page = (folder / "report.html").read_text()
-    assert "pressfit train seed=0 &#x27;model.net.widths=[64,10]&#x27;" in page
+    assert "fitsmall train seed=0 &#x27;model.net.widths=[64,10]&#x27;" in page
     # Nothing is fetched from anywhere.
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=.(?!data:)", page)
 

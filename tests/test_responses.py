@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from pressfit.compressors import Rank, factorize
-from pressfit.compressors.responses import (
+from fitsmall.compressors import Rank, factorize
+from fitsmall.compressors.responses import (
     error,
     plain,
     rectified,
     relu_singular_values,
     whitened,
 )
-from pressfit.experiments.cli import main
-from pressfit.experiments.ranks import layers_of, ranks
+from fitsmall.experiments.cli.main import main
+from fitsmall.experiments.run.dimensions import layers_of, ranks
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -17,16 +17,16 @@ from command import Command
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from hydra.utils import get_object
-from hydra_plugins.pressfit.search import Search
+from hydra_plugins.fitsmall.search import Search
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from pressfit.compressors import load, same_bits
-from pressfit.experiments.budget import Budget, Pace, _group, _once, _Watch
-from pressfit.experiments.fingerprint import write
-from pressfit.experiments.operations import counter, operations
-from pressfit.experiments.study import curve
+from fitsmall.compressors import load, same_bits
+from fitsmall.experiments.run.budget import Budget, Pace, _group, _once, _Watch
+from fitsmall.experiments.run.fingerprint import write
+from fitsmall.experiments.run.operations import counter, operations
+from fitsmall.experiments.study.points import curve
 
 # One worker, since the sweep below is made once for all.
 pytestmark = pytest.mark.xdist_group("study")
@@ -128,7 +128,7 @@ def test_runs_that_differ_in_compression_alone_begin_alike(swept: Path) -> None:
         column = curve[0].split(",").index("val/error")
         assert sum(bool(line.split(",")[column]) for line in curve[1:]) == 4
     tuned = {result["init"] for result in results(swept) if result["fine_tune"]}
-    assert {str(path / "model.pressfit") for path in begun} > tuned
+    assert {str(path / "model.fitsmall") for path in begun} > tuned
     assert len(tuned) == 2
 
 
@@ -138,7 +138,7 @@ def test_without_fine_tuning_weights_stay(swept: Path) -> None:
         if result["compression"] == "80 % zeros, 4 bits" and not result["fine_tune"]:
             config = (folder / "config.yaml").read_text()
             assert "budget.Still" in config
-            dense, compressed = load(result["init"]), load(folder / "model.pressfit")
+            dense, compressed = load(result["init"]), load(folder / "model.fitsmall")
             for name, weight in dense.items():
                 if name.endswith("weight"):
                     zero = compressed[name] == 0
@@ -172,7 +172,7 @@ def test_a_job_that_fails_sinks_no_other(tmp_path: Path) -> None:
     assert "mat1 and mat2 shapes cannot be multiplied" in done.stderr
     (failure,) = tmp_path.glob("runs/*/*/*/error.txt")
     command, _, trace = failure.read_text().partition("\n\n")
-    assert command.startswith("pressfit train seed=0 'model.net.widths=[63,8,10]'")
+    assert command.startswith("fitsmall train seed=0 'model.net.widths=[63,8,10]'")
     assert trace.startswith("Traceback")
     # It is no failure of another sweep in this folder.
     done = study(tmp_path, "seed=0", "model.net.widths=[64,8,10]", "compression=none").end()
@@ -305,7 +305,7 @@ def test_the_documented_study_of_an_own_network_runs(tmp_path: Path) -> None:
 
 def started(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """A study as a user starts it: processes of launchers begin and end with the interpreter."""
-    command = [str(Path(sys.executable).with_name("pressfit")), "train", "-m"]
+    command = [str(Path(sys.executable).with_name("fitsmall")), "train", "-m"]
     options = [word for word in words if word.startswith("--")]
     overrides = [word for word in words if word not in options]
     command += [*options, "experiment=train_big_then_compress", *STUDY, *overrides]
@@ -333,7 +333,7 @@ def test_other_launchers_do_the_same(launcher: str, swept: Path, tmp_path: Path)
 
 def test_a_cluster_gets_a_task_and_a_gpu_for_each_process() -> None:
     words = ["hydra/launcher=cluster", "hydra.launcher.partition=p", "trainer.devices=2"]
-    with initialize_config_module("pressfit.configs", version_base="1.3"):
+    with initialize_config_module("fitsmall.configs", version_base="1.3"):
         config = compose("train", words, return_hydra_config=True)
     launcher = config.hydra.launcher
     assert get_object(launcher._target_).__name__ == "SlurmLauncher"
@@ -424,7 +424,7 @@ def test_what_jobs_share_is_made_by_one_at_a_time(tmp_path: Path) -> None:
     assert len(made) == 1
 
 
-@pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "PRESSFIT_JOB"])
+@pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "FITSMALL_JOB"])
 def test_further_processes_of_a_job_wait_for_the_first_of_their_own(
     variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

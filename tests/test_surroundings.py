@@ -18,8 +18,8 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-import pressfit.callbacks
-from pressfit.callbacks import (
+import fitsmall.callbacks
+from fitsmall.callbacks import (
     EMA,
     AccuracyGuard,
     CompressedCheckpoint,
@@ -31,8 +31,8 @@ from pressfit.callbacks import (
     WeightSharing,
     plan_of,
 )
-from pressfit.compressors import restore
-from pressfit.experiments.soak import differences
+from fitsmall.compressors import restore
+from fitsmall.experiments.benchmarks.soak import differences
 from training import WEIGHTS, Net, Recorder, loader, sparsity, trainer, validation
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -41,12 +41,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "criterion": "adam",
         "overrides": {"head": 0.5},
         "exclude": ["*.bias"],
-        "schedule": {"class_path": "pressfit.compressors.Iterative", "init_args": {"rounds": 3}},
+        "schedule": {"class_path": "fitsmall.compressors.Iterative", "init_args": {"rounds": 3}},
     },
     "QuantizationAwareTraining": {"include": "head.weight", "overrides": {"head": [4, 8]}},
     "LearningCompression": {
         "projection": {
-            "class_path": "pressfit.compressors.TopK",
+            "class_path": "fitsmall.compressors.TopK",
             "init_args": {"sparsity": 0.5},
         },
         "include": "body.1.weight",
@@ -67,8 +67,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_no_callback_is_left_out_of_the_settings() -> None:
     callbacks = {
         name
-        for name in pressfit.callbacks.__all__
-        if isinstance(kind := getattr(pressfit.callbacks, name), type)
+        for name in fitsmall.callbacks.__all__
+        if isinstance(kind := getattr(fitsmall.callbacks, name), type)
         and issubclass(kind, pl.Callback)
     }
     assert callbacks - {"Method"} == SETTINGS.keys()
@@ -92,7 +92,7 @@ def test_lightning_cli_builds_every_callback(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     callbacks = [
-        {"class_path": f"pressfit.callbacks.{name}", "init_args": settings}
+        {"class_path": f"fitsmall.callbacks.{name}", "init_args": settings}
         for name, settings in SETTINGS.items()
         if name != "RankLearning"  # which refuses averages
     ]
@@ -111,9 +111,9 @@ def test_lightning_cli_builds_every_callback(
     assert cli.model.body[0].weight.unique().numel() <= 7
     assert all(row.unique().numel() <= 16 for row in cli.model.head.weight)
     assert cli.model.head.input_quantizer.active
-    assert Path("files/model.pressfit").exists()
+    assert Path("files/model.fitsmall").exists()
     assert Path("pareto/pareto.json").exists()
-    ranks = [{"class_path": "pressfit.callbacks.RankLearning", "init_args": {"keep_size": 0.8}}]
+    ranks = [{"class_path": "fitsmall.callbacks.RankLearning", "init_args": {"keep_size": 0.8}}]
     config["trainer"]["callbacks"] = ranks
     Path("config.yaml").write_text(yaml.safe_dump(config))
     cli = LightningCLI(Plain, args=["fit", "--config", "config.yaml"], save_config_callback=None)
@@ -127,7 +127,7 @@ def test_hydra_builds_every_callback(name: str) -> None:
         if key in settings:
             named = settings[key]
             settings[key] = {"_target_": named["class_path"], **named["init_args"]}
-    made = hydra.utils.instantiate({"_target_": f"pressfit.callbacks.{name}", **settings})
+    made = hydra.utils.instantiate({"_target_": f"fitsmall.callbacks.{name}", **settings})
     assert type(made).__name__ == name
 
 
@@ -325,7 +325,7 @@ def test_the_pareto_set_is_kept(case: Case, tmp_path: Path) -> None:
     runner.fit(Net(), loader(), validation())
     points = pareto.points
     assert points == yaml.safe_load((tmp_path / "files" / "pareto.json").read_text())
-    assert {p["path"] for p in points} == {p.name for p in (tmp_path / "files").glob("*.pressfit")}
+    assert {p["path"] for p in points} == {p.name for p in (tmp_path / "files").glob("*.fitsmall")}
     # Smaller files have larger errors, and each file has the error that it is said to have.
     assert [p["metric"] for p in points] == sorted((p["metric"] for p in points), reverse=True)
     for point in points:

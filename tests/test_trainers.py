@@ -9,14 +9,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from pressfit.callbacks import (
+from fitsmall.callbacks import (
     CompressedCheckpoint,
     CompressionMonitor,
     GradualPruning,
     Plan,
     WeightSharing,
 )
-from pressfit.compressors import CRITERIA
+from fitsmall.compressors import CRITERIA
 from training import WEIGHTS, Adversaries, Idle, Net, Recorder, fit, loader, sparsity, trainer
 
 

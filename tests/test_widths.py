@@ -11,10 +11,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from pressfit.callbacks import CompressedCheckpoint, GradualPruning, QuantizationAwareTraining
-from pressfit.compressors import Quantize
-from pressfit.compressors.lattice import lattice
-from pressfit.compressors.widths import WIDTHS, assign, rounding_costs
+from fitsmall.callbacks import CompressedCheckpoint, GradualPruning, QuantizationAwareTraining
+from fitsmall.compressors import Quantize
+from fitsmall.compressors.bitwidths import WIDTHS, assign, rounding_costs
+from fitsmall.compressors.lattice import lattice
 from training import WEIGHTS, Idle, Net, fit
 
 

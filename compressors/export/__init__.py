@@ -1,0 +1,1 @@
+"""Hand-over to engines: the integer network, ONNX, and what runs it."""

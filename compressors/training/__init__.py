@@ -1,0 +1,1 @@
+"""Compression during training, for any loop: pure torch, without Lightning."""

@@ -1,0 +1,121 @@
+"""Bytes and speed of the lossless coders, beside the entropy of independent symbols and zlib's kin.
+
+python -m fitsmall.experiments.benchmarks.codec [--ints PATH] [FILE ...]
+
+Compressed files that are named are coded anew by each coder.
+"""
+
+import argparse
+import bz2
+import lzma
+import os
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fitsmall.compressors import load, save
+from fitsmall.compressors.file.coding import CODERS
+
+DATA = Path(os.environ.get("FITSMALL_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+# Beside streams and a codebook of int8 levels, a tensor needs its shape and the streams' lengths.
+OVERHEAD = 12
+
+
+def to_symbols(matrix: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+    """Symbols of a matrix of integers, 0 for zero, and the codebook of the others.
+
+    >>> symbols, codebook = to_symbols(np.array([[0, -2], [5, -2]]))
+    >>> symbols.tolist(), codebook.tolist()
+    ([[0, 1], [2, 1]], [-2, 5])
+    """
+    codebook = np.setdiff1d(matrix, [0])
+    symbols = np.where(matrix == 0, 0, np.searchsorted(codebook, matrix) + 1)
+    return symbols.astype(np.uint8), codebook
+
+
+def entropy(symbols: NDArray[Any]) -> float:
+    """Bytes of independent symbols of known frequencies: -Σ log₂ p / 8."""
+    counts = np.bincount(symbols.ravel())
+    counts = counts[counts > 0]
+    return float(counts @ np.log2(symbols.size / counts)) / 8
+
+
+def sizes(path: Path) -> str:
+    """Table of bytes to restore every matrix of an npz file of small integers."""
+    with np.load(path) as matrices:
+        coded = {name: to_symbols(matrix) for name, matrix in matrices.items()}
+    rows: dict[str, list[float]] = {
+        "entropy": [entropy(symbols) for symbols, _ in coded.values()],
+        "zlib -9": [len(zlib.compress(symbols.tobytes(), 9)) for symbols, _ in coded.values()],
+        "lzma -9": [
+            len(lzma.compress(symbols.tobytes(), preset=9)) for symbols, _ in coded.values()
+        ],
+        "bz2 -9": [len(bz2.compress(symbols.tobytes(), 9)) for symbols, _ in coded.values()],
+    }
+    for name, coder in CODERS.items():
+        rows[name] = []
+        for symbols, codebook in coded.values():
+            streams = coder.encode(symbols, len(codebook) + 1)
+            rows[name].append(sum(map(len, streams)) + len(codebook) + OVERHEAD)
+    lines = ["".join(f"{name:>12}" for name in ("bytes", *coded, "total"))]
+    for name, row in rows.items():
+        lines.append(f"{name:>12}" + "".join(f"{size:12,.0f}" for size in (*row, sum(row))))
+    return "\n".join(lines)
+
+
+def recoded(file: Path) -> str:
+    """Bytes of a compressed file, had it been written by each coder, and of its tensors packed."""
+    tensors = load(file)
+    found = {"as written": file.stat().st_size}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in CODERS:
+            found[name] = save(Path(folder) / name, tensors, name)
+    raw = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
+    found |= {"zlib -9": len(zlib.compress(raw, 9)), "lzma -9": len(lzma.compress(raw, preset=9))}
+    return f"{file}: " + ", ".join(f"{name} {size:,}" for name, size in found.items())
+
+
+def speeds(rows: int = 2000, columns: int = 2500, density: float = 0.1, clusters: int = 16) -> str:
+    """Table of speeds, in millions of weights per second, for independent weights."""
+    rng = np.random.default_rng(0)
+    kept = rng.random((rows, columns)) < density
+    symbols = (kept * rng.integers(1, clusters + 1, kept.shape)).astype(np.uint8)
+    lines = [f"{'speed':>12}{'encode M/s':>12}{'decode M/s':>12}{'bytes':>12}{'entropy':>12}"]
+    for name, coder in CODERS.items():
+        small = symbols[:100]
+        coder.decode(coder.encode(small, clusters + 1), small.shape, clusters + 1)  # compiles
+        start = time.perf_counter()
+        streams = coder.encode(symbols, clusters + 1)
+        middle = time.perf_counter()
+        decoded = coder.decode(streams, symbols.shape, clusters + 1)
+        end = time.perf_counter()
+        if not np.array_equal(decoded, symbols):
+            raise RuntimeError(f"{name} is not lossless")
+        encode, decode = (symbols.size / t / 1e6 for t in (middle - start, end - middle))
+        size = sum(map(len, streams))
+        lines.append(f"{name:>12}{encode:12.1f}{decode:12.1f}{size:12,}{entropy(symbols):12,.0f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ints", type=Path, default=DATA / "codec" / "lenet300_ints.npz")
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE")
+    options = parser.parse_args()
+    for file in options.files:
+        print(recoded(file))
+    if options.files:
+        return
+    path = options.ints
+    print(sizes(path) if path.exists() else f"no sizes: {path} is not there (set FITSMALL_DATA)")
+    print(speeds())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,375 @@
+"""The reader of compressed files under attack: damaged, spliced and forged ones by the million.
+
+pip install -e '.[fuzz]'; python -m fitsmall.experiments.benchmarks.fuzz_file [--inputs 1000000]
+
+Coverage of the reader guides the choice of what to damage further. Whatever stands in a file, its
+reader must come back within a second, with tensors or with a ValueError of one line that names the
+file, and may take four times the memory that it was allowed, and 64 MiB to work in (Linux's VmHWM).
+The first file that breaks a rule ends the campaign, is kept in the working directory, and makes the
+exit status 1.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from ctypes import Structure, c_double, c_long
+from dataclasses import replace
+from functools import cache
+from inspect import getmembers, isclass, isfunction
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fitsmall.compressors import codes, inspect, load, save
+from fitsmall.compressors.file import artifact, coding, report
+from fitsmall.compressors.file.artifact import Entry, entries
+from fitsmall.compressors.file.coding import CODERS
+from fitsmall.experiments.benchmarks.large import peak, reset_peak
+
+__all__ = ["Parts", "accepts", "forged", "main", "mutate", "opened", "sealed", "seeds"]
+
+SECONDS = 1.0
+LIMIT = 2**18  # bytes that the tensors of a hostile file may take
+WORKING = 2**26  # bytes that a reader may take beside four times the limit
+LONGEST = 4096  # bytes of a hostile file
+GREEDY = 500  # bytes of a greedy one
+
+# ------------------------------------------------------------------------------- honest files
+
+
+@cache
+def seeds() -> tuple[bytes, ...]:
+    """Small files of every coder, kind and dtype, with empty tensors, scalars and tied ones."""
+    i = torch.arange(60).view(6, 10)
+    many = torch.arange(300).repeat(2)
+    steps = (2 * torch.arange(6).view(6, 1) + 97) / 128
+    wide = (2 * torch.arange(6).view(3, 2, 1) + 97).bfloat16() * (
+        torch.arange(192).view(3, 2, 32) % 5
+    )
+    states: list[dict[str, Tensor]] = []
+    for dtype in artifact._DTYPES:
+        states.append({f"dense.{dtype}": torch.arange(5).to(dtype)})
+    for dtype in codes.CODED:
+        sparse = (i * (i % 7 == 0)).to(dtype)
+        shared = (i % 4 * (i % 3 == 0)).to(dtype)
+        tied = {f"shared.{dtype}": shared, f"tied.{dtype}": shared}
+        states.append({f"sparse.{dtype}": sparse} | tied)
+    states += [
+        {"empty": torch.empty(0, 4), "scalar": torch.tensor(3.5), "zeros": torch.zeros(20, 30)},
+        {"levels": many.to(torch.int16), "rare": (many % 299 == 0).float(), "": torch.ones(70)},
+        {
+            "integers": steps * (i % 16 - 8),
+            "up": steps * (i % 9 * (i % 2)),
+            "blocks": wide.view(3, 64),
+        },
+        {"conv": (i % 5 * (i % 2)).float().view(3, 2, 5, 2), "tall": (i % 5).double().view(60, 1)},
+        {},
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "seed"
+        return tuple(
+            path.read_bytes()
+            for coder in CODERS
+            for state in states
+            if save(path, {f"{coder}.{name}": tensor for name, tensor in state.items()}, coder)
+        )
+
+
+# -------------------------------------------------------------------------------------- forgery
+
+
+class Parts(NamedTuple):
+    """A file taken apart; its directory is inflated."""
+
+    head: bytes
+    payload: bytes
+    directory: bytes
+
+
+def opened(file: bytes) -> Parts | None:
+    """The parts of a file, or None if its footer or its directory is broken."""
+    size, footer = artifact._HEADER.size, artifact._FOOTER.size
+    if len(file) < size + footer:
+        return None
+    length, _ = artifact._FOOTER.unpack(file[-footer:])
+    start = len(file) - footer - length
+    if start < size:
+        return None
+    try:
+        inflate = zlib.decompressobj(-15, zdict=artifact._NAMES)
+        directory = inflate.decompress(file[start:-footer], 2**20)
+    except zlib.error:
+        return None
+    return Parts(file[:size], file[size:start], directory)
+
+
+def sealed(parts: Parts) -> bytes:
+    """The file of these parts. The directory's length and the checksum are right.
+
+    >>> file = seeds()[0]
+    >>> sealed(opened(file)) == file
+    True
+    """
+    packed = artifact._deflate(parts.directory)
+    body = parts.head + parts.payload + packed
+    length = len(packed).to_bytes(4, "little")
+    return body + length + zlib.crc32(body + length).to_bytes(4, "little")
+
+
+def directory(found: Sequence[Entry]) -> bytes:
+    """The inflated directory of these entries."""
+    return artifact._varint(len(found)) + b"".join(map(artifact._pack, found))
+
+
+def forged(coder: str, found: Sequence[Entry], payload: bytes) -> bytes:
+    """A file of this coder, these entries and these streams, whether or not they fit.
+
+    >>> opened(forged("ans", [], b"streams"))
+    Parts(head=b'FSML\\x02\\x01', payload=b'streams', directory=b'\\x00')
+    """
+    number = artifact._CODERS.index(coder)
+    head = artifact._HEADER.pack(artifact.MAGIC, artifact.VERSION, number)
+    return sealed(Parts(head, payload, directory(found)))
+
+
+def mutate(file: bytes, dice: Random) -> bytes:
+    """A hostile relative of a file. Most have a length and a checksum that are right."""
+    if dice.randrange(4):
+        file = dice.choice(seeds())  # or what is damaged most would be damaged further
+    parts = opened(file)
+    if parts is None or dice.randrange(8) == 0:
+        cut = dice.randint(0, len(file))
+        end = dice.choice(seeds())[cut:]
+        return dice.choice((edited(file, dice), file[:cut], file[:cut] + end))
+    return sealed(dice.choice((damage, damage, claim, claim, splice))(parts, dice))
+
+
+def number(dice: Random) -> int:
+    """Small, or about a power of two, up to what ten bytes of LEB128 hold."""
+    power = 2 ** dice.choice((8, 16, 20, dice.randint(1, 70)))
+    return dice.choice((dice.randrange(9), dice.randrange(300), power - dice.randint(0, 1)))
+
+
+def edited(data: bytes, dice: Random) -> bytes:
+    """Up to four places overwritten, removed, repeated, or filled with a number."""
+    for _ in range(dice.randint(1, 4)):
+        start = dice.randint(0, len(data))
+        end = start + dice.choice((0, 1, 2, 9, 99))
+        noise = dice.randbytes(dice.choice((1, end - start)))
+        piece = dice.choice((noise, b"", 2 * data[start:end], artifact._varint(number(dice))))
+        data = data[:start] + piece + data[end:]
+    return data
+
+
+def damage(parts: Parts, dice: Random) -> Parts:
+    """Streams, header or directory edited. Streams keep their length, or none would be read."""
+    field = dice.choice(("head", "payload", "payload", "payload", "directory", "directory"))
+    whole = getattr(parts, field)
+    part = edited(whole, dice)
+    if field != "directory":
+        part = part[: len(whole)].ljust(len(whole), b"\0")
+    return parts._replace(**{field: part})
+
+
+def claim(parts: Parts, dice: Random) -> Parts:
+    """One entry that promises something else, in place of one or beside it; lengths add up."""
+    try:
+        found = artifact._unpack(parts.directory)
+    except ValueError:
+        return damage(parts, dice)
+    k = dice.randint(0, len(found))
+    entry = (found or [Entry("", (), torch.bool, "dense")])[k - 1]
+    claims: dict[str, Any] = {
+        "name": dice.choice(("", "w" * (number(dice) % 2000), "\x1b[31m\n")),
+        "shape": tuple(number(dice) for _ in range(dice.choice((0, 1, 2, 3, 70)))),
+        "dtype": dice.choice(artifact._DTYPES),
+        "storage": dice.choice(artifact._DTYPES),
+        "kind": dice.choice(artifact._KINDS),
+        "floats": number(dice),
+        "positions": number(dice),
+        "values": number(dice),
+        "alias": number(dice),
+        "bounds": (number(dice), number(dice)),
+        "blocks": tuple(number(dice) for _ in entry.shape),
+    }
+    made = dice.sample([*claims], dice.randint(1, 3))
+    entry = replace(entry, **{"name": f"{entry.name}2"} | {field: claims[field] for field in made})
+    if dice.randrange(2):
+        entry = plausible(entry)
+    found[k : k + dice.randint(0, 1)] = [entry]
+    length = sum(entry.bytes for entry in found)
+    payload = parts.payload
+    if length < LONGEST:
+        payload = payload[:length].ljust(length, dice.randbytes(1))
+    return Parts(parts.head, payload, directory(found))
+
+
+def plausible(entry: Entry) -> Entry:
+    """The entry with as many floats and bytes as a reader wants to see before it decodes."""
+    entry = replace(entry, storage=entry.dtype)
+    if entry.kind == "dense":
+        return replace(entry, floats=entry.numel, positions=0, values=0)
+    positions, values = 1 + entry.numel // coding.IN_MASK, 1 + entry.numel // coding.IN_VALUES
+    return replace(entry, floats=min(entry.floats, entry.numel), positions=positions, values=values)
+
+
+def splice(parts: Parts, dice: Random) -> Parts:
+    """All entries and streams of two files, under the coder of either."""
+    other = opened(dice.choice(seeds()))
+    if other is None:
+        raise RuntimeError("an honest file cannot be opened")
+    mine, theirs = parts.directory or b"\0", other.directory
+    joined = bytes([mine[0] + theirs[0] & 127]) + mine[1:] + theirs[1:]
+    return Parts(dice.choice((parts.head, other.head)), parts.payload + other.payload, joined)
+
+
+def greedy(length: int) -> Iterator[bytes]:
+    """Files of at most so many bytes, of every coder, that promise all that is let through."""
+    room, u8 = length - 100, torch.uint8
+    noise = Random(0).randbytes(length)
+    matrix = np.arange(4096).reshape(64, 64) * 7919 % 257
+    for name, coder in CODERS.items():
+        mask = (coder.encode(matrix % 2, 2).positions + noise)[:room]
+        shape = (64, room * coding.IN_MASK // 64)
+        yield forged(name, [Entry("mask", shape, u8, "shared", u8, 1, room)], mask + b"\1")
+        values = (coder.encode(matrix % 64 + 1, 65).values + noise)[: room - 64]
+        shape = (64, len(values) * coding.IN_VALUES // 64)
+        entry = Entry("values", shape, u8, "shared", u8, 64, 0, len(values))
+        yield forged(name, [entry], values + bytes(range(64)))
+        zeros = bytes(artifact.HARMLESS // coding.IN_MATRIX)
+        entry = Entry("constant", (artifact.HARMLESS,), u8, "shared", u8, 1, len(zeros))
+        yield forged(name, [entry], zeros + b"\1")
+
+
+# ------------------------------------------------------------------------------------ the attack
+
+
+def accepts(path: Path, limit: int | None = LIMIT) -> bool:
+    """Whether the file can be read whole, by its directory and for its report.
+
+    Raises:
+        RuntimeError: It is refused by other means than a ValueError of one line that names it.
+    """
+    readers: tuple[Callable[[], object], ...] = (
+        lambda: entries(path),
+        lambda: load(path, limit),
+        lambda: inspect(path, limit).table(),
+    )
+    accepted = True
+    for reader in readers:
+        try:
+            reader()
+        except Exception as error:
+            message = str(error)
+            if type(error) is not ValueError or str(path) not in message or "\n" in message:
+                raise RuntimeError(f"refused by {error!r}") from error
+            accepted = False
+    return accepted
+
+
+class Tally(Structure):
+    """What the attacking process tells of itself."""
+
+    inputs: int
+    accepted: int
+    seconds: float
+    memory: int
+    _fields_ = (("inputs", c_long), ("accepted", c_long), ("seconds", c_double), ("memory", c_long))
+
+    def attack(self, path: Path, limit: int | None = LIMIT) -> None:
+        """Read the file.
+
+        Raises:
+            RuntimeError: That takes too long, or too much memory.
+        """
+        before = reset_peak()
+        start = time.perf_counter()
+        accepted = accepts(path, limit)
+        seconds = time.perf_counter() - start
+        memory = peak() - before
+        self.inputs += 1
+        self.accepted += accepted
+        self.seconds = max(self.seconds, seconds)
+        self.memory = max(self.memory, memory)
+        if seconds > SECONDS:
+            raise RuntimeError(f"reading took {seconds:.1f} seconds")
+        if memory > 4 * (limit or artifact.HARMLESS) + WORKING:
+            raise RuntimeError(f"reading took {memory:,} bytes of memory")
+
+
+def _campaign(folder: Path, inputs: int, tallies: Sequence[Tally]) -> None:
+    """Attack with greedy files under the default limit, then with hostile ones."""
+    import atheris  # an extra of its own
+
+    path = folder / "input"
+    for number, seed in enumerate(seeds()):  # compiles
+        path.write_bytes(seed)
+        (folder / "seeds" / str(number)).write_bytes(seed)
+        if not accepts(path):
+            raise RuntimeError("an honest file is refused")
+    for file in greedy(GREEDY):
+        path.write_bytes(file)
+        tallies[0].attack(path, limit=None)
+    for module in (artifact, coding, report):
+        for owner in (module, *(found for _, found in getmembers(module, isclass))):
+            for _, function in getmembers(owner, isfunction):
+                if function.__module__ == module.__name__:
+                    atheris.instrument_func(function)
+
+    def attack(file: bytes) -> None:
+        path.write_bytes(file)
+        tallies[1].attack(path)
+
+    def mutator(file: bytes, longest: int, seed: int) -> bytes:
+        return mutate(file, Random(seed))[:longest]
+
+    flags = (f"-runs={inputs}", "-seed=1", f"-max_len={LONGEST}", "-timeout=60")
+    arguments = [sys.argv[0], *flags, f"-artifact_prefix={folder}/", str(folder / "seeds")]
+    atheris.Setup(arguments, attack, custom_mutator=mutator)
+    atheris.Fuzz()  # ends the process
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--inputs", type=int, default=1_000_000)
+    inputs = parser.parse_args(arguments).inputs
+    context = get_context("spawn")
+    tallies = context.Array(Tally, 2, lock=False)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "seeds").mkdir()
+        # A process of its own, since a file might kill it.
+        child = context.Process(target=_campaign, args=(folder, inputs, tallies))
+        child.start()
+        child.join()
+        table = Table("files", "inputs", "accepted", "refused", "slowest s", "memory MB")
+        titles = (f"greedy, {GREEDY} bytes, default limit", f"hostile, limit {LIMIT:,} bytes")
+        for title, tally in zip(titles, tallies, strict=True):
+            counts = (tally.inputs, tally.accepted, tally.inputs - tally.accepted)
+            table.add_row(
+                title,
+                *(f"{count:,}" for count in counts),
+                f"{tally.seconds:.3f}",
+                f"{tally.memory / 1e6:.1f}",
+            )
+        Console().print(table)
+        if child.exitcode:
+            hostile = Path("hostile.fitsmall").resolve()
+            shutil.copy(folder / "input", hostile)
+            print(f"A rule is broken by {hostile}")
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Time of a network whose layers became two, against the network as it was, in each engine.
+
+    python -m fitsmall.experiments.benchmarks.ranks [--keep 0.5] [--model resnet18] [--batch 8]
+
+Ranks are chosen from the singular values of the initial weights, in one form or in the cheaper of
+both, within a fraction of the multiply-adds; how fast a network is depends on its shapes alone. The
+networks take turns in one process, in an order that rotates: what counts is the median of ratios
+within a round. A speed-up that equals what is saved of the multiply-adds has an efficiency of 1.
+"""
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich import print
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fitsmall.compressors.export.engines import ENGINES, session
+from fitsmall.compressors.export.onnx import write_onnx
+from fitsmall.compressors.lowrank import (
+    FORMS,
+    Options,
+    Rank,
+    Spectrum,
+    choose_ranks,
+    matrix,
+    price_of,
+)
+from fitsmall.compressors.surgery.factors import factorize, places, unit_costs
+from fitsmall.experiments.models.networks import ResNet, ResNet18
+
+__all__ = ["main"]
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"resnet18": ResNet18, "resnet20": ResNet}
+TURN = 0.3  # seconds, in which at least one batch runs
+
+
+def ranks_within(net: nn.Module, keep: float, among: Sequence[str]) -> dict[str, Rank]:
+    """Ranks of a network's convolutions within a fraction of its multiply-adds."""
+    seen: dict[str, tuple[float, float]] = {}
+    layers = {n: layer for n, layer in net.named_modules() if isinstance(layer, nn.Conv2d)}
+    handles = [
+        layer.register_forward_hook(
+            lambda layer, x, y, name=name: seen.update({name: places(layer, x[0], y)})
+        )
+        for name, layer in layers.items()
+    ]
+    net(torch.zeros(1, 3, 32, 32))
+    for handle in handles:
+        handle.remove()
+    options, total = {}, 0.0
+    for name, layer in layers.items():
+        after, between = seen[name]
+        units = unit_costs(layer, after, between)
+        weight = layer.weight.detach()
+        spectra = {form: Spectrum(matrix(weight, form)) for form in units if form in among}
+        dense = after * layer.weight.numel()
+        total += dense
+        if spectra:
+            options[f"{name}.weight"] = Options(spectra, units, dense)
+    others = total - sum(mine.costs[0] for mine in options.values())
+    return choose_ranks(options, price_of(options, keep * total - others))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keep", type=float, default=0.5, help="fraction of the multiply-adds")
+    parser.add_argument("--model", choices=MODELS, default="resnet18")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    dense, images = MODELS[options.model]().eval(), torch.randn(options.batch, 3, 32, 32)
+    networks = {"dense": dense}
+    for name, among in (*((form, (form,)) for form in FORMS), ("cheaper of both", FORMS)):
+        networks[name] = copy.deepcopy(dense)
+        factorize(networks[name], ranks_within(dense, options.keep, among))
+    flops = {name: _flops(network, images) for name, network in networks.items()}
+
+    table = Table(
+        title=f"{options.model}, batch: {options.batch}, threads: {options.threads}",
+        show_edge=False,
+    )
+    for column in ("engine", "form", "x fewer multiply-adds", "ms", "x faster", "efficiency"):
+        table.add_column(column, justify="left" if column in ("engine", "form") else "right")
+    with tempfile.TemporaryDirectory() as folder:
+        for engine in ("eager", "compiled", *ENGINES):
+            runs = {
+                name: _ready(engine, network, images, Path(folder) / f"{number}.onnx", options)
+                for number, (name, network) in enumerate(networks.items())
+            }
+            seconds: dict[str, list[float]] = {name: [] for name in runs}
+            order = deque(runs)
+            for _ in range(options.rounds):
+                for name in order:
+                    seconds[name].append(_turn(runs[name]))
+                order.rotate(-1)
+            for name, mine in seconds.items():
+                pairs = zip(seconds["dense"], mine, strict=True)
+                faster = statistics.median(before / after for before, after in pairs)
+                fewer = flops["dense"] / flops[name]
+                table.add_row(
+                    engine,
+                    name,
+                    f"{fewer:.2f}",
+                    f"{1000 * statistics.median(mine):.1f}",
+                    f"{faster:.2f}",
+                    f"{faster / fewer:.2f}",
+                )
+    print(table)
+
+
+def _flops(network: nn.Module, images: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(images)
+    return int(counter.get_total_flops())
+
+
+def _ready(
+    engine: str, network: nn.Module, images: Tensor, path: Path, options: argparse.Namespace
+) -> Callable[[], object]:
+    if engine in ENGINES:
+        write_onnx(network, path, (images,))
+        run = session(engine, path, options.threads)
+        return lambda: run((images,))
+    module = copy.deepcopy(network)
+    if engine == "compiled":
+        module.compile()
+
+    @torch.inference_mode()
+    def batch() -> object:
+        return module(images)
+
+    return batch
+
+
+def _turn(run: Callable[[], object]) -> float:
+    """Seconds of a batch, the median of a turn, after one that warms the caches."""
+    run()
+    seconds: list[float] = []
+    while sum(seconds) < TURN:
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One run: training, its budget, its results and its picture."""

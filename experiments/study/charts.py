@@ -1,0 +1,159 @@
+"""The charts of a study's page, which answer to a pointer."""
+
+import math
+from pathlib import Path
+
+import plotly.graph_objects as go
+
+from fitsmall.experiments.run.figures import FAINT, INK
+from fitsmall.experiments.run.units import scale, shown, words
+from fitsmall.experiments.study.envelope import palette
+from fitsmall.experiments.study.points import LARGE, Point, Study, curve
+
+__all__ = ["heat_map", "pareto", "timeline"]
+
+_SYMBOLS = {"dense": "circle", "tuned": "square", "not tuned": "x-thin"}
+
+
+def pareto(study: Study) -> go.Figure:
+    """Error against bytes: points with their intervals, and the envelope of each size."""
+    figure = _figure("size of the file, bytes", words(study.metric))
+    factor = scale(study.metric)
+    for size, colour in zip(study.sizes, palette(len(study.sizes)), strict=True):
+        envelope = study.envelope(size)
+        x = [point.mean("bytes") for point in envelope]
+        y = [factor * point.mean() for point in envelope]
+        spread = [factor * point.interval() for point in envelope]
+        if all(map(math.isfinite, spread)):
+            low = [max(b - s, b / 2) for b, s in zip(y, spread, strict=True)]
+            high = [b + s for b, s in zip(y, spread, strict=True)]
+            figure.add_scatter(
+                x=[*x, *x[::-1]],
+                y=[*high, *low[::-1]],
+                mode="lines",
+                fill="toself",
+                fillcolor=colour,
+                opacity=0.13,
+                line={"width": 0},
+                hoverinfo="skip",
+                legendgroup=size,
+                showlegend=False,
+            )
+        figure.add_scatter(
+            x=x,
+            y=y,
+            mode="lines",
+            line={"color": colour, "width": 2},
+            hoverinfo="skip",
+            name=size,
+            legendgroup=size,
+        )
+        own = [point for point in study.points if point.size == size]
+        figure.add_scatter(
+            x=[point.mean("bytes") for point in own],
+            y=[factor * point.mean() for point in own],
+            mode="markers",
+            marker={
+                "color": colour,
+                "size": 9,
+                "symbol": [_SYMBOLS[point.kind] for point in own],
+                "line": {"color": colour, "width": 2},
+            },
+            customdata=[[point.name, _hover(study, point)] for point in own],
+            hovertemplate="<b>%{customdata[0]}</b><br>%{customdata[1]}<extra></extra>",
+            legendgroup=size,
+            showlegend=False,
+            meta="points",
+        )
+    figure.update_xaxes(type="log", dtick="D2", exponentformat="SI")
+    figure.update_yaxes(type="log", dtick="D2", ticksuffix=" %" if factor == 100 else "")
+    return figure
+
+
+def timeline(study: Study) -> go.Figure:
+    """Held-out error over what training has cost: of each size as it is, and of its best
+    compressed form."""
+    figure = _figure("floating-point operations spent", f"held-out {words(study.metric)}")
+    factor = scale(study.metric)
+    for size, colour in zip(study.sizes, palette(len(study.sizes)), strict=True):
+        own = [point for point in study.points if point.size == size]
+        small = [p for p in own if p.fine_tune and p.mean("ratio") >= LARGE]
+        best = min(small, key=lambda point: point.mean("error_validation"), default=None)
+        for point, dash in ((study.dense(size), "solid"), (best, "dot")):
+            if point is None:
+                continue
+            run = point.runs[min(point.runs)]
+            steps = curve(Path(run["folder"]), study.metric)
+            if run["steps_before"] and not point.plain:
+                before = curve(Path(run["init"]).parent, study.metric)
+                steps = before + [(run["steps_before"] + step, error) for step, error in steps]
+            figure.add_scatter(
+                x=[step * run["flops_per_step"] for step, _ in steps],
+                y=[factor * error for _, error in steps],
+                mode="lines",
+                line={"color": colour, "width": 2, "dash": dash},
+                name=point.name,
+                hovertemplate="%{fullData.name}<br>%{y:.3g} after %{x:.3g}<extra></extra>",
+            )
+    figure.update_yaxes(type="log", dtick="D2", ticksuffix=" %" if factor == 100 else "")
+    return figure
+
+
+def heat_map(study: Study) -> go.Figure:
+    """Bits that each weight of the largest network takes in the file, by layer and compression."""
+    largest = study.sizes[-1]
+    own = [point for point in study.points if point.size == largest]
+    own.sort(key=lambda point: -point.mean("bytes"))
+    runs = [point.runs[min(point.runs)] for point in own]
+    layers = [name for name, layer in runs[0]["layers"].items() if layer["weights"] > 1]
+    bits = [
+        [
+            8 * run["layers"][name]["bytes"] / run["layers"][name]["weights"]
+            if name in run["layers"]
+            else None
+            for run in runs
+        ]
+        for name in layers
+    ]
+    names = [point.name.removeprefix(f"{largest}: ") for point in own]
+    figure = _figure("", "")
+    figure.add_heatmap(
+        z=bits,
+        x=names,
+        y=[name.removeprefix("net.") for name in layers],
+        colorscale="Viridis",
+        zmin=0,
+        colorbar={"title": {"text": "bits a weight"}, "thickness": 12},
+        hovertemplate="%{y}<br>%{x}<br>%{z:.2f} bits a weight<extra></extra>",
+        xgap=1,
+        ygap=1,
+    )
+    figure.update_yaxes(autorange="reversed")
+    figure.update_layout(height=max(320, 90 + 18 * len(layers)))
+    return figure
+
+
+def _figure(x: str, y: str) -> go.Figure:
+    axis = {"gridcolor": "#eceef1", "linecolor": FAINT, "zeroline": False, "automargin": True}
+    return go.Figure(
+        layout={
+            "template": "none",
+            "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
+            "xaxis": {**axis, "title": {"text": x}},
+            "yaxis": {**axis, "title": {"text": y}},
+            "margin": {"l": 56, "r": 12, "t": 12, "b": 48},
+            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+            "hoverlabel": {"bgcolor": "white", "font": {"color": INK}},
+            "height": 480,
+        }
+    )
+
+
+def _hover(study: Study, point: Point) -> str:
+    spread = point.interval()
+    about = "" if math.isinf(spread) else f" ± {shown(study.metric, spread)}"
+    folders = "<br>".join(run["folder"] for _, run in sorted(point.runs.items()))
+    return (
+        f"{shown(study.metric, point.mean())}{about} in {point.mean('bytes'):,.0f} bytes, "
+        f"{point.mean('ratio'):.1f} times smaller<br>{folders}"
+    )

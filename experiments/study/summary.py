@@ -1,0 +1,110 @@
+"""A sweep's results: mean and spread over seeds of runs that are alike in everything else."""
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fitsmall.experiments.run.units import scale, words
+
+__all__ = ["Summary", "summarize"]
+
+MEASURES = ("error", "error_dense", "bytes", "ratio", "seconds")
+
+
+def summarize(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and sample standard deviation of each measure, for each set of overrides but the seed;
+    of one run there is no deviation.
+
+    Args:
+        results: ``result.json`` of each run.
+    """
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        groups[tuple(o for o in result["overrides"] if not o.startswith("seed="))].append(result)
+    return [
+        {
+            "overrides": list(overrides),
+            "seeds": [run["seed"] for run in runs],
+            "metric": runs[0]["metric"],
+        }
+        | {measure: _spread([run[measure] for run in runs]) for measure in MEASURES}
+        for overrides, runs in groups.items()
+    ]
+
+
+class Summary(Callback):
+    """Writes ``summary.json`` into the directory of a sweep that has ended, and prints it.
+
+    A sweeper of this package sets ``jobs``, the fingerprint of each by its folder; of another one
+    all that is in the directory counts.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: dict[Path, str] | None = None
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        jobs = self.jobs
+        folders = sorted(p for p in folder.iterdir() if p.is_dir()) if jobs is None else [*jobs]
+        paths = [job / "result.json" for job in folders]
+        results = [(p.parent, json.loads(p.read_text())) for p in paths if p.is_file()]
+        groups = summarize(r for job, r in results if jobs is None or r["fingerprint"] == jobs[job])
+        (folder / "summary.json").write_text(json.dumps(groups, indent=2) + "\n")
+        Console().print(_table(groups))
+        print(folder / "summary.json")
+        if failed := [job / "error.txt" for job in folders if (job / "error.txt").is_file()]:
+            print(f"{len(failed)} failed; the same command tries them again:", file=sys.stderr)
+            for path in failed:
+                print(f"  {path}: {path.read_text().strip().splitlines()[-1]}", file=sys.stderr)
+            sys.exit(1)
+
+
+def _spread(values: list[float | None]) -> dict[str, float | None] | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    deviation = statistics.stdev(known) if len(known) > 1 else None
+    return {"mean": statistics.fmean(known), "std": deviation}
+
+
+def _table(groups: list[dict[str, Any]]) -> Table:
+    shared = set.intersection(*(set(group["overrides"]) for group in groups)) if groups else set()
+    common = [o for o in groups[0]["overrides"] if o in shared] if groups else []
+    table = Table(title=escape(" ".join(common)) or None)
+    metrics = {group["metric"] for group in groups}
+    metric = words(*metrics) if len(metrics) == 1 else "error"
+    unit = " %" if all(scale(m) == 100 for m in metrics) else ""
+    for column in ("run", "seeds", f"{metric}{unit}", f"dense{unit}", "bytes", "ratio", "seconds"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for group in groups:
+        factor = scale(group["metric"])
+        digits = 2 if factor == 100 else 3
+        table.add_row(
+            escape(" ".join(o for o in group["overrides"] if o not in shared)) or "-",
+            str(len(group["seeds"])),
+            _cell(group["error"], factor, digits),
+            _cell(group["error_dense"], factor, digits),
+            _cell(group["bytes"], 1, 0),
+            _cell(group["ratio"], 1, 1),
+            _cell(group["seconds"], 1, 1),
+        )
+    return table
+
+
+def _cell(spread: dict[str, float | None] | None, scale: float, digits: int) -> str:
+    if spread is None:
+        return "-"
+    mean, deviation = spread["mean"], spread["std"]
+    assert mean is not None, "there are values"
+    around = "" if deviation is None else f" ± {scale * deviation:,.{digits}f}"
+    return f"{scale * mean:,.{digits}f}{around}"
