@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fitsmall.callbacks.method import Method
 from fitsmall.compressors.cluster import KMeans, assign, linear
-from fitsmall.compressors.schedules import Linear, Schedule
+from fitsmall.compressors.schedules import LinearRamp, Schedule
 from fitsmall.compressors.select import match
 from fitsmall.compressors.training.centroids import move_, precision, sums
 from fitsmall.compressors.training.sharding import gather, local, reduce_, shard
@@ -97,7 +97,7 @@ class WeightSharing(Method):
                 f"WeightSharing: unknown init {init!r}, choose linear or optimal"
             )
         self.clusters, self.init, self.codebook_dtype = clusters, init, codebook_dtype
-        self.schedule = self._schedule(schedule, Linear())
+        self.schedule = self._schedule(schedule, LinearRamp())
         self.overrides = self._overrides(overrides)
         for count in (clusters, *self.overrides.values()):
             KMeans(count, codebook_dtype)  # raises for what no codebook can be

@@ -16,7 +16,7 @@ from fitsmall.compressors.schedules import (
     Cubic,
     Exponential,
     Iterative,
-    Linear,
+    LinearRamp,
     OneShot,
     Schedule,
 )
@@ -39,7 +39,7 @@ __all__ = [
     "Integer",
     "Iterative",
     "KMeans",
-    "Linear",
+    "LinearRamp",
     "Lookup",
     "OneShot",
     "Projection",

@@ -8,8 +8,20 @@ strength multiplies what the method aims at, so a pruning target of 0.95 stands 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
-__all__ = ["Cosine", "Cubic", "Exponential", "Iterative", "Linear", "OneShot", "Schedule"]
+from fitsmall.compressors.naming import name_of
+
+__all__ = [
+    "Cosine",
+    "Cubic",
+    "Exponential",
+    "Iterative",
+    "LinearRamp",
+    "OneShot",
+    "Schedule",
+    "as_schedule",
+]
 
 Schedule = Callable[[float], float]
 
@@ -28,11 +40,11 @@ class OneShot:
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearRamp:
     """Equal steps: ``s(t) = t``.
 
     Example:
-        >>> Linear()(0.25)
+        >>> LinearRamp()(0.25)
         0.25
     """
 
@@ -114,3 +126,31 @@ class Iterative:
 
     def __call__(self, progress: float) -> float:
         return min(1.0, (math.floor(progress * self.rounds) + 1) / self.rounds)
+
+
+def as_schedule(value: Schedule) -> Schedule:
+    """The schedule itself, any function of progress, checked at its beginning, middle and end.
+
+    Raises:
+        TypeError: It is no function, or a class instead of an object, or returns no number.
+        ValueError: It returns a number outside [0, 1].
+
+    Example:
+        >>> as_schedule(Cubic())
+        Cubic()
+        >>> as_schedule(math.exp)
+        Traceback (most recent call last):
+        ValueError: schedule exp must return a strength in [0, 1], not 1.6487212707001282 at 0.5
+    """
+    if isinstance(value, type):
+        raise TypeError(f"a schedule is an object, {value.__name__}(), not the class")
+    if not callable(value):
+        raise TypeError(f"a schedule is a function of progress, as Cubic() is, got {value!r}")
+    for progress in (0.0, 0.5, 1.0):
+        strength = value(progress)
+        must = f"schedule {name_of(value)} must return a strength in [0, 1]"
+        if not isinstance(strength, Real):
+            raise TypeError(f"{must}, not {strength!r}")
+        if not 0 <= strength <= 1:
+            raise ValueError(f"{must}, not {strength} at {progress:g}")
+    return value

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 
-from fitsmall.compressors import ALLOCATIONS, CRITERIA, Cosine, Cubic, Iterative, Linear, OneShot
+from fitsmall.compressors import ALLOCATIONS, CRITERIA, Cosine, Cubic, Iterative, LinearRamp, OneShot
 from fitsmall.compressors.allocation import Lazy, global_
 
 WEIGHT = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
@@ -119,14 +119,14 @@ def test_scores_with_nan_name_their_tensor() -> None:
     ("schedule", "expected"),
     [
         (OneShot(), [1.0, 1.0, 1.0, 1.0]),
-        (Linear(), [0.0, 0.25, 0.5, 1.0]),
+        (LinearRamp(), [0.0, 0.25, 0.5, 1.0]),
         (Cubic(), [0.0, 0.578125, 0.875, 1.0]),
         (Cosine(), [0.0, 0.146447, 0.5, 1.0]),
         (Iterative(rounds=2), [0.5, 0.5, 1.0, 1.0]),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_schedule(schedule: Linear, expected: list[float]) -> None:
+def test_schedule(schedule: LinearRamp, expected: list[float]) -> None:
     assert [schedule(t) for t in (0.0, 0.25, 0.5, 1.0)] == pytest.approx(expected, abs=1e-6)
 
 
