@@ -1,9 +1,9 @@
 """Compression as projection, in pure torch: codes, projections, criteria, allocations, the file."""
 
-from fitsmall.compressors.allocation import ALLOCATIONS
+from fitsmall.compressors.allocation import ALLOCATIONS, Allocation
 from fitsmall.compressors.cluster import KMeans
 from fitsmall.compressors.codes import Code, Dense, Integer, Lookup, Sparse, Sum, exact, same_bits
-from fitsmall.compressors.criteria import CRITERIA
+from fitsmall.compressors.criteria import CRITERIA, STATISTICS, Criterion
 from fitsmall.compressors.file.artifact import load, read, save
 from fitsmall.compressors.file.report import Report, TensorReport, inspect
 from fitsmall.compressors.lowrank import Factors, Rank, Truncate
@@ -21,16 +21,21 @@ from fitsmall.compressors.schedules import (
     Schedule,
 )
 from fitsmall.compressors.select import Selection, select
+from fitsmall.compressors.structures import Block, NofM, Structure, Unstructured
 from fitsmall.compressors.surgery.factors import Factored, factorize
 
 __all__ = [
     "ALLOCATIONS",
     "CRITERIA",
+    "STATISTICS",
     "ActivationQuantizer",
     "Additive",
+    "Allocation",
+    "Block",
     "Chain",
     "Code",
     "Cosine",
+    "Criterion",
     "Cubic",
     "Dense",
     "Exponential",
@@ -41,6 +46,7 @@ __all__ = [
     "KMeans",
     "LinearRamp",
     "Lookup",
+    "NofM",
     "OneShot",
     "Projection",
     "Quantize",
@@ -49,10 +55,12 @@ __all__ = [
     "Schedule",
     "Selection",
     "Sparse",
+    "Structure",
     "Sum",
     "TensorReport",
     "TopK",
     "Truncate",
+    "Unstructured",
     "compress",
     "exact",
     "factorize",

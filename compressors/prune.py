@@ -1,13 +1,13 @@
 """Pruning: keep the weights that matter most, exactly as many as asked for."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from fitsmall.compressors.codes import Code, Dense, Sparse
 from fitsmall.compressors.projections import Projection
+from fitsmall.compressors.structures import Structure, Unstructured, as_structure, support
 
 __all__ = ["TopK", "kept", "support"]
 
@@ -24,65 +24,51 @@ def kept(numel: int, sparsity: float) -> int:
     return round((1.0 - sparsity) * numel)
 
 
-def support(scores: Tensor, keep: int) -> Tensor:
-    """Mask of the ``keep`` largest scores; of equal ones the first in row-major order survive.
-
-    The count is exact, and every process of a distributed run makes the same choice.
-
-    Args:
-        scores: Tensor of any shape, without NaN.
-        keep: Number of true entries, in [0, numel].
-
-    Example:
-        >>> support(torch.tensor([[1.0, 2.0], [2.0, 2.0]]), keep=2)
-        tensor([[False,  True],
-                [ True, False]])
-    """
-    if not 0 <= keep <= scores.numel():
-        raise ValueError(f"cannot keep {keep} of {scores.numel()} weights")
-    if keep == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    if scores.isnan().any():
-        raise ValueError("scores hold NaN: did training diverge?")
-    flat = scores.flatten()
-    threshold = _largest(flat, keep)
-    mask = flat >= threshold
-    surplus = int(mask.count_nonzero()) - keep
-    if surplus:
-        ties = flat == threshold
-        mask &= ~ties | (ties.cumsum(0) <= ties.count_nonzero() - surplus)
-    return mask.view(scores.shape)
-
-
 @dataclass(frozen=True)
 class TopK(Projection):
-    r"""Keep the largest weights: ``min ||w - v||^2`` subject to ``||v||_0 <= (1 - s) n``.
+    """Keep the largest sets of weights: ``min ||w - v||^2`` where at most ``(1 - s) n`` of the
+    ``n`` sets of ``v`` are not zero.
 
     Args:
-        sparsity: Fraction ``s`` of the weights that become zero, in [0, 1].
+        sparsity: Fraction ``s`` of the sets that become zero, in [0, 1].
+        structure: The sets: single weights, blocks, or weights of which at most N of M survive.
+
+    Raises:
+        ValueError: The sparsity is no fraction or not the one that the structure fixes; at a
+            projection, the structure refuses the shape of the tensor.
 
     Example:
+        >>> import torch
+        >>> from fitsmall.compressors import Block
         >>> TopK(sparsity=0.5).project(torch.tensor([3.0, -1.0, 0.5, -2.0]))
         tensor([ 3.,  0.,  0., -2.])
+        >>> TopK(0.5, Block(1, 2)).project(torch.tensor([[3.0, -1.0, 0.5, -2.0]]))
+        tensor([[ 3., -1.,  0.,  0.]])
     """
 
     sparsity: float
+    structure: Structure = field(default_factory=Unstructured)
 
     def __post_init__(self) -> None:
         kept(1, self.sparsity)  # raises for what is no fraction
+        fixed = as_structure(self.structure).sparsity
+        if fixed is not None and not math.isclose(self.sparsity, fixed, rel_tol=1e-12):
+            raise ValueError(
+                f"{self.structure} has a sparsity of {fixed:g} and no other, got {self.sparsity:g}"
+            )
+
+    def __repr__(self) -> str:
+        structure = "" if self.structure == Unstructured() else f", structure={self.structure}"
+        return f"TopK(sparsity={self.sparsity}{structure})"
 
     def encode(self, weight: Tensor) -> Code:
         weight = weight.detach()
-        mask = support(weight.abs(), kept(weight.numel(), self.sparsity)) & (weight != 0)
+        reason = self.structure.refusal(weight.shape)
+        if reason is not None:
+            raise ValueError(f"{self.structure} cannot prune the tensor: {reason}")
+        # Magnitudes rank single weights as squares do, without underflow or a wider copy.
+        single = self.structure == Unstructured()
+        scores = weight.abs() if single else weight.double().square()
+        keep = kept(self.structure.num_sets(weight.shape), self.sparsity)
+        mask = self.structure.mask(scores, keep) & (weight != 0)
         return Sparse(mask, Dense(weight[mask]))
-
-
-def _largest(flat: Tensor, k: int) -> float:
-    """The ``k``-th largest of some values."""
-    flat = flat[flat > -torch.inf]  # many equal values would make the search slow
-    if flat.numel() < k:
-        return -torch.inf
-    if flat.device.type == "cpu" and flat.dtype != torch.bfloat16:
-        # Ten times faster than torch.kthvalue.
-        return float(np.partition(flat.numpy(), -k)[-k])
-    return float(flat.kthvalue(flat.numel() - k + 1).values)
