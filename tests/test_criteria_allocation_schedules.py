@@ -218,10 +218,11 @@ def test_every_allocation_spends_its_budget(allocation: str, sparsity: float) ->
 
 def test_the_users_own_allocation() -> None:
     def first(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
-        return {"wide": 0 + 3, "small": 2}
+        return {"wide": 3, "small": 2}
 
     assert as_allocation(first)(SCORES, 0.5) == {"small": 2, "wide": 3}
     assert not as_allocation(first).by_shape
+    assert as_allocation(lambda scores, sparsity: {"a": 1 // len(scores)})({}, 0.5) == {}
     assert as_allocation(Allocation(first, by_shape=True)).by_shape
 
 
@@ -327,6 +328,8 @@ def overshoot(progress: float) -> float:
         (overshoot, ValueError, r"schedule overshoot must return a strength in \[0, 1\], not 2.0 "),
         (lambda progress: -progress, ValueError, r"<lambda> must.* not -0\.5 at 0\.5"),
         (lambda progress: math.nan, ValueError, "not nan at 0"),
+        (lambda progress: 2.0 * (progress == 0), ValueError, "not 2.0 at 0"),
+        (lambda progress: 2.0 * (progress == 1), ValueError, "not 2.0 at 1"),
         (lambda progress: None, TypeError, "not None"),
         ("cubic", TypeError, "a function of progress, as Cubic.* got 'cubic'"),
         (Cubic, TypeError, r"an object, Cubic\(\), not the class"),

@@ -15,6 +15,7 @@ from fitsmall.compressors import (
     Block,
     KMeans,
     NofM,
+    Sparse,
     Structure,
     TopK,
     Unstructured,
@@ -289,6 +290,12 @@ def test_topk_shows_a_structure_of_its_own_alone() -> None:
     assert len({TopK(0.8), TopK(0.8, Unstructured()), TopK(0.8, Block(4, 4))}) == 2
 
 
+def test_zeros_that_survive_take_no_place() -> None:
+    code = TopK(0.25).encode(torch.tensor([1.0, 0.0, 0.0, 2.0]))
+    assert isinstance(code, Sparse)
+    assert code.mask.tolist() == [True, False, False, True]
+
+
 def test_survivors_of_a_structure_are_clustered() -> None:
     weight = torch.tensor([[5.0, 0.1, 7.0, -0.2, 1.0, -4.0, 0.5, -2.0]])
     projected = (TopK(0.5, NofM(2, 4)) | KMeans(2)).project(weight)
@@ -303,6 +310,12 @@ def test_an_allocation_counts_sets() -> None:
     assert as_allocation("global")(scores, 0.5) == {"a": 1, "b": 2}
     mask = Block(2, 2).mask(weights["a"], 1)
     assert mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_erk_shares_densities_between_sets_of_different_sizes() -> None:
+    shapes = {"conv": torch.Size([16, 8, 3, 3]), "fc": torch.Size([64, 96])}
+    # Densities of weights 30 / 1152 and 160 / 6144, which are equal: so are those of rows.
+    assert as_allocation("erk")(SetScores(Rows(), shapes), 0.5) == {"conv": 8, "fc": 32}
 
 
 def test_sums_of_half_precision_scores_do_not_tie() -> None:
