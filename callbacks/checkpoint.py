@@ -18,9 +18,10 @@ from torch.utils.hooks import RemovableHandle
 
 from fitsmall.callbacks.best import ModelCheckpointOnceCompressed
 from fitsmall.callbacks.method import methods_of
-from fitsmall.compressors.codes import CODED, same_bits
-from fitsmall.compressors.file.artifact import load, save
+from fitsmall.compressors.dtypes import CODED, same_bits
+from fitsmall.compressors.file.reader import load
 from fitsmall.compressors.file.report import Report, inspect
+from fitsmall.compressors.file.writer import save
 from fitsmall.compressors.oneshot import restore
 from fitsmall.compressors.training.sharding import whole
 

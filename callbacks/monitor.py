@@ -5,8 +5,9 @@ from typing import Any
 import lightning.pytorch as pl
 
 from fitsmall.callbacks.method import methods_of
-from fitsmall.compressors.codes import Integer, Lookup, Sparse, exact
-from fitsmall.compressors.file.artifact import estimate
+from fitsmall.compressors.codes import Integer, Lookup, Sparse
+from fitsmall.compressors.exact import exact
+from fitsmall.compressors.file.writer import estimate
 from fitsmall.compressors.select import select
 from fitsmall.compressors.surgery.factors import weights_saved
 from fitsmall.compressors.training.sharding import whole

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from fitsmall.callbacks.averaging import EMA
 from fitsmall.callbacks.checkpoint import check_writable
 from fitsmall.callbacks.monitored import Metric
-from fitsmall.compressors.file.artifact import save
+from fitsmall.compressors.file.writer import save
 from fitsmall.compressors.training.sharding import whole
 
 __all__ = ["ParetoCheckpoint"]

@@ -10,8 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from fitsmall.callbacks.method import Method
 from fitsmall.compressors.allocation import ALLOCATIONS, BY_SHAPE, Lazy
-from fitsmall.compressors.codes import INTEGERS
 from fitsmall.compressors.criteria import CRITERIA
+from fitsmall.compressors.dtypes import INTEGERS
 from fitsmall.compressors.prune import kept, support
 from fitsmall.compressors.schedules import Cubic, Schedule
 from fitsmall.compressors.select import match

@@ -2,10 +2,13 @@
 
 from fitsmall.compressors.allocation import ALLOCATIONS, Allocation
 from fitsmall.compressors.cluster import KMeans
-from fitsmall.compressors.codes import Code, Dense, Integer, Lookup, Sparse, Sum, exact, same_bits
-from fitsmall.compressors.criteria import CRITERIA, STATISTICS, Criterion
-from fitsmall.compressors.file.artifact import load, read, save
+from fitsmall.compressors.codes import Code, Dense, Integer, Lookup, Sparse, Sum
+from fitsmall.compressors.criteria import CRITERIA
+from fitsmall.compressors.dtypes import same_bits
+from fitsmall.compressors.exact import exact
+from fitsmall.compressors.file.reader import load, read
 from fitsmall.compressors.file.report import Report, TensorReport, inspect
+from fitsmall.compressors.file.writer import save
 from fitsmall.compressors.lowrank import Factors, Rank, Truncate
 from fitsmall.compressors.oneshot import compress, restore
 from fitsmall.compressors.projections import Additive, Chain, Projection

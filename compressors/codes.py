@@ -1,8 +1,8 @@
 """Codes: tensors in stored form.
 
-Every code says how to get the tensor back (:meth:`Code.decode`) and what it costs
+A code knows how to get its tensor back (:meth:`Code.decode`) and what it costs
 (:meth:`Code.bits`). Codes nest through their float leaves: the values of a :class:`Sparse` can be
-a :class:`Lookup`, and the codebook of a :class:`Lookup` can be a :class:`Dense` of fewer bits.
+a :class:`Lookup`, whose codebook can be a :class:`Dense` of fewer bits.
 """
 
 import math
@@ -15,56 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fitsmall.compressors.dtypes import NARROWER, same_bits
 from fitsmall.compressors.file.coding import CODERS
-from fitsmall.compressors.lattice import blocked, lattice, spread, unblocked
+from fitsmall.compressors.lattice import spread
 
-__all__ = [
-    "Code",
-    "Dense",
-    "Integer",
-    "Lookup",
-    "Sparse",
-    "Sum",
-    "exact",
-    "matrix_shape",
-    "same_bits",
-]
+__all__ = ["Code", "Dense", "Integer", "Lookup", "Sparse", "Sum", "matrix_shape"]
 
-# A codebook pays for itself only while it is small against the weights it replaces; the index
-# streams hold 16-bit symbols, of which 0 means "zero".
-MAX_LEVELS = 2**16 - 1
-
-# Types that can be compared and looked up; the others are stored as they are.
-CODED = (
-    torch.float64,
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-)
-
-# Coding more symbols than this only to estimate a size would take seconds; rows are sampled.
+# To estimate a size, rows are sampled: coding more symbols than this would take seconds.
 ESTIMATE_SYMBOLS = 2**22
-
-_BLOCK = 2**20
-
-# Fewest weights in a group that share a step.
-_SMALLEST_GROUP = 8
-
-# By dtype: those that hold some of its values exactly, narrowest first.
-NARROWER = {
-    torch.float64: (torch.bfloat16, torch.float16, torch.float32),
-    torch.float32: (torch.bfloat16, torch.float16),
-    torch.int64: (torch.int8, torch.int16, torch.int32),
-    torch.int32: (torch.int8, torch.int16),
-}
-
-# By bytes: the integer type that shows the bits of a float.
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Code(ABC):
@@ -232,22 +190,22 @@ class Sparse(Code):
 
 @dataclass(frozen=True, eq=False)
 class Integer(Code):
-    """Integers on a grid, ``w = step q``, each step for a block of the weight.
+    """Integers times a scale, ``w = s q``, with one scale for each block of the weight.
 
     Args:
-        steps: Code of the blocks' steps, with as many dimensions as the weight; a size divides the
-            weight's in each: ``(out, 1, 1, 1)`` for the output channels of a convolution,
+        scales: Code of the blocks' scales, with as many dimensions as the weight; its size divides
+            the weight's in each: ``(out, 1, 1, 1)`` for the output channels of a convolution,
             ``(out, in / 32)`` for groups of 32.
         integers: Tensor of the weight's shape and of type int8.
 
     Example:
-        >>> steps = torch.tensor([[0.5], [2.0]])
-        >>> Integer(Dense(steps), torch.tensor([[1, -3], [0, 2]], dtype=torch.int8)).decode()
+        >>> scales = torch.tensor([[0.5], [2.0]])
+        >>> Integer(Dense(scales), torch.tensor([[1, -3], [0, 2]], dtype=torch.int8)).decode()
         tensor([[ 0.5000, -1.5000],
                 [ 0.0000,  4.0000]])
     """
 
-    steps: Code
+    scales: Code
     integers: Tensor
 
     @property
@@ -256,7 +214,7 @@ class Integer(Code):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.steps.dtype
+        return self.scales.dtype
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -271,7 +229,7 @@ class Integer(Code):
         return max(below - 1, above).bit_length() + 1
 
     def decode(self) -> Tensor:
-        return self.integers * spread(self.steps.decode(), self.shape)
+        return self.integers * spread(self.scales.decode(), self.shape)
 
     def symbols(self) -> NDArray[np.unsignedinteger]:
         """Index matrix: 0 where the weight is zero, else the level's rank among the others + 1."""
@@ -281,10 +239,10 @@ class Integer(Code):
         return _matrix(symbols.astype(_symbol_type(below + above)))
 
     def bits(self) -> float:
-        return _stream_bits(self.symbols(), sum(self.bounds) + 1) + self.steps.bits()
+        return _stream_bits(self.symbols(), sum(self.bounds) + 1) + self.scales.bits()
 
     def map(self, encode: Callable[[Tensor], Code]) -> Code:
-        return Integer(self.steps.map(encode), self.integers)
+        return Integer(self.scales.map(encode), self.integers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,103 +275,6 @@ class Sum(Code):
 
     def map(self, encode: Callable[[Tensor], Code]) -> Code:
         return Sum(self.first.map(encode), self.second.map(encode))
-
-
-def exact(tensor: Tensor) -> Code:
-    """The cheapest code that gives ``tensor`` back bit for bit, found by looking at its values.
-
-    Zeros make it sparse, few distinct values give it a codebook, values on a grid for each output
-    channel make it integers, and anything else stays dense, so a tensor needs no record of how it
-    was compressed. It is read in blocks: temporaries stay below the tensor's own size.
-
-    Example:
-        >>> code = exact(torch.tensor([0.0, 0.3, 0.0, 0.3, -0.7, 0.3, 0.0, 0.3]))
-        >>> code.mask.long(), code.values.index.long(), code.values.codebook.decode()
-        (tensor([0, 1, 0, 1, 1, 1, 0, 1]), tensor([1, 1, 0, 1, 1]), tensor([-0.7000,  0.3000]))
-    """
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.numel() < 2 or tensor.dtype not in CODED:
-        return Dense(tensor)
-    bits = tensor.view(INTEGERS[tensor.dtype.itemsize])
-    mask = bits != 0
-    kept = int(mask.count_nonzero())  # a sum would make integers of all
-    levels = _levels(bits.flatten(), limit=min(MAX_LEVELS, kept // 2))
-    integer = _integer(tensor)
-    if integer is not None and (levels is None or _smaller(integer, len(levels))):
-        return integer
-    if levels is not None:
-        codebook, order = levels.view(tensor.dtype).sort(stable=True)
-        index = _index(bits.flatten(), levels, order.argsort())
-        if kept == tensor.numel():
-            return Lookup(Dense(codebook), index.view(tensor.shape))
-        return Sparse(mask, Lookup(Dense(codebook), index))
-    # A mask costs at most one bit a weight, and pays when it saves more.
-    if 8 * tensor.dtype.itemsize * (tensor.numel() - kept) > tensor.numel():
-        return Sparse(mask, Dense(tensor[mask]))
-    return Dense(tensor)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit: NaN equals itself, -0 differs from +0.
-
-    Example:
-        >>> same_bits(torch.tensor([float("nan")]), torch.tensor([float("nan")]))
-        True
-        >>> same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
-        False
-    """
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
-    if a.is_complex():
-        a, b = torch.view_as_real(a), torch.view_as_real(b)
-    bits = INTEGERS[a.dtype.itemsize]
-    return torch.equal(a.flatten().view(bits), b.flatten().view(bits))
-
-
-def _integer(tensor: Tensor) -> Integer | None:
-    """The tensor as integers times a step for each channel, or for each group of a row."""
-    if tensor.dim() < 2 or not tensor.numel() or not tensor.is_floating_point():
-        return None
-    rows, columns, *others = tensor.shape
-    one = [1] * len(others)
-    # Output channels, also those of transposed convolutions.
-    layouts = [[rows, 1, *one], [1, columns, *one]]
-    groups = [n for n in range(columns // 2, _SMALLEST_GROUP - 1, -1) if columns % n == 0]
-    layouts += [[rows, columns // group, *one] for group in groups]
-    for blocks in layouts:
-        count = math.prod(blocks)
-        # Of most tensors the first block tells that there is no grid.
-        first = tensor[tuple(slice(n // k) for n, k in zip(tensor.shape, blocks, strict=True))]
-        if not 1 < count <= tensor.numel() // 4 or lattice(first.reshape(1, -1)) is None:
-            continue
-        if found := lattice(blocked(tensor, blocks)):
-            steps, integers = found
-            return Integer(Dense(steps.view(blocks)), unblocked(integers, blocks, tensor.shape))
-    return None
-
-
-def _smaller(integer: Integer, levels: int) -> bool:
-    """Whether integers and their steps take less than a codebook of so many levels."""
-    saved = math.log2(max(1, levels)) - math.log2(max(1, sum(integer.bounds)))
-    return integer.integers.numel() * saved + 16 * levels > 16 * integer.steps.shape.numel()
-
-
-def _levels(bits: Tensor, limit: int) -> Tensor | None:
-    """The distinct non-zero bit patterns, ascending, or None when there are more than ``limit``."""
-    levels = bits.new_empty(0)
-    for block in bits.split(_BLOCK):
-        levels = torch.cat([levels, block[block != 0].unique()]).unique()
-        if levels.numel() > limit:
-            return None
-    return levels
-
-
-def _index(bits: Tensor, levels: Tensor, ranks: Tensor) -> Tensor:
-    """The rank of every non-zero bit pattern among the levels."""
-    ranks = ranks.to(torch.uint8 if levels.numel() <= 256 else torch.int32)
-    blocks = (block[block != 0] for block in bits.split(_BLOCK))
-    return torch.cat([ranks[torch.searchsorted(levels, block)] for block in blocks])
 
 
 def _symbol_type(levels: int) -> type[np.uint8] | type[np.uint16]:

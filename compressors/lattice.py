@@ -1,4 +1,4 @@
-"""Blocks of a tensor, and the integers behind their floats: the coarsest grid that holds them."""
+"""Blocks of a tensor, and the coarsest grid that holds the floats of each block."""
 
 import math
 from collections.abc import Sequence
@@ -10,22 +10,26 @@ from torch import Tensor
 
 __all__ = ["blocked", "lattice", "spread", "unblocked"]
 
-# Integers that fit a signed byte, and may be negated.
+# The largest integer of a signed byte that can also be negated.
 LARGEST = 127
 
+# Values that are looked at together, so that temporaries stay small.
 _BLOCK = 2**16
 
 
 def lattice(blocks: Tensor) -> tuple[Tensor, Tensor] | None:
-    r"""Steps and integers of a matrix, ``blocks[i, j] = steps[i] integers[i, j]``, or None.
+    """Scales and integers of a matrix, ``blocks[i, j] = scales[i] integers[i, j]``, or None.
 
-    The step of a row is the greatest common divisor of its values, which are integers times a power
-    of two, as all floats are. A row that was quantized with a step of few digits, such as a
-    bfloat16 times 8-bit integers in a float32, has integers that are no larger than those; any
-    other row has larger ones than 127, and then nothing is returned. Nor is it for -0.
+    The scale of a row is the greatest common divisor of its values: every float is an integer times
+    a power of two. A row that was quantized with a scale of few digits, such as a bfloat16 times
+    8-bit integers in float32, has integers no larger than those.
 
     Args:
-        blocks: Matrix of floats.
+        blocks: Matrix of floats, one block in each row.
+
+    Returns:
+        Scales of the rows and the matrix of int8 integers; None if a row needs integers above 127,
+        or holds -0, NaN or infinity.
 
     Example:
         >>> lattice(torch.tensor([[0.75, -0.25, 0.0], [3.0, 3.0, 6.0]]))
@@ -35,14 +39,14 @@ def lattice(blocks: Tensor) -> tuple[Tensor, Tensor] | None:
         True
     """
     rows = max(1, _BLOCK // max(1, blocks.shape[1]))
-    steps, integers = [], []
+    scales, integers = [], []
     for part in blocks.split(rows):
-        found = _common(part.double().numpy())
+        found = _common_divisors(part.double().numpy())
         if found is None:
             return None
-        steps.append(torch.from_numpy(found[0]).to(blocks.dtype))
+        scales.append(torch.from_numpy(found[0]).to(blocks.dtype))
         integers.append(torch.from_numpy(found[1]))
-    return torch.cat(steps), torch.cat(integers)
+    return torch.cat(scales), torch.cat(integers)
 
 
 def blocked(tensor: Tensor, blocks: Sequence[int]) -> Tensor:
@@ -74,22 +78,23 @@ def unblocked(rows: Tensor, blocks: Sequence[int], shape: Sequence[int]) -> Tens
     return rows.view(*blocks, *inner).permute(order).reshape(tuple(shape))
 
 
-def spread(steps: Tensor, shape: Sequence[int]) -> Tensor:
-    """Steps of blocks, broadcast over a shape.
+def spread(scales: Tensor, shape: Sequence[int]) -> Tensor:
+    """The scales of blocks, repeated so that they broadcast over a tensor of this shape.
 
     Example:
         >>> spread(torch.tensor([[1.0, 2.0]]), (3, 4))
         tensor([[1., 1., 2., 2.]])
     """
-    for dimension, (blocks, size) in enumerate(zip(steps.shape, shape, strict=True)):
+    for dimension, (blocks, size) in enumerate(zip(scales.shape, shape, strict=True)):
         if 1 < blocks < size:
-            steps = steps.repeat_interleave(size // blocks, dimension)
-    return steps
+            scales = scales.repeat_interleave(size // blocks, dimension)
+    return scales
 
 
-def _common(
+def _common_divisors(
     values: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.int8]] | None:
+    """Greatest common divisor of each row, and the row divided by it."""
     if not np.isfinite(values).all() or (np.signbit(values) & (values == 0)).any():
         return None
     mantissas, exponents = np.frexp(values)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fitsmall.compressors.codes import Code
-from fitsmall.compressors.file.artifact import HARMLESS, load
+from fitsmall.compressors.file.reader import MIN_LIMIT, load
 from fitsmall.compressors.projections import Projection
 from fitsmall.compressors.quantize import QUANTIZER, attach_quantizer
 from fitsmall.compressors.select import Selection, match, select
@@ -85,7 +85,7 @@ def restore(module: Module, path: str | os.PathLike[str]) -> Module:
     expected = module.state_dict()
     # What the module itself takes is no more than its owner can afford; twice, for names it lacks.
     limit = 2 * sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
-    tensors = load(path, max(limit, HARMLESS))
+    tensors = load(path, max(limit, MIN_LIMIT))
     attach_factors(module, tensors)
     attach_saved(module, tensors)
     expected = module.state_dict()

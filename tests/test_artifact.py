@@ -34,13 +34,14 @@ from fitsmall.compressors import (
     save,
 )
 from fitsmall.compressors.allocation import Lazy
-from fitsmall.compressors.file import artifact
-from fitsmall.compressors.file.artifact import Entry, estimate
 from fitsmall.compressors.file.coding import CODERS, Streams
+from fitsmall.compressors.file.schema import DTYPES, Entry
+from fitsmall.compressors.file.writer import estimate
 from fitsmall.compressors.lattice import lattice, spread
+from fitsmall.experiments.benchmarks.fuzz_file import forge
 
 GENERATOR = torch.Generator().manual_seed(0)
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def weight(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -65,7 +66,7 @@ def codes(dtype: torch.dtype) -> dict[str, Code]:
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("coder", CODERS)
 def test_every_code_survives_the_file(coder: str, dtype: torch.dtype, tmp_path: Path) -> None:
     stored = codes(dtype)
@@ -192,15 +193,6 @@ def test_hostile_files_are_refused_or_harmless(coder: str, small: Path) -> None:
     assert refused > 50
 
 
-def forge(path: Path, *found: Entry, payload: bytes = b"") -> None:
-    """A file with this directory and a checksum that is right."""
-    directory = bytearray(artifact._varint(len(found))) + b"".join(map(artifact._pack, found))
-    packed = artifact._deflate(directory)
-    head = artifact._HEADER.pack(artifact.MAGIC, artifact.VERSION, 2)
-    body = head + payload + packed + struct.pack("<I", len(packed))
-    path.write_bytes(body + struct.pack("<I", zlib.crc32(body)))
-
-
 FORGED = {
     "a codebook of 1048576 levels": Entry(
         "w", (2**20,), torch.float32, "shared", floats=2**20, positions=0, values=0
@@ -220,14 +212,15 @@ def test_what_no_model_holds_is_refused_before_it_costs_memory(
 ) -> None:
     entry = FORGED[message]
     adds_up = message not in ("do not add up", "an impossible shape")
-    forge(tmp_path / "forged", entry, payload=bytes(entry.bytes if adds_up else 0))
+    payload = bytes(entry.bytes if adds_up else 0)
+    (tmp_path / "forged").write_bytes(forge("context", [entry], payload))
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "forged")
 
 
 def test_a_directory_of_nothing_but_repetition_is_refused(tmp_path: Path) -> None:
     entries = [Entry("w" * 9, (1,) * 60, torch.float32, "dense", floats=0)] * 20_000
-    forge(tmp_path / "bomb", *entries)
+    (tmp_path / "bomb").write_bytes(forge("context", entries, b""))
     assert (tmp_path / "bomb").stat().st_size < 20_000
     with pytest.raises(ValueError, match="does not end"):
         load(tmp_path / "bomb")
@@ -244,7 +237,7 @@ def test_an_inflated_stream_is_no_larger_than_its_matrix(tmp_path: Path) -> None
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("dtype", artifact._DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["zeros", "levels", "sparse", "distinct"])
 def test_every_type_of_the_format_survives(dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
     raw = torch.arange(64).repeat(4)
@@ -404,7 +397,7 @@ def test_integers_are_found_behind_floats(
     weight = quantized(shape, blocks, bits, dice=bits).to(dtype)
     code = exact(weight)
     assert isinstance(code, Integer)
-    assert code.steps.shape == blocks
+    assert code.scales.shape == blocks
     assert int(code.integers.abs().max()) < 2 ** (bits - 1)
     assert same_bits(code.decode(), weight)
     size = save(tmp_path / "integers", {"w": weight})
@@ -412,10 +405,10 @@ def test_integers_are_found_behind_floats(
     assert estimate({"w": code}) == pytest.approx(size, rel=0.01, abs=2)
     levels = 2**bits - 1
     entropy = math.log2(levels) / 8 * weight.numel()
-    assert size < 1.1 * entropy + 2 * code.steps.shape.numel() + 150
+    assert size < 1.1 * entropy + 2 * code.scales.shape.numel() + 150
     (tensor,) = inspect(tmp_path / "integers").tensors
     assert tensor.levels <= levels
-    assert tensor.float_bytes == 2 * code.steps.shape.numel()
+    assert tensor.float_bytes == 2 * code.scales.shape.numel()
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=40), st.integers(1, 3))

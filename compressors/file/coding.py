@@ -28,14 +28,15 @@ from numpy.typing import NDArray
 
 from fitsmall.compressors.file import context
 
-__all__ = ["CODERS", "Coder", "Streams"]
+__all__ = ["CODERS", "MAX_LEVELS", "Coder", "Streams", "Symbols"]
 
 Symbols = NDArray[Any]  # 2-D, uint8 or uint16
 
 # Weights handled at once, so that temporaries stay small beside the matrix.
 _CHUNK = 2**20
 
-_LARGEST = 2**16  # alphabet
+# Symbols are of 16 bits at most, and one of them means zero.
+MAX_LEVELS = 2**16 - 1
 
 # First byte of the positions. A missing byte is a zero: a matrix without zeros costs nothing.
 _ALL, _NONE, _SOME = 0, 1, 2
@@ -107,7 +108,7 @@ class Coder(ABC):
         mode = positions[0] if positions else _ALL
         if mode == _NONE or size == 0:
             return symbols
-        if mode not in (_ALL, _SOME) or not 2 <= alphabet <= _LARGEST:
+        if mode not in (_ALL, _SOME) or not 2 <= alphabet <= MAX_LEVELS + 1:
             raise ValueError("damaged positions")
         if mode == _ALL:
             symbols[:] = 1

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fitsmall.compressors.file.artifact import Entry, Symbols, entries, payloads
+from fitsmall.compressors.file.coding import Symbols
+from fitsmall.compressors.file.reader import entries, payloads
+from fitsmall.compressors.file.schema import Entry
 from fitsmall.compressors.surgery.factors import weights_saved
 
 __all__ = ["Report", "TensorReport", "inspect"]

@@ -31,13 +31,29 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fitsmall.compressors import codes, inspect, load, save
-from fitsmall.compressors.file import artifact, coding, report
-from fitsmall.compressors.file.artifact import Entry, entries
+from fitsmall.compressors import inspect, load, save
+from fitsmall.compressors.dtypes import CODED
+from fitsmall.compressors.file import coding, reader, report, schema
 from fitsmall.compressors.file.coding import CODERS
+from fitsmall.compressors.file.reader import MIN_LIMIT, entries
+from fitsmall.compressors.file.schema import (
+    CODER_NAMES,
+    DTYPES,
+    FOOTER,
+    HEADER,
+    KINDS,
+    MAGIC,
+    VERSION,
+    Entry,
+    deflate,
+    inflate,
+    pack,
+    unpack,
+    varint,
+)
 from fitsmall.experiments.benchmarks.large import peak, reset_peak
 
-__all__ = ["Parts", "accepts", "forged", "main", "mutate", "opened", "sealed", "seeds"]
+__all__ = ["Parts", "accepts", "forge", "main", "mutate", "opened", "sealed", "seeds"]
 
 SECONDS = 1.0
 LIMIT = 2**18  # bytes that the tensors of a hostile file may take
@@ -58,9 +74,9 @@ def seeds() -> tuple[bytes, ...]:
         torch.arange(192).view(3, 2, 32) % 5
     )
     states: list[dict[str, Tensor]] = []
-    for dtype in artifact._DTYPES:
+    for dtype in DTYPES:
         states.append({f"dense.{dtype}": torch.arange(5).to(dtype)})
-    for dtype in codes.CODED:
+    for dtype in CODED:
         sparse = (i * (i % 7 == 0)).to(dtype)
         shared = (i % 4 * (i % 3 == 0)).to(dtype)
         tied = {f"shared.{dtype}": shared, f"tied.{dtype}": shared}
@@ -99,19 +115,17 @@ class Parts(NamedTuple):
 
 def opened(file: bytes) -> Parts | None:
     """The parts of a file, or None if its footer or its directory is broken."""
-    size, footer = artifact._HEADER.size, artifact._FOOTER.size
-    if len(file) < size + footer:
+    if len(file) < HEADER.size + FOOTER.size:
         return None
-    length, _ = artifact._FOOTER.unpack(file[-footer:])
-    start = len(file) - footer - length
-    if start < size:
+    length, _ = FOOTER.unpack(file[-FOOTER.size :])
+    start = len(file) - FOOTER.size - length
+    if start < HEADER.size:
         return None
     try:
-        inflate = zlib.decompressobj(-15, zdict=artifact._NAMES)
-        directory = inflate.decompress(file[start:-footer], 2**20)
-    except zlib.error:
+        directory = inflate(file[start : -FOOTER.size])
+    except ValueError:
         return None
-    return Parts(file[:size], file[size:start], directory)
+    return Parts(file[: HEADER.size], file[HEADER.size : start], directory)
 
 
 def sealed(parts: Parts) -> bytes:
@@ -121,26 +135,20 @@ def sealed(parts: Parts) -> bytes:
     >>> sealed(opened(file)) == file
     True
     """
-    packed = artifact._deflate(parts.directory)
+    packed = deflate(parts.directory)
     body = parts.head + parts.payload + packed
     length = len(packed).to_bytes(4, "little")
     return body + length + zlib.crc32(body + length).to_bytes(4, "little")
 
 
-def directory(found: Sequence[Entry]) -> bytes:
-    """The inflated directory of these entries."""
-    return artifact._varint(len(found)) + b"".join(map(artifact._pack, found))
-
-
-def forged(coder: str, found: Sequence[Entry], payload: bytes) -> bytes:
+def forge(coder: str, found: Sequence[Entry], payload: bytes) -> bytes:
     """A file of this coder, these entries and these streams, whether or not they fit.
 
-    >>> opened(forged("ans", [], b"streams"))
+    >>> opened(forge("ans", [], b"streams"))
     Parts(head=b'FSML\\x02\\x01', payload=b'streams', directory=b'\\x00')
     """
-    number = artifact._CODERS.index(coder)
-    head = artifact._HEADER.pack(artifact.MAGIC, artifact.VERSION, number)
-    return sealed(Parts(head, payload, directory(found)))
+    head = HEADER.pack(MAGIC, VERSION, CODER_NAMES.index(coder))
+    return sealed(Parts(head, payload, pack(found)))
 
 
 def mutate(file: bytes, dice: Random) -> bytes:
@@ -167,7 +175,7 @@ def edited(data: bytes, dice: Random) -> bytes:
         start = dice.randint(0, len(data))
         end = start + dice.choice((0, 1, 2, 9, 99))
         noise = dice.randbytes(dice.choice((1, end - start)))
-        piece = dice.choice((noise, b"", 2 * data[start:end], artifact._varint(number(dice))))
+        piece = dice.choice((noise, b"", 2 * data[start:end], varint(number(dice))))
         data = data[:start] + piece + data[end:]
     return data
 
@@ -185,7 +193,7 @@ def damage(parts: Parts, dice: Random) -> Parts:
 def claim(parts: Parts, dice: Random) -> Parts:
     """One entry that promises something else, in place of one or beside it; lengths add up."""
     try:
-        found = artifact._unpack(parts.directory)
+        found = unpack(parts.directory)
     except ValueError:
         return damage(parts, dice)
     k = dice.randint(0, len(found))
@@ -193,9 +201,9 @@ def claim(parts: Parts, dice: Random) -> Parts:
     claims: dict[str, Any] = {
         "name": dice.choice(("", "w" * (number(dice) % 2000), "\x1b[31m\n")),
         "shape": tuple(number(dice) for _ in range(dice.choice((0, 1, 2, 3, 70)))),
-        "dtype": dice.choice(artifact._DTYPES),
-        "storage": dice.choice(artifact._DTYPES),
-        "kind": dice.choice(artifact._KINDS),
+        "dtype": dice.choice(DTYPES),
+        "storage": dice.choice(DTYPES),
+        "kind": dice.choice(KINDS),
         "floats": number(dice),
         "positions": number(dice),
         "values": number(dice),
@@ -212,7 +220,7 @@ def claim(parts: Parts, dice: Random) -> Parts:
     payload = parts.payload
     if length < LONGEST:
         payload = payload[:length].ljust(length, dice.randbytes(1))
-    return Parts(parts.head, payload, directory(found))
+    return Parts(parts.head, payload, pack(found))
 
 
 def plausible(entry: Entry) -> Entry:
@@ -242,14 +250,14 @@ def greedy(length: int) -> Iterator[bytes]:
     for name, coder in CODERS.items():
         mask = (coder.encode(matrix % 2, 2).positions + noise)[:room]
         shape = (64, room * coding.IN_MASK // 64)
-        yield forged(name, [Entry("mask", shape, u8, "shared", u8, 1, room)], mask + b"\1")
+        yield forge(name, [Entry("mask", shape, u8, "shared", u8, 1, room)], mask + b"\1")
         values = (coder.encode(matrix % 64 + 1, 65).values + noise)[: room - 64]
         shape = (64, len(values) * coding.IN_VALUES // 64)
         entry = Entry("values", shape, u8, "shared", u8, 64, 0, len(values))
-        yield forged(name, [entry], values + bytes(range(64)))
-        zeros = bytes(artifact.HARMLESS // coding.IN_MATRIX)
-        entry = Entry("constant", (artifact.HARMLESS,), u8, "shared", u8, 1, len(zeros))
-        yield forged(name, [entry], zeros + b"\1")
+        yield forge(name, [entry], values + bytes(range(64)))
+        zeros = bytes(MIN_LIMIT // coding.IN_MATRIX)
+        entry = Entry("constant", (MIN_LIMIT,), u8, "shared", u8, 1, len(zeros))
+        yield forge(name, [entry], zeros + b"\1")
 
 
 # ------------------------------------------------------------------------------------ the attack
@@ -267,9 +275,9 @@ def accepts(path: Path, limit: int | None = LIMIT) -> bool:
         lambda: inspect(path, limit).table(),
     )
     accepted = True
-    for reader in readers:
+    for read in readers:
         try:
-            reader()
+            read()
         except Exception as error:
             message = str(error)
             if type(error) is not ValueError or str(path) not in message or "\n" in message:
@@ -304,7 +312,7 @@ class Tally(Structure):
         self.memory = max(self.memory, memory)
         if seconds > SECONDS:
             raise RuntimeError(f"reading took {seconds:.1f} seconds")
-        if memory > 4 * (limit or artifact.HARMLESS) + WORKING:
+        if memory > 4 * (limit or MIN_LIMIT) + WORKING:
             raise RuntimeError(f"reading took {memory:,} bytes of memory")
 
 
@@ -321,7 +329,7 @@ def _campaign(folder: Path, inputs: int, tallies: Sequence[Tally]) -> None:
     for file in greedy(GREEDY):
         path.write_bytes(file)
         tallies[0].attack(path, limit=None)
-    for module in (artifact, coding, report):
+    for module in (schema, reader, coding, report):
         for owner in (module, *(found for _, found in getmembers(module, isclass))):
             for _, function in getmembers(owner, isfunction):
                 if function.__module__ == module.__name__:
