@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fitsmall.compressors.dtypes import NARROWER, same_bits
+from fitsmall.compressors.dtypes import FLOATS, NARROWER, same_bits
 from fitsmall.compressors.file.coding import CODERS
 from fitsmall.compressors.lattice import spread
 
@@ -247,7 +247,17 @@ class Integer(Code):
 
 @dataclass(frozen=True, eq=False)
 class Sum(Code):
-    """Two tensors that are added up, ``w = first + second``.
+    """A sum of two tensors, ``w = first + second``, in their own precision.
+
+    IEEE 754 fixes every bit of it, so that all processors agree on it; only a NaN may have other
+    bits.
+
+    Args:
+        first: Code of a floating-point tensor.
+        second: Code of a tensor of the same shape and dtype.
+
+    Raises:
+        ValueError: The two differ in shape or dtype, or cannot be added.
 
     Example:
         >>> ones, corner = Dense(torch.ones(2, 2)), torch.tensor([[True, False], [False, False]])
@@ -258,6 +268,14 @@ class Sum(Code):
 
     first: Code
     second: Code
+
+    def __post_init__(self) -> None:
+        first, second = ((tuple(code.shape), code.dtype) for code in (self.first, self.second))
+        if first != second or self.dtype not in FLOATS:
+            raise ValueError(
+                f"a Sum is of two floating-point tensors of one shape and dtype, and got {first} "
+                f"and {second}"
+            )
 
     @property
     def shape(self) -> torch.Size:

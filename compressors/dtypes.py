@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-__all__ = ["CODED", "INTEGERS", "NARROWER", "same_bits"]
+__all__ = ["CODED", "FLOATS", "INTEGERS", "NARROWER", "same_bits"]
+
+# Types of weights that torch can add and multiply.
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Types that can be compared and looked up; tensors of the others are stored as they are.
 CODED = (
-    torch.float64,
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
+    *FLOATS,
     torch.int64,
     torch.int32,
     torch.int16,

@@ -11,7 +11,7 @@ form           matrix                       the two layers that compute the prod
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from fitsmall.compressors.codes import Code, Dense
+from fitsmall.compressors.dtypes import FLOATS
+from fitsmall.compressors.product import product
 from fitsmall.compressors.projections import Projection
 
 __all__ = [
@@ -32,15 +34,36 @@ __all__ = [
     "Truncate",
     "choose_ranks",
     "matrix",
+    "matrix_size",
     "price_of",
     "tensor",
 ]
 
-FORMS = ("channels", "separable")
+FORMS = ("channels", "separable")  # numbers in the file: append, never reorder
 
 # From here on a small part of the singular values is found faster by random projections
 # (Halko et al., 2011) than all of them.
 _LARGE, _FEW = 1024, 8
+
+
+def matrix_size(shape: Sequence[int], form: str = "channels") -> tuple[int, int]:
+    """Rows and columns of a weight of this shape as the matrix of a form.
+
+    Example:
+        >>> matrix_size((20, 3, 5, 4)), matrix_size((20, 3, 5, 4), "separable")
+        ((20, 60), (100, 12))
+    """
+    if len(shape) < 2:
+        raise ValueError(f"a tensor of shape {tuple(shape)} is no matrix and has no rank")
+    if form == "channels":
+        return shape[0], math.prod(shape[1:])
+    if form != "separable" or len(shape) != 4:
+        raise ValueError(
+            f"form {form!r} of a weight of shape {tuple(shape)}: choose channels, or separable "
+            "for convolutions in two dimensions"
+        )
+    outputs, inputs, height, width = shape
+    return outputs * height, inputs * width
 
 
 def matrix(weight: Tensor, form: str = "channels") -> Tensor:
@@ -51,16 +74,8 @@ def matrix(weight: Tensor, form: str = "channels") -> Tensor:
         >>> matrix(weight).shape, matrix(weight, "separable").shape
         (torch.Size([20, 60]), torch.Size([100, 12]))
     """
-    if weight.dim() < 2:
-        raise ValueError(f"a tensor of shape {tuple(weight.shape)} is no matrix and has no rank")
-    if form == "channels":
-        return weight.flatten(1)
-    if form != "separable" or weight.dim() != 4:
-        raise ValueError(
-            f"form {form!r} of a weight of shape {tuple(weight.shape)}: choose channels, or "
-            "separable for convolutions in two dimensions"
-        )
-    return weight.transpose(1, 2).flatten(2).flatten(0, 1)
+    size = matrix_size(weight.shape, form)
+    return (weight if form == "channels" else weight.transpose(1, 2)).reshape(size)
 
 
 def tensor(matrix: Tensor, shape: torch.Size, form: str = "channels") -> Tensor:
@@ -79,13 +94,17 @@ def tensor(matrix: Tensor, shape: torch.Size, form: str = "channels") -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Factors(Code):
-    """A product of two matrices, ``W = left right``.
+    """A product of two matrices, ``W = left right``, the same bits on every processor
+    (:func:`~.product.product`).
 
     Args:
         left: Code of the ``m x r`` matrix.
-        right: Code of the ``r x n`` matrix.
+        right: Code of the ``r x n`` matrix, of the same floating-point dtype.
         whole: Shape of the weight.
-        form: How the weight is a matrix.
+        form: How the weight is a matrix of ``m x n``.
+
+    Raises:
+        ValueError: The factors differ in dtype, or their product is not of that shape.
 
     Example:
         >>> column, row = Dense(torch.tensor([[1.0], [2.0]])), Dense(torch.tensor([[3.0, 4.0]]))
@@ -98,6 +117,20 @@ class Factors(Code):
     right: Code
     whole: torch.Size
     form: str = "channels"
+
+    def __post_init__(self) -> None:
+        left, right = tuple(self.left.shape), tuple(self.right.shape)
+        rows, columns = matrix_size(self.whole, self.form)
+        if len(left) != 2 or left[0] != rows or right != (left[1], columns):
+            raise ValueError(
+                f"factors of {left} and {right} do not give a weight of shape {tuple(self.whole)}, "
+                f"which is a matrix of {rows} x {columns}"
+            )
+        if self.left.dtype != self.right.dtype or self.dtype not in FLOATS:
+            raise ValueError(
+                f"factors are floating-point and of one dtype, and got {self.left.dtype} and "
+                f"{self.right.dtype}"
+            )
 
     @property
     def shape(self) -> torch.Size:
@@ -112,7 +145,7 @@ class Factors(Code):
         return self.left.shape[1]
 
     def decode(self) -> Tensor:
-        return tensor(self.left.decode() @ self.right.decode(), self.whole, self.form)
+        return tensor(product(self.left.decode(), self.right.decode()), self.whole, self.form)
 
     def bits(self) -> float:
         return self.left.bits() + self.right.bits()

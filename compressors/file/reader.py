@@ -7,7 +7,7 @@ allows, and every length in the directory is checked against the file before it 
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
 import numpy as np
@@ -29,8 +29,10 @@ from fitsmall.compressors.file.schema import (
     unpack,
 )
 from fitsmall.compressors.lattice import spread
+from fitsmall.compressors.lowrank import tensor
+from fitsmall.compressors.product import product
 
-__all__ = ["MIN_LIMIT", "entries", "load", "payloads", "read"]
+__all__ = ["MIN_LIMIT", "Payload", "entries", "load", "payloads", "read"]
 
 # By default the tensors of a file may take this many times its size, and this many bytes at least.
 MAX_RATIO, MIN_LIMIT = 10_000, 2**26
@@ -56,24 +58,72 @@ def read(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[tup
 
     Args:
         path: File that :func:`~fitsmall.compressors.save` wrote.
-        limit: Most bytes that the tensors may take together. A few bytes can describe any number
-            of zeros, so the default refuses what no honest model needs: more than 10,000 times
-            the file's size, where that is above 64 MiB.
+        limit: Most bytes that the tensors may take together, with the parts of sums and products.
+            A few bytes can describe any number of zeros, so the default refuses what no honest
+            model needs: more than 10,000 times the file's size, where that is above 64 MiB.
 
     Raises:
         ValueError: The file is damaged, truncated, too large once decoded, or not a fitsmall file.
     """
-    for entry, symbols, floats in payloads(path, limit):
-        yield entry, _tensor(entry, symbols, floats)
+    for payload in payloads(path, limit):
+        yield payload.entry, payload.decode()
 
 
-def payloads(
-    path: str | os.PathLike[str], limit: int | None = None
-) -> Iterator[tuple[Entry, Symbols | None, Tensor]]:
-    """Entries with their index matrix (None for dense ones) and their floats, one by one."""
+@dataclass(frozen=True, eq=False)
+class Payload:
+    """What the file holds of a tensor.
+
+    Args:
+        entry: How it is stored.
+        symbols: Index matrix of a sparse, shared or integer tensor: 0 where a weight is zero, else
+            1 + the index of its value.
+        floats: All values of a dense tensor, the non-zero ones of a sparse tensor, the codebook, or
+            the scales.
+        parts: Payloads of the summands or factors.
+    """
+
+    entry: Entry
+    symbols: Symbols | None = None
+    floats: Tensor = field(default_factory=lambda: torch.empty(0))
+    parts: tuple["Payload", ...] = ()
+
+    def leaves(self) -> Iterator["Payload"]:
+        """The payload itself, or those that sums and products end in."""
+        if not self.parts:
+            yield self
+        for part in self.parts:
+            yield from part.leaves()
+
+    def decode(self) -> Tensor:
+        """The tensor."""
+        entry = self.entry
+        if self.parts:
+            first, second = (part.decode() for part in self.parts)
+            if entry.kind == "sum":
+                return first + second
+            return tensor(product(first, second), torch.Size(entry.shape), entry.form)
+        floats = self.floats.to(entry.dtype)
+        if self.symbols is None:
+            return floats.view(entry.shape)
+        flat = self.symbols.reshape(-1)
+        if entry.kind == "sparse":
+            whole = torch.zeros(entry.numel, dtype=entry.dtype)
+            whole[torch.from_numpy(flat.view(np.bool_))] = floats
+            return whole.view(entry.shape)
+        if entry.kind == "integer":
+            below, above = entry.bounds
+            integers = torch.tensor([0, *range(-below, 0), *range(1, above + 1)])
+            whole = _look_up(integers.to(entry.dtype), flat).view(entry.shape)
+            whole *= spread(floats.view(entry.blocks), entry.shape)
+            return whole
+        return _look_up(torch.cat([floats.new_zeros(1), floats]), flat).view(entry.shape)
+
+
+def payloads(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[Payload]:
+    """What the file holds of each tensor, one by one; see :func:`read`."""
     with open(path, "rb") as file:
         coder, entries, offsets = _directory(file, os.fspath(path))
-        asked = sum(entry.numel * entry.dtype.itemsize for entry in entries)
+        asked = sum(entry.memory for entry in entries)
         allowed = max(MIN_LIMIT, MAX_RATIO * os.fstat(file.fileno()).st_size)
         if limit is not None:
             allowed = limit
@@ -84,20 +134,21 @@ def payloads(
             )
         tied = {entry.alias for entry in entries if entry.kind == "alias"}
         # Decoded once, or a few bytes for each name could make the reader decode for hours.
-        decoded: dict[int, tuple[Symbols | None, Tensor]] = {}
+        decoded: dict[int, Payload] = {}
         for position, entry in enumerate(entries):
             if entry.kind == "alias":
-                symbols, floats = decoded[entry.alias]
-                yield replace(entries[entry.alias], name=entry.name), symbols, floats.clone()
+                first = decoded[entry.alias]
+                renamed = replace(first.entry, name=entry.name)
+                yield replace(first, entry=renamed, floats=first.floats.clone())
                 continue
             file.seek(offsets[entry.name])
             try:
-                symbols, floats = _payload(file, entry, coder)
+                payload = _payload(file, entry, coder)
             except ValueError as error:
                 raise ValueError(f"{path} is damaged at tensor {entry.name!r}: {error}") from error
             if position in tied:
-                decoded[position] = symbols, floats
-            yield entry, symbols, floats
+                decoded[position] = payload
+            yield payload
 
 
 def entries(path: str | os.PathLike[str]) -> tuple[str, tuple[Entry, ...]]:
@@ -142,7 +193,10 @@ def _directory(file: BinaryIO, path: str) -> tuple[str, list[Entry], dict[str, i
     return CODER_NAMES[number], found, offsets
 
 
-def _payload(file: BinaryIO, entry: Entry, coder: str) -> tuple[Symbols | None, Tensor]:
+def _payload(file: BinaryIO, entry: Entry, coder: str) -> Payload:
+    """The payload that comes next in the file."""
+    if entry.parts:
+        return Payload(entry, parts=tuple(_payload(file, part, coder) for part in entry.parts))
     streams = Streams(file.read(entry.positions), file.read(entry.values))
     raw = bytearray(file.read(entry.float_bytes))
     if entry.storage == torch.bool and raw.translate(None, b"\0\1"):
@@ -151,39 +205,24 @@ def _payload(file: BinaryIO, entry: Entry, coder: str) -> tuple[Symbols | None, 
     if raw:
         floats = torch.frombuffer(raw, dtype=entry.storage)
     if entry.kind == "dense":
-        return None, floats
+        return Payload(entry, floats=floats)
     levels = 1 if entry.kind == "sparse" else entry.levels
     symbols = CODERS[coder].decode(streams, matrix_shape(entry.shape), levels + 1)
     if entry.kind == "sparse" and np.count_nonzero(symbols) != entry.floats:
         raise ValueError("positions and values differ in number")
     if symbols.size and int(symbols.max()) > levels:
         raise ValueError("an index points outside the codebook")
-    return symbols, floats
+    return Payload(entry, symbols, floats)
 
 
-def _tensor(entry: Entry, symbols: Symbols | None, floats: Tensor) -> Tensor:
-    floats = floats.to(entry.dtype)
-    if symbols is None:
-        return floats.view(entry.shape)
-    flat = symbols.reshape(-1)
-    tensor = torch.zeros(entry.numel, dtype=entry.dtype)
-    if entry.kind == "sparse":
-        tensor[torch.from_numpy(flat.view(np.bool_))] = floats
-        return tensor.view(entry.shape)
-    if entry.kind == "integer":
-        below, above = entry.bounds
-        integers = torch.tensor([0, *range(-below, 0), *range(1, above + 1)])
-        table = integers.to(entry.dtype)
-    else:
-        table = torch.cat([tensor.new_zeros(1), floats])
+def _look_up(table: Tensor, symbols: Symbols) -> Tensor:
+    """The value of each symbol."""
+    values = table.new_empty(symbols.size)
     # Block by block: torch wants 32-bit indexes, four times the memory of the symbols.
-    for start in range(0, entry.numel, _BLOCK):
-        index = torch.from_numpy(flat[start : start + _BLOCK].astype(np.int32))
-        tensor[start : start + _BLOCK] = table.index_select(0, index)
-    tensor = tensor.view(entry.shape)
-    if entry.kind == "integer":
-        tensor *= spread(floats.view(entry.blocks), tensor.shape)
-    return tensor
+    for start in range(0, symbols.size, _BLOCK):
+        index = torch.from_numpy(symbols[start : start + _BLOCK].astype(np.int32))
+        values[start : start + _BLOCK] = table.index_select(0, index)
+    return values
 
 
 def _crc(file: BinaryIO, length: int) -> int:

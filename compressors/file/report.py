@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from fitsmall.compressors.file.coding import Symbols
-from fitsmall.compressors.file.reader import entries, payloads
-from fitsmall.compressors.file.schema import Entry
+from fitsmall.compressors.file.reader import Payload, entries, payloads
 from fitsmall.compressors.surgery.factors import weights_saved
 
 __all__ = ["Report", "TensorReport", "inspect"]
@@ -196,21 +195,40 @@ def inspect(path: str | os.PathLike[str], limit: int | None = None) -> Report:
     coder, found = entries(path)
     tied = {entry.name for entry in found if entry.kind == "alias"}
     reports = tuple(
-        _report(entry, symbols, floats)
-        for entry, symbols, floats in payloads(path, limit)
-        if entry.name not in tied
+        _report(payload) for payload in payloads(path, limit) if payload.entry.name not in tied
     )
     total = os.path.getsize(path)
     return Report(Path(path), coder, reports, total - sum(r.bytes for r in reports), total)
 
 
-def _report(entry: Entry, symbols: Symbols | None, floats: torch.Tensor) -> TensorReport:
+def _report(payload: Payload) -> TensorReport:
+    entry = payload.entry
+    leaves = [_leaf_report(leaf) for leaf in payload.leaves()]
+    if not payload.parts:
+        return leaves[0]
+    return TensorReport(
+        name=entry.name,
+        shape=entry.shape,
+        weights=entry.numel,
+        kept=int(payload.decode().count_nonzero()),
+        levels=0,
+        bytes_dense=entry.numel * entry.dtype.itemsize,
+        pruned_bytes=sum(leaf.pruned_bytes for leaf in leaves),
+        shared_bytes=sum(leaf.shared_bytes for leaf in leaves),
+        position_bytes=sum(leaf.position_bytes for leaf in leaves),
+        value_bytes=sum(leaf.value_bytes for leaf in leaves),
+        float_bytes=sum(leaf.float_bytes for leaf in leaves),
+    )
+
+
+def _leaf_report(leaf: Payload) -> TensorReport:
+    entry, symbols = leaf.entry, leaf.symbols
     width = entry.dtype.itemsize
     dense = pruned = shared = entry.numel * width
     levels = entry.levels
     if symbols is None:
         # By bytes, since torch cannot count every dtype that it can hold.
-        weights = floats.view(torch.uint8).view(-1, entry.storage.itemsize)
+        weights = leaf.floats.view(torch.uint8).view(-1, entry.storage.itemsize)
         kept = int(weights.any(dim=1).count_nonzero())
     else:
         kept, pairs, gap = _relative(symbols, _CONV_GAP if len(entry.shape) > 2 else _LINEAR_GAP)

@@ -3,7 +3,8 @@
 Layout, integers little-endian, ``varint`` as in LEB128::
 
     magic "FSML" | version u8 | coder u8
-    payload of each tensor, in order: positions | values | floats
+    payload of each tensor, in order: positions | values | floats; of a sum or a product: the
+        payload of each part | padding
     directory: an entry for each tensor, raw deflate
     directory's length u32 | CRC-32 of everything before it u32
 
@@ -20,9 +21,10 @@ from typing import TypeVar
 
 import torch
 
-from fitsmall.compressors.dtypes import CODED, NARROWER
+from fitsmall.compressors.dtypes import CODED, FLOATS, NARROWER
 from fitsmall.compressors.file.coding import MAX_LEVELS
 from fitsmall.compressors.lattice import LARGEST
+from fitsmall.compressors.lowrank import FORMS, matrix_size
 
 __all__ = [
     "CODER_NAMES",
@@ -31,7 +33,9 @@ __all__ = [
     "HEADER",
     "KINDS",
     "MAGIC",
+    "MAX_DEPTH",
     "OLD_MAGIC",
+    "TERMS_IN_BYTE",
     "VERSION",
     "Entry",
     "check",
@@ -47,13 +51,13 @@ _T = TypeVar("_T")
 
 MAGIC = b"FSML"
 OLD_MAGIC = b"PFIT"  # of files named .pressfit, the project's first name
-VERSION = 2  # which added the kind "integer"
+VERSION = 3  # 2 added the kind "integer", 3 sums and products
 HEADER = struct.Struct("<4sBB")  # magic, version, coder
 FOOTER = struct.Struct("<II")  # length of the directory, CRC-32
 
 # Numbers in the file: append, never reorder.
 CODER_NAMES = ("huffman", "ans", "context")
-KINDS = ("dense", "sparse", "shared", "alias", "integer")
+KINDS = ("dense", "sparse", "shared", "alias", "integer", "sum", "product")
 DTYPES = (
     torch.float32,
     torch.bfloat16,
@@ -78,6 +82,13 @@ DTYPES = (
 # that is more redundant.
 _MAX_NAME, _MAX_DIMENSIONS, _MAX_WEIGHTS, _MAX_INFLATION = 1024, 64, 2**44, 64
 
+# Sums and products within each other. A writer multiplies and adds up what is nested more deeply.
+MAX_DEPTH = 16
+
+# The most terms of products that a byte may stand for, or a few bytes could keep a reader busy for
+# hours; sums and products are padded to that.
+TERMS_IN_BYTE = 2**19
+
 # Names that most modules share, so that a small file does not spend bytes on spelling them.
 _COMMON_NAMES = (
     b".num_batches_tracked.running_mean.running_var.in_proj_weight.in_proj_bias.out_proj"
@@ -96,8 +107,8 @@ class Entry:
         shape: Shape of the tensor.
         dtype: Its dtype.
         kind: ``dense`` (floats only), ``sparse`` (positions, floats), ``shared`` (positions,
-            values, codebook), ``integer`` (positions, values, scales) or ``alias`` (the same tensor
-            as entry number ``alias``).
+            values, codebook), ``integer`` (positions, values, scales), ``alias`` (the same tensor
+            as entry number ``alias``), or the ``sum`` or matrix ``product`` of two parts.
         storage: Dtype of the floats in the file, no wider than ``dtype``.
         floats: Number of floats: all, the non-zero ones, the codebook's, or the scales.
         positions: Bytes of the stream that says which weights are not zero.
@@ -105,6 +116,9 @@ class Entry:
         alias: Index of the entry whose tensor this one is, for tied weights.
         bounds: Number of integers below zero and above it.
         blocks: Number of scales along each dimension.
+        parts: Entries of the two summands or factors, under the same name.
+        form: How a product is a weight, see :mod:`~fitsmall.compressors.lowrank`.
+        padding: Bytes of zeros after the parts.
     """
 
     name: str
@@ -118,6 +132,9 @@ class Entry:
     alias: int = 0
     bounds: tuple[int, int] = (0, 0)
     blocks: tuple[int, ...] = ()
+    parts: tuple["Entry", ...] = ()
+    form: str = "channels"
+    padding: int = 0
 
     @property
     def levels(self) -> int:
@@ -135,7 +152,25 @@ class Entry:
     @property
     def bytes(self) -> int:
         """Bytes of the payload."""
-        return self.positions + self.values + self.float_bytes
+        own = self.positions + self.values + self.float_bytes + self.padding
+        return own + sum(part.bytes for part in self.parts)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the tensor and of those that it is made of."""
+        own = 0 if self.kind == "sum" else self.numel * self.dtype.itemsize
+        return own + sum(part.memory for part in self.parts)
+
+    @property
+    def terms(self) -> int:
+        """Terms to add up in all products."""
+        own = self.numel * self.parts[0].shape[1] if self.kind == "product" else 0
+        return own + sum(part.terms for part in self.parts)
+
+    @property
+    def least_bytes(self) -> int:
+        """The fewest bytes for so many terms."""
+        return self.terms // TERMS_IN_BYTE
 
 
 def pack(entries: Sequence[Entry]) -> bytes:
@@ -197,9 +232,7 @@ def check(entries: Sequence[Entry], payload: int) -> None:
         ValueError: An entry contradicts itself or another one, or the lengths do not add up.
     """
     for position, entry in enumerate(entries):
-        # A dimension of size zero must not excuse the others: torch multiplies them into strides.
-        if math.prod(max(1, size) for size in entry.shape) > _MAX_WEIGHTS:
-            raise ValueError(f"{entry.name!r} has an impossible shape")
+        _check_shape(entry)
         if entry.kind == "alias":
             target = entries[entry.alias] if entry.alias < position else entry
             same = (target.shape, target.dtype) == (entry.shape, entry.dtype)
@@ -207,11 +240,26 @@ def check(entries: Sequence[Entry], payload: int) -> None:
                 raise ValueError(f"{entry.name!r} is tied to a tensor that is not there")
         else:
             _check_entry(entry)
+            if entry.bytes < entry.least_bytes:
+                raise ValueError(f"{entry.name!r} has products of more terms than its bytes allow")
     if sum(entry.bytes for entry in entries) != payload:
         raise ValueError("the lengths of its tensors do not add up")
 
 
+def _check_shape(entry: Entry) -> None:
+    # A dimension of size zero must not excuse the others: torch multiplies them into strides.
+    if math.prod(max(1, size) for size in entry.shape) > _MAX_WEIGHTS:
+        raise ValueError(f"{entry.name!r} has an impossible shape")
+
+
 def _check_entry(entry: Entry) -> None:
+    if entry.parts:
+        if entry.dtype not in FLOATS:
+            raise ValueError(f"{entry.name!r} is {entry.dtype}, but a {entry.kind}")
+        for part in entry.parts:
+            _check_shape(part)
+            _check_entry(part)
+        return
     if entry.storage not in (entry.dtype, *NARROWER.get(entry.dtype, ())):
         raise ValueError(f"{entry.name!r} is {entry.dtype}, but stored as {entry.storage}")
     if entry.kind == "dense":
@@ -220,10 +268,10 @@ def _check_entry(entry: Entry) -> None:
         return
     if entry.dtype not in CODED:
         raise ValueError(f"{entry.name!r} is {entry.dtype}, which is only stored dense")
-    if entry.floats > entry.numel:
-        raise ValueError(f"{entry.name!r} has more values than weights")
     if entry.kind == "shared" and entry.floats > MAX_LEVELS:
         raise ValueError(f"{entry.name!r} has a codebook of {entry.floats} levels")
+    if entry.kind == "sparse" and entry.floats > entry.numel:
+        raise ValueError(f"{entry.name!r} has more values than weights")
     if entry.kind == "integer":
         _check_integer(entry)
 
@@ -269,14 +317,24 @@ def varint(value: int) -> bytes:
 
 def _pack_entry(entry: Entry) -> bytes:
     name = entry.name.encode()
-    fields = [DTYPES.index(entry.dtype), len(entry.shape), *entry.shape, KINDS.index(entry.kind)]
-    if entry.kind == "alias":
-        fields += [entry.alias]
-    else:
-        fields += [DTYPES.index(entry.storage), entry.floats]
-        fields += [entry.positions, entry.values] if entry.kind != "dense" else []
-        fields += [*entry.bounds, *entry.blocks] if entry.kind == "integer" else []
+    fields = [DTYPES.index(entry.dtype), len(entry.shape), *entry.shape, *_fields(entry)]
     return varint(len(name)) + name + b"".join(map(varint, fields))
+
+
+def _fields(entry: Entry) -> list[int]:
+    """What the directory says of an entry besides its name, dtype and shape."""
+    fields = [KINDS.index(entry.kind)]
+    if entry.kind == "alias":
+        return [*fields, entry.alias]
+    if entry.parts:
+        first, second = entry.parts
+        if entry.kind == "product":
+            fields += [FORMS.index(entry.form), first.shape[1]]
+        return [*fields, entry.padding, *_fields(first), *_fields(second)]
+    fields += [DTYPES.index(entry.storage), entry.floats]
+    fields += [entry.positions, entry.values] if entry.kind != "dense" else []
+    fields += [*entry.bounds, *entry.blocks] if entry.kind == "integer" else []
+    return fields
 
 
 class _Reader:
@@ -292,17 +350,37 @@ class _Reader:
         if dimensions > _MAX_DIMENSIONS:
             raise ValueError(f"{name!r} has {dimensions} dimensions")
         shape = tuple(self.varint() for _ in range(dimensions))
-        kind = self.one_of(KINDS, "kind of tensor")
-        if kind == "alias":
-            return Entry(name, shape, dtype, kind, alias=self.varint())
-        storage, floats = self.one_of(DTYPES, "dtype"), self.varint()
-        entry = Entry(name, shape, dtype, kind, storage, floats)
-        if kind != "dense":
+        return self.fields(Entry(name, shape, dtype, self.one_of(KINDS, "kind of tensor")), 0)
+
+    def fields(self, entry: Entry, depth: int) -> Entry:
+        """The entry with what :func:`_fields` wrote after its kind."""
+        if entry.kind == "alias":
+            if depth:
+                raise ValueError(f"{entry.name!r} has a part that is tied to another tensor")
+            return replace(entry, alias=self.varint())
+        if entry.kind in ("sum", "product"):
+            if depth == MAX_DEPTH:
+                raise ValueError(f"{entry.name!r} is nested more than {MAX_DEPTH} times")
+            shapes = [entry.shape] * 2
+            if entry.kind == "product":
+                entry = replace(entry, form=self.one_of(FORMS, "form"))
+                (rows, columns), rank = matrix_size(entry.shape, entry.form), self.varint()
+                shapes = [(rows, rank), (rank, columns)]
+            entry = replace(entry, padding=self.varint())
+            parts = [self.part(entry, shape, depth + 1) for shape in shapes]
+            return replace(entry, parts=tuple(parts))
+        entry = replace(entry, storage=self.one_of(DTYPES, "dtype"), floats=self.varint())
+        if entry.kind != "dense":
             entry = replace(entry, positions=self.varint(), values=self.varint())
-        if kind == "integer":
+        if entry.kind == "integer":
             bounds = self.varint(), self.varint()
-            entry = replace(entry, bounds=bounds, blocks=tuple(self.varint() for _ in shape))
+            blocks = tuple(self.varint() for _ in entry.shape)
+            entry = replace(entry, bounds=bounds, blocks=blocks)
         return entry
+
+    def part(self, whole: Entry, shape: tuple[int, ...], depth: int) -> Entry:
+        kind = self.one_of(KINDS, "kind of tensor")
+        return self.fields(Entry(whole.name, shape, whole.dtype, kind), depth)
 
     def take(self, length: int) -> bytes:
         end = self.position + length

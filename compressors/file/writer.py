@@ -5,7 +5,7 @@ import struct
 import tempfile
 import weakref
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -13,21 +13,24 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from fitsmall.compressors.codes import Code, Dense, Integer, Lookup, Sparse
+from fitsmall.compressors.codes import Code, Dense, Integer, Lookup, Sparse, Sum
+from fitsmall.compressors.dtypes import CODED, FLOATS
 from fitsmall.compressors.exact import exact
-from fitsmall.compressors.file.coding import CODERS, Coder, Streams
+from fitsmall.compressors.file.coding import CODERS, MAX_LEVELS, Coder, Streams
 from fitsmall.compressors.file.schema import (
     CODER_NAMES,
     DTYPES,
     FOOTER,
     HEADER,
     MAGIC,
+    MAX_DEPTH,
     VERSION,
     Entry,
     check_name,
     deflate,
     pack,
 )
+from fitsmall.compressors.lowrank import Factors
 
 __all__ = ["estimate", "save"]
 
@@ -38,7 +41,9 @@ def save(
     """Write a state dict, and return the size of the file in bytes.
 
     A plain tensor is stored as the cheapest code that is exact (:func:`~.exact.exact`), whatever
-    made it compressible. The file appears under its name only when it is complete.
+    made it compressible. A code is stored as it is, sums and products with their parts; one of
+    another class is decoded, and stored like a plain tensor. The file appears under its name only
+    when it is complete.
 
     Args:
         path: File to write; an existing one is replaced.
@@ -46,7 +51,7 @@ def save(
         coder: ``"context"`` (smallest), ``"ans"`` (fastest to read) or ``"huffman"``.
 
     Raises:
-        TypeError: An entry is neither a tensor nor a code.
+        TypeError: An entry is neither a tensor nor a code, or of a dtype that no file can hold.
         ValueError: A name is longer than 1,024 characters, or cannot be printed.
 
     Example:
@@ -85,19 +90,16 @@ def estimate(tensors: Mapping[str, Tensor | Code]) -> int:
         >>> estimate({"weight": torch.zeros(1000, 1000)}) < 100
         True
     """
-    payload = 0
-    entries = []
-    seen: set[int] = set()
-    for name, value in tensors.items():
-        code = exact(value) if isinstance(value, Tensor) else value
-        size = 0 if id(value) in seen else round(code.bits() / 8)
-        seen.add(id(value))
-        payload += size
-        entry = Entry(name, tuple(code.shape), code.dtype, "sparse", values=size)
-        if isinstance(code, Integer):
-            blocks = tuple(code.scales.shape)
-            entry = replace(entry, kind="integer", bounds=code.bounds, blocks=blocks)
-        entries.append(entry)
+    entries: list[Entry] = []
+    seen: dict[int, int] = {}
+    for position, (name, value) in enumerate(tensors.items()):
+        code = exact(value) if isinstance(value, Tensor) else _storable(value)
+        first = seen.setdefault(id(value), position)
+        if first != position:
+            entries.append(Entry(name, tuple(code.shape), code.dtype, "alias", alias=first))
+        else:
+            entries.append(_estimated(name, code))
+    payload = sum(entry.bytes for entry in entries)
     return HEADER.size + payload + len(deflate(pack(entries))) + FOOTER.size
 
 
@@ -118,13 +120,14 @@ def _write(file: BinaryIO, tensors: Mapping[str, Tensor | Code], coder: str) -> 
                 entries.append(Entry(name, tuple(value.shape), value.dtype, "alias", alias=first))
                 continue
             seen[memory] = (position, weakref.ref(value))
-        code = exact(value) if isinstance(value, Tensor) else value
-        if code.dtype not in DTYPES:
-            raise TypeError(f"{name!r} is {code.dtype}, which no file can hold")
+        if value.dtype not in DTYPES:
+            raise TypeError(f"{name!r} is {value.dtype}, which no file can hold")
+        code = exact(value) if isinstance(value, Tensor) else _storable(value)
         entry, blobs = _encode(name, code, CODERS[coder])
-        for blob in blobs:
+        padding = max(0, entry.least_bytes - entry.bytes)
+        for blob in (*blobs, bytes(padding)):
             checked.write(blob)
-        entries.append(entry)
+        entries.append(replace(entry, padding=padding))
     directory = deflate(pack(entries))
     checked.write(directory)
     checked.write(struct.pack("<I", len(directory)))
@@ -142,25 +145,74 @@ class _Checksummed:
         self.file.write(data)
 
 
+def _storable(code: Code, depth: int = 0) -> Code:
+    """The same code; where the file has no kind for it, the cheapest code of the same tensor."""
+    match code:
+        case Sum() if depth < MAX_DEPTH:
+            return Sum(_storable(code.first, depth + 1), _storable(code.second, depth + 1))
+        case Factors() if depth < MAX_DEPTH:
+            left, right = _storable(code.left, depth + 1), _storable(code.right, depth + 1)
+            return Factors(left, right, code.whole, code.form)
+    return exact(code.decode()) if _leaf(code) is None else code
+
+
+def _leaf(code: Code) -> tuple[str, Dense] | None:
+    """The kind of a code in the file and its floats, or None if there is no such kind."""
+    if isinstance(code, Dense):
+        return "dense", code
+    if code.dtype not in CODED:
+        return None
+    match code:
+        case Sparse(values=Dense() as floats):
+            return "sparse", floats
+        case Lookup(codebook=Dense() as floats) | Sparse(values=Lookup(codebook=Dense() as floats)):
+            return ("shared", floats) if floats.shape.numel() <= MAX_LEVELS else None
+        case Integer(scales=Dense() as floats) if code.dtype in FLOATS and code.shape.numel():
+            return "integer", floats
+    return None
+
+
 def _encode(name: str, code: Code, coder: Coder) -> tuple[Entry, list[bytes | memoryview]]:
-    kind, leaf = "dense", code
-    if isinstance(code, Sparse | Lookup):
-        inner = code.values if isinstance(code, Sparse) else code
-        kind = "shared" if isinstance(inner, Lookup) else "sparse"
-        leaf = inner.codebook if isinstance(inner, Lookup) else inner
-    elif isinstance(code, Integer):
-        kind, leaf = "integer", code.scales
-    if not isinstance(leaf, Dense):
-        raise TypeError(f"{name!r}: no file can hold leaves of type {type(leaf).__name__}")
-    raw = leaf.values.detach().cpu().to(leaf.storage).contiguous().flatten()
-    entry = Entry(name, tuple(code.shape), code.dtype, kind, leaf.storage, raw.numel())
+    """The entry of a code, and its payload."""
+    if isinstance(code, Sum | Factors):
+        encoded = [_encode(name, part, coder) for part in _parts(code)]
+        blobs = [blob for _, blobs in encoded for blob in blobs]
+        return _composed(name, code, [entry for entry, _ in encoded]), blobs
+    leaf = _leaf(code)
+    if leaf is None:
+        raise TypeError(f"{name!r}: the file has no kind for a {type(code).__name__}")
+    kind, floats = leaf
+    raw = floats.values.detach().cpu().to(floats.storage).contiguous().flatten()
+    entry = Entry(name, tuple(code.shape), code.dtype, kind, floats.storage, raw.numel())
     if isinstance(code, Integer):
-        entry = replace(entry, bounds=code.bounds, blocks=tuple(leaf.shape))
+        entry = replace(entry, bounds=code.bounds, blocks=tuple(floats.shape))
     streams = Streams(b"", b"")
     if isinstance(code, Sparse | Lookup | Integer):
         streams = coder.encode(code.symbols(), (entry.levels or 1) + 1)
     entry = replace(entry, positions=len(streams.positions), values=len(streams.values))
     return entry, [streams.positions, streams.values, _bytes(raw)]
+
+
+def _estimated(name: str, code: Code) -> Entry:
+    """An entry like that of a code, of about as many bytes."""
+    if isinstance(code, Sum | Factors):
+        return _composed(name, code, [_estimated(name, part) for part in _parts(code)])
+    size = round(code.bits() / 8)
+    entry = Entry(name, tuple(code.shape), code.dtype, "sparse", values=size)
+    if isinstance(code, Integer):
+        blocks = tuple(code.scales.shape)
+        entry = replace(entry, kind="integer", bounds=code.bounds, blocks=blocks)
+    return entry
+
+
+def _parts(code: Sum | Factors) -> tuple[Code, Code]:
+    return (code.first, code.second) if isinstance(code, Sum) else (code.left, code.right)
+
+
+def _composed(name: str, code: Sum | Factors, parts: Sequence[Entry]) -> Entry:
+    """The entry of a sum or a product of these parts."""
+    entry = Entry(name, tuple(code.shape), code.dtype, "sum", parts=tuple(parts))
+    return replace(entry, kind="product", form=code.form) if isinstance(code, Factors) else entry
 
 
 def _bytes(flat: Tensor) -> memoryview:

@@ -10,12 +10,13 @@ exit status 1.
 """
 
 import argparse
+import math
 import shutil
 import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from ctypes import Structure, c_double, c_long
 from dataclasses import replace
 from functools import cache
@@ -31,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fitsmall.compressors import inspect, load, save
+from fitsmall.compressors import Code, Dense, Factors, Sum, exact, inspect, load, save
 from fitsmall.compressors.dtypes import CODED
 from fitsmall.compressors.file import coding, reader, report, schema
 from fitsmall.compressors.file.coding import CODERS
@@ -43,6 +44,8 @@ from fitsmall.compressors.file.schema import (
     HEADER,
     KINDS,
     MAGIC,
+    MAX_DEPTH,
+    TERMS_IN_BYTE,
     VERSION,
     Entry,
     deflate,
@@ -51,9 +54,10 @@ from fitsmall.compressors.file.schema import (
     unpack,
     varint,
 )
+from fitsmall.compressors.lowrank import FORMS
 from fitsmall.experiments.benchmarks.large import peak, reset_peak
 
-__all__ = ["Parts", "accepts", "forge", "main", "mutate", "opened", "sealed", "seeds"]
+__all__ = ["Parts", "accepts", "forge", "main", "mutate", "put_together", "seeds", "take_apart"]
 
 SECONDS = 1.0
 LIMIT = 2**18  # bytes that the tensors of a hostile file may take
@@ -69,11 +73,15 @@ def seeds() -> tuple[bytes, ...]:
     """Small files of every coder, kind and dtype, with empty tensors, scalars and tied ones."""
     i = torch.arange(60).view(6, 10)
     many = torch.arange(300).repeat(2)
-    steps = (2 * torch.arange(6).view(6, 1) + 97) / 128
+    scales = (2 * torch.arange(6).view(6, 1) + 97) / 128
     wide = (2 * torch.arange(6).view(3, 2, 1) + 97).bfloat16() * (
         torch.arange(192).view(3, 2, 32) % 5
     )
-    states: list[dict[str, Tensor]] = []
+    dense, few = Dense(i / 7), exact(i % 4 * (i % 3 == 0) / 2)
+    left, right = Dense(i[:, :3] / 7), exact(i[:3] % 5 / 4)
+    product = Factors(left, right, torch.Size([6, 10]))
+    kernels = Factors(left, right, torch.Size([3, 5, 2, 2]), "separable")
+    states: list[Mapping[str, Tensor | Code]] = []
     for dtype in DTYPES:
         states.append({f"dense.{dtype}": torch.arange(5).to(dtype)})
     for dtype in CODED:
@@ -85,11 +93,13 @@ def seeds() -> tuple[bytes, ...]:
         {"empty": torch.empty(0, 4), "scalar": torch.tensor(3.5), "zeros": torch.zeros(20, 30)},
         {"levels": many.to(torch.int16), "rare": (many % 299 == 0).float(), "": torch.ones(70)},
         {
-            "integers": steps * (i % 16 - 8),
-            "up": steps * (i % 9 * (i % 2)),
+            "integers": scales * (i % 16 - 8),
+            "up": scales * (i % 9 * (i % 2)),
             "blocks": wide.view(3, 64),
         },
         {"conv": (i % 5 * (i % 2)).float().view(3, 2, 5, 2), "tall": (i % 5).double().view(60, 1)},
+        {"sum": Sum(dense, few), "product": product},
+        {"kernels": kernels, "nested": Sum(Sum(few, product), few)},
         {},
     ]
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +123,7 @@ class Parts(NamedTuple):
     directory: bytes
 
 
-def opened(file: bytes) -> Parts | None:
+def take_apart(file: bytes) -> Parts | None:
     """The parts of a file, or None if its footer or its directory is broken."""
     if len(file) < HEADER.size + FOOTER.size:
         return None
@@ -128,11 +138,11 @@ def opened(file: bytes) -> Parts | None:
     return Parts(file[: HEADER.size], file[HEADER.size : start], directory)
 
 
-def sealed(parts: Parts) -> bytes:
+def put_together(parts: Parts) -> bytes:
     """The file of these parts. The directory's length and the checksum are right.
 
     >>> file = seeds()[0]
-    >>> sealed(opened(file)) == file
+    >>> put_together(take_apart(file)) == file
     True
     """
     packed = deflate(parts.directory)
@@ -144,23 +154,23 @@ def sealed(parts: Parts) -> bytes:
 def forge(coder: str, found: Sequence[Entry], payload: bytes) -> bytes:
     """A file of this coder, these entries and these streams, whether or not they fit.
 
-    >>> opened(forge("ans", [], b"streams"))
-    Parts(head=b'FSML\\x02\\x01', payload=b'streams', directory=b'\\x00')
+    >>> take_apart(forge("ans", [], b"streams"))
+    Parts(head=b'FSML\\x03\\x01', payload=b'streams', directory=b'\\x00')
     """
     head = HEADER.pack(MAGIC, VERSION, CODER_NAMES.index(coder))
-    return sealed(Parts(head, payload, pack(found)))
+    return put_together(Parts(head, payload, pack(found)))
 
 
 def mutate(file: bytes, dice: Random) -> bytes:
     """A hostile relative of a file. Most have a length and a checksum that are right."""
     if dice.randrange(4):
         file = dice.choice(seeds())  # or what is damaged most would be damaged further
-    parts = opened(file)
+    parts = take_apart(file)
     if parts is None or dice.randrange(8) == 0:
         cut = dice.randint(0, len(file))
         end = dice.choice(seeds())[cut:]
-        return dice.choice((edited(file, dice), file[:cut], file[:cut] + end))
-    return sealed(dice.choice((damage, damage, claim, claim, splice))(parts, dice))
+        return dice.choice((edit(file, dice), file[:cut], file[:cut] + end))
+    return put_together(dice.choice((damage, damage, claim, claim, splice))(parts, dice))
 
 
 def number(dice: Random) -> int:
@@ -169,7 +179,7 @@ def number(dice: Random) -> int:
     return dice.choice((dice.randrange(9), dice.randrange(300), power - dice.randint(0, 1)))
 
 
-def edited(data: bytes, dice: Random) -> bytes:
+def edit(data: bytes, dice: Random) -> bytes:
     """Up to four places overwritten, removed, repeated, or filled with a number."""
     for _ in range(dice.randint(1, 4)):
         start = dice.randint(0, len(data))
@@ -184,7 +194,7 @@ def damage(parts: Parts, dice: Random) -> Parts:
     """Streams, header or directory edited. Streams keep their length, or none would be read."""
     field = dice.choice(("head", "payload", "payload", "payload", "directory", "directory"))
     whole = getattr(parts, field)
-    part = edited(whole, dice)
+    part = edit(whole, dice)
     if field != "directory":
         part = part[: len(whole)].ljust(len(whole), b"\0")
     return parts._replace(**{field: part})
@@ -203,16 +213,20 @@ def claim(parts: Parts, dice: Random) -> Parts:
         "shape": tuple(number(dice) for _ in range(dice.choice((0, 1, 2, 3, 70)))),
         "dtype": dice.choice(DTYPES),
         "storage": dice.choice(DTYPES),
-        "kind": dice.choice(KINDS),
+        "kind": dice.choice(KINDS[:-2]),  # see composed() for sums and products
         "floats": number(dice),
         "positions": number(dice),
         "values": number(dice),
         "alias": number(dice),
         "bounds": (number(dice), number(dice)),
         "blocks": tuple(number(dice) for _ in entry.shape),
+        "form": dice.choice(FORMS),
+        "padding": number(dice),
     }
     made = dice.sample([*claims], dice.randint(1, 3))
     entry = replace(entry, **{"name": f"{entry.name}2"} | {field: claims[field] for field in made})
+    for _ in range(dice.choice((0, 0, 0, 1, 2, 20))):
+        entry = composed(entry, dice)
     if dice.randrange(2):
         entry = plausible(entry)
     found[k : k + dice.randint(0, 1)] = [entry]
@@ -223,8 +237,22 @@ def claim(parts: Parts, dice: Random) -> Parts:
     return Parts(parts.head, payload, pack(found))
 
 
+def composed(entry: Entry, dice: Random) -> Entry:
+    """The entry as a part of a sum or a product."""
+    whole = other = replace(entry, kind="sum", parts=(), padding=dice.choice((0, number(dice))))
+    if len(entry.shape) == 2 and dice.randrange(2):
+        (rows, columns), rank = entry.shape, number(dice)
+        whole = replace(whole, kind="product")
+        entry, other = replace(entry, shape=(rows, rank)), replace(other, shape=(rank, columns))
+    other = replace(other, kind=dice.choice(KINDS[:3]))
+    return replace(whole, parts=(entry, other))
+
+
 def plausible(entry: Entry) -> Entry:
     """The entry with as many floats and bytes as a reader wants to see before it decodes."""
+    if entry.parts:
+        entry = replace(entry, parts=tuple(map(plausible, entry.parts)))
+        return replace(entry, padding=max(0, entry.least_bytes - entry.bytes))
     entry = replace(entry, storage=entry.dtype)
     if entry.kind == "dense":
         return replace(entry, floats=entry.numel, positions=0, values=0)
@@ -234,7 +262,7 @@ def plausible(entry: Entry) -> Entry:
 
 def splice(parts: Parts, dice: Random) -> Parts:
     """All entries and streams of two files, under the coder of either."""
-    other = opened(dice.choice(seeds()))
+    other = take_apart(dice.choice(seeds()))
     if other is None:
         raise RuntimeError("an honest file cannot be opened")
     mine, theirs = parts.directory or b"\0", other.directory
@@ -258,6 +286,16 @@ def greedy(length: int) -> Iterator[bytes]:
         zeros = bytes(MIN_LIMIT // coding.IN_MATRIX)
         entry = Entry("constant", (MIN_LIMIT,), u8, "shared", u8, 1, len(zeros))
         yield forge(name, [entry], zeros + b"\1")
+        half, side = torch.float16, math.isqrt(MIN_LIMIT // 2 // MAX_DEPTH)
+        entry = part = Entry("sum", (side, side), half, "shared", half, 1, 4)
+        for _ in range(MAX_DEPTH - 1):
+            entry = replace(part, kind="sum", parts=(entry, part))
+        yield forge(name, [entry], MAX_DEPTH * b"\0\0\0\0\0\x3c")
+        rows, columns = TERMS_IN_BYTE // 1024, 1024
+        part = Entry("product", (rows, room), half, "shared", half, 1)
+        parts = part, replace(part, shape=(room, columns))
+        entry = Entry("product", (rows, columns), half, "product", parts=parts, padding=room)
+        yield forge(name, [entry], 2 * b"\0\x3c" + bytes(room))
 
 
 # ------------------------------------------------------------------------------------ the attack
