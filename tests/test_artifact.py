@@ -306,6 +306,19 @@ def test_report_accounts_for_every_byte(small: Path) -> None:
     assert f"{report.total:,}" in report.table()
 
 
+@pytest.mark.parametrize("shape", [(128, 256), (64, 64, 3, 3)], ids=str)
+def test_masks_of_two_in_four_inputs_cost_two_thirds_of_a_bit(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    scores = torch.rand(shape, generator=GENERATOR).unflatten(1, (-1, 4))
+    mask = scores.argsort(2).argsort(2).flatten(1, 2) < 2
+    shared = KMeans(16).project(weight(*shape) * mask)
+    save(tmp_path / "a", {"w": shared})
+    assert same_bits(load(tmp_path / "a")["w"], shared)
+    (tensor,) = inspect(tmp_path / "a").tensors
+    assert 8 * tensor.position_bytes < 0.66 * tensor.weights
+
+
 def test_a_tensor_of_zeros_is_reported_too(tmp_path: Path) -> None:
     save(tmp_path / "a", {"w": torch.zeros(30, 40)})
     (tensor,) = inspect(tmp_path / "a").tensors

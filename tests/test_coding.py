@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fitsmall.compressors.file import coding, context
 from fitsmall.compressors.file.coding import CODERS, Ans, Coder, Huffman, Streams
+from fitsmall.compressors.file.groups import NO_GROUPS, Groups, find_groups
 
 DATA = Path(os.environ.get("FITSMALL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 INTS = DATA / "codec" / "lenet300_ints.npz"
@@ -39,6 +40,16 @@ def structured_symbols(rows: int = 300, side: int = 28) -> NDArray[np.uint8]:
     size = rng.geometric(0.5, wave.shape).clip(max=4)
     symbols = kept * np.where(wave < 0, 5 - size, 4 + size)
     return np.asarray(symbols, np.uint8)
+
+
+def grouped_symbols(
+    shape: tuple[int, int], groups: Groups, seed: int = 0, alphabet: int = 17
+) -> NDArray[np.uint8]:
+    """Random values under a random mask that keeps ``most`` weights in each group."""
+    rng = np.random.default_rng(seed)
+    scores = rng.random((shape[0], shape[1] // groups.size // groups.spacing, *groups[::3]))
+    mask = scores.argsort(axis=2).argsort(axis=2) < groups.most
+    return np.asarray(mask.reshape(shape) * rng.integers(1, alphabet, shape), np.uint8)
 
 
 def assert_round_trip(coder: Coder, symbols: NDArray[np.uint8 | np.uint16], alphabet: int) -> None:
@@ -173,6 +184,57 @@ def test_dead_rows_and_columns_cost_little() -> None:
     assert len(CODERS["context"].encode(symbols, 2).positions) < 60 + 400 / 8
 
 
+@pytest.mark.parametrize("spacing", [1, 9, 49])
+@pytest.mark.parametrize(
+    ("kept", "size"), [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (2, 8), (5, 16)]
+)
+def test_masks_of_groups_cost_hardly_more_than_their_patterns(
+    kept: int, size: int, spacing: int
+) -> None:
+    groups = Groups(size, kept, kept, spacing)
+    symbols = grouped_symbols((32, 16 * spacing * (49 // spacing)), groups)
+    assert find_groups(symbols) == groups
+    positions = CODERS["context"].encode(symbols, 17).positions
+    assert 8 * len(positions) < (groups.bits + 0.005) * symbols.size + 60
+    assert_round_trip(CODERS["context"], symbols, 17)
+
+
+def test_groups_in_which_a_quantizer_made_zeros() -> None:
+    symbols = grouped_symbols((128, 144), Groups(4, 2, 2, 9))
+    symbols *= random_symbols(symbols.shape, 0.95, 2, seed=1).astype(np.uint8)
+    assert find_groups(symbols) == Groups(4, 2, 0, 9)
+    positions = CODERS["context"].encode(symbols, 17).positions
+    # Both weights of a pair stay with probability 0.95², in six places, one with 2·0.05·0.95, …
+    entropy = -sum(p * np.log2(p / n) for p, n in ((0.9025, 6), (0.095, 4), (0.0025, 1))) / 4
+    assert 8 * len(positions) < 1.01 * entropy * symbols.size + 100
+    assert_round_trip(CODERS["context"], symbols, 17)
+
+
+@given(
+    sides=st.tuples(st.integers(1, 6), st.integers(1, 5)),
+    size=st.sampled_from([2, 4, 8, 16]),
+    spacing=st.integers(1, 7),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_mask_of_groups_comes_back(
+    sides: tuple[int, int], size: int, spacing: int, data: st.DataObject
+) -> None:
+    kept, seed = data.draw(st.integers(1, size - 1)), data.draw(st.integers(0, 9))
+    shape = (sides[0], sides[1] * size * spacing)
+    symbols = grouped_symbols(shape, Groups(size, kept, kept, spacing), seed)
+    density = data.draw(st.sampled_from([1.0, 0.9, 0.6]))
+    symbols *= random_symbols(shape, density, 2, seed + 1).astype(np.uint8)
+    assert_round_trip(CODERS["context"], symbols, 17)
+
+
+@pytest.mark.parametrize("density", [0.02, 0.25, 0.5, 0.75])
+def test_a_mask_without_structure_has_no_groups(density: float) -> None:
+    for shape in ((300, 784), (16, 576), (64, 27)):
+        assert find_groups(random_symbols(shape, density, 5)) == NO_GROUPS
+    assert find_groups(structured_symbols()) == NO_GROUPS
+
+
 # One string of base 85 per stream.
 STORED = {
     "huffman": (
@@ -197,6 +259,7 @@ def test_stored_streams_are_decoded_alike_everywhere(name: str) -> None:
     symbols = np.where(hashed < 5 * (i % 7) * (j % 9), 1 + hashed % 6, 0).astype(np.uint8)
     streams = Streams(*map(base64.b85decode, STORED[name]))
     np.testing.assert_array_equal(CODERS[name].decode(streams, (24, 30), 7), symbols)
+    assert CODERS[name].encode(symbols, 7) == streams
 
 
 @every_coder

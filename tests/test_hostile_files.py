@@ -80,10 +80,15 @@ def golden(version: int) -> dict[str, Tensor | Code]:
         scales = (2 * i[:, :1] // 30 + 65) / 256
         found |= {"integer.weight": scales * (i * 7919 % 16 - 8), "up": scales.T * (i.T % 7)}
     if version >= 3:
-        left, right = Dense(dense[:, :5] / 3), exact(shared[:5])
+        left, right = Dense(dense[:, :2] / 3), exact(shared[:2])
         product = Factors(left, right, torch.Size([24, 30]))
-        kernels = Factors(right, Dense(dense.T / 3), torch.Size([5, 4, 1, 6]), "separable")
+        kernels = Factors(left, right, torch.Size([4, 5, 6, 6]), "separable")
         found |= {"sum": Sum(exact(sparse), product), "kernels": Sum(kernels, kernels)}
+        # One or two of the four weights at the same place of the kernels, 2:4 structure.
+        first, second = i[:8, None] * 7919 % 5 % 4, i[:8, None] * 31337 % 7 % 4
+        member = torch.arange(4).view(4, 1)
+        pairs = ((first == member) | (second == member)).flatten(1) * (i[:8, :1] + 1.0)
+        found |= {"pairs": pairs.view(8, 4, 5, 6)}
     return found | {
         "dense.weight": dense,
         "sparse.weight": sparse,

@@ -20,6 +20,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from fitsmall.compressors.file.groups import LARGEST_GROUP, NO_GROUPS, Groups, find_groups
+
 __all__ = ["decode_mask", "decode_values", "encode_mask", "encode_values"]
 
 Symbols = NDArray[Any]  # 2-D, uint8 or uint16
@@ -51,6 +53,8 @@ _MASK_RATE, _VALUE_RATE = 8, 12  # η·4096: masks are long and sparse, values f
 _CHUNK = 2**20  # weights that a kernel sees at once
 _WIDEST = 2**16  # longer rows are cut, so that the state per column stays small
 _SAMPLE = 2**18  # weights on which the encoder compares its options
+_PLAIN, _TRANSPOSED, _GROUPED = range(3)  # layouts of a mask: first byte of its stream
+_GROUP_SLOTS, _PRIOR = 1536, 60  # first slot of groups; observations that their start is worth
 _CLOSEST = 3  # smallest stride: closer ones would make two neighbours coincide
 
 # Fields of the arithmetic coder, and the constants that keep its arithmetic on 64 unsigned bits.
@@ -174,9 +178,18 @@ def _level(logit: int, usual: int) -> int:
 
 
 @_compiled
-def _code_mask(mask: Any, data: Any, mixer: Any, state: Any, stride: int, density: int) -> None:
-    """Codes rows of ones and zeros. A row is an image, or kernels, of lines of `stride` weights."""
+def _code_mask(
+    mask: Any, data: Any, mixer: Any, state: Any, stride: int, density: int, groups: Any
+) -> None:
+    """Codes rows of ones and zeros. A row is an image, or kernels, of lines of `stride` weights.
+
+    In a group of N:M structure the place in the group and the ones before it are the context, and
+    ones or zeros that the structure leaves no choice about are not coded.
+    """
     line, column, context, logits = state.line, state.column, mixer.context, mixer.logits
+    size, most, least, spacing = groups
+    counts = np.zeros(spacing, np.int64)  # ones so far in each of the groups that interleave
+    is_known, count, group = False, 0, 0
     pad = 2 * stride + 2
     usual = _LOGIT[density >> 6]
     logits[_CONTEXTS + 3] = usual
@@ -213,7 +226,21 @@ def _code_mask(mask: Any, data: Any, mixer: Any, state: Any, stride: int, densit
             context[4] = 512 + 64 * min(near, 3) + 8 * a + r
             context[5] = 1024 + 64 * min(near + far, 7) + 8 * c + r
             kept: Any = np.int64(mask[i, j])  # as a condition, it would halve the speed
-            bit = _mixed(mixer, data, 0, _MASK_RATE, kept)
+            kind = 0
+            if size:
+                member, group = j // spacing % size, j % spacing
+                if member == 0:
+                    counts[group] = 0
+                count = counts[group]
+                is_known = count == most or count + size - member == least
+                kind = 1 + member
+                context[0] = _GROUP_SLOTS + LARGEST_GROUP * member + count
+            if is_known:
+                bit = 1 if count < most else 0
+            else:
+                bit = _mixed(mixer, data, kind, _MASK_RATE, kept)
+            if size:
+                counts[group] += bit
             mask[i, j] = bit
             line[k] = bit
             row += ((bit << 22) - row) * _RATE[min(seen, _LONG_MEMORY)] >> 16
@@ -384,16 +411,34 @@ def _density(byte: int) -> int:
     return min((32 - (byte & 15)) << 17 >> (byte >> 4), (1 << 22) - 1)
 
 
+def _expect(groups: Groups, mixer: _Mixer) -> None:
+    """Starts from equally likely patterns of a group, and from trust in nothing else."""
+    for member in range(groups.size):
+        for count in range(groups.most):
+            p = min((groups.most - count) / (groups.size - member), 31 / 32)
+            slot = _GROUP_SLOTS + LARGEST_GROUP * member + count
+            mixer.slots[slot] = (round(p * 2**22) << 10) + _PRIOR
+    mixer.weights[1:] = [_ONE] + [0] * (_INPUTS - 1)
+
+
 def _run_mask(symbols: Symbols, header: bytes, data: bytes | None = None) -> bytes:
     """Codes where the symbols are not zero, or sets them to one there if there are data."""
-    transposed, stride, density = header[0] & 1, header[1], _density(header[2])
-    matrix = symbols.T if transposed else symbols
+    layout, *settings = header
+    groups = NO_GROUPS
+    if layout == _GROUPED:
+        groups = Groups(*settings)
+        stride, density = _CLOSEST, (groups.most << 22) // groups.size
+    else:
+        stride, density = settings[0], _density(settings[1])
+    matrix = symbols.T if layout == _TRANSPOSED else symbols
     # Evidence is worth about a tenth at first: the contexts overlap.
     stream = _Stream(data, 2048, density, [0.1] * _CONTEXTS + [0.2, 0.2, 0.2, 0.0])
     stream.mixer.slots[:64] = _HALF << 10  # flags
+    if groups.size:
+        _expect(groups, stream.mixer)
     width, pad = min(matrix.shape[1], _WIDEST), 2 * stride + 2
     live = np.ones(width, np.int64)
-    if matrix.shape[0] >= 8:  # fewer rows cannot pay for flags
+    if matrix.shape[0] >= 8 and not groups.size:  # fewer rows cannot pay for flags
         if not stream.decoding:
             live[:] = 0
             for chunk in _chunks(matrix, _CHUNK):
@@ -408,7 +453,7 @@ def _run_mask(symbols: Symbols, header: bytes, data: bytes | None = None) -> byt
     for chunk in _chunks(matrix, _CHUNK):
         mask = np.ascontiguousarray(chunk != 0).view(np.uint8)
         buffer = stream.buffer(mask.size + len(mask))
-        _code_mask(mask, buffer, stream.mixer, state, stride, density)
+        _code_mask(mask, buffer, stream.mixer, state, stride, density, groups)
         if stream.decoding:
             chunk[:] = mask
     return b"" if stream.decoding else stream.written()
@@ -417,25 +462,36 @@ def _run_mask(symbols: Symbols, header: bytes, data: bytes | None = None) -> byt
 def encode_mask(symbols: Symbols) -> bytes:
     """Codes where the symbols of a matrix are not zero.
 
-    Three bytes tell what suits the mask best, tried out on a sample: rows or columns first, the
-    width of an image or kernel in a row, and the density outside of empty rows and columns.
+    A header tells what suits the mask best, tried out on a sample: rows or columns first, or N:M
+    groups in the rows; the width of an image or kernel in a row; and the density outside of empty
+    rows and columns.
     """
     sample = _sample(symbols, _SAMPLE) != 0
     area = np.count_nonzero(sample.any(axis=0)) * np.count_nonzero(sample.any(axis=1))
     density = np.count_nonzero(symbols) / symbols.size * sample.size / max(area, 1)
     byte = min(range(256), key=lambda b: abs(_density(b) - density * 2**22))
-    headers = [bytes([0, stride, byte]) for stride in _strides(sample)]
+    headers = [bytes([_PLAIN, stride, byte]) for stride in _strides(sample)]
     if sample.size == symbols.size:
-        headers += [bytes([1, stride, byte]) for stride in _strides(sample.T)]
+        headers += [bytes([_TRANSPOSED, stride, byte]) for stride in _strides(sample.T)]
+    if symbols.shape[1] <= _WIDEST and (groups := find_groups(symbols)).size:
+        headers += [bytes([_GROUPED, *groups])]
     best = min(headers, key=lambda header: len(_run_mask(sample, header)))
     return best + _run_mask(symbols, best)
 
 
 def decode_mask(data: bytes, symbols: Symbols) -> None:
     """Sets the symbols to one that were not zero; all must be zero before."""
-    if len(data) < 3 or data[1] < _CLOSEST:
+    length = 5 if data[:1] == bytes([_GROUPED]) else 3
+    header = data[:length]
+    if len(header) < length or header[0] > _GROUPED:
         raise ValueError("damaged positions")
-    _run_mask(symbols, data[:3], data[3:])
+    if header[0] == _GROUPED:
+        size, most, least, spacing = header[1:]
+        if not least <= most < size <= LARGEST_GROUP or not most or not spacing:
+            raise ValueError("damaged positions")
+    elif header[1] < _CLOSEST:
+        raise ValueError("damaged positions")
+    _run_mask(symbols, header, data[length:])
 
 
 def _run_values(symbols: Symbols, alphabet: int, header: bytes, data: bytes | None = None) -> bytes:
