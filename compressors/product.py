@@ -16,7 +16,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     threads, so its last bits do too. Here the terms ``left[i, k] right[k, j]`` are computed in
     double precision, added for ``k`` = 0, 1, ... in turn, and the sum is rounded to the dtype (to
     half precision by way of single precision). IEEE 754 gives each of these operations one result.
-    Two things it leaves open: the bits of a NaN, and processors that were told to flush subnormal
+    It leaves two things open: the bits of a NaN, and processors that are set to flush subnormal
     numbers to zero.
 
     Args:

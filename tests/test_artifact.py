@@ -381,12 +381,12 @@ def test_compress_names_the_culprit() -> None:
 
 
 def quantized(shape: tuple[int, ...], blocks: tuple[int, ...], bits: int, dice: int) -> Tensor:
-    """Integers of so many bits, times steps of eight digits."""
+    """Integers of so many bits, times scales of eight digits."""
     generator = torch.Generator().manual_seed(dice)
     high = 2 ** (bits - 1) - 1
     integers = torch.randint(-high, high + 1, shape, generator=generator)
-    steps = torch.rand(blocks, generator=generator).add(0.01).bfloat16().float()
-    return integers * spread(steps, torch.Size(shape))
+    scales = torch.rand(blocks, generator=generator).add(0.01).bfloat16().float()
+    return integers * spread(scales, torch.Size(shape))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -400,7 +400,7 @@ def quantized(shape: tuple[int, ...], blocks: tuple[int, ...], bits: int, dice: 
         ((6, 256), (6, 4)),
     ],
 )
-def test_integers_are_found_behind_floats(
+def test_integers_are_found_in_floats(
     bits: int,
     dtype: torch.dtype,
     shape: tuple[int, ...],
@@ -429,8 +429,8 @@ def test_grids_are_exact_or_not_found(values: list[float], rows: int) -> None:
     blocks = torch.tensor([values] * rows)
     found = lattice(blocks)
     if found is not None:
-        steps, integers = found
-        assert same_bits(steps.unsqueeze(1) * integers, blocks)
+        scales, integers = found
+        assert same_bits(scales.unsqueeze(1) * integers, blocks)
         assert int(integers.abs().max()) <= 127
 
 

@@ -1,1 +1,1 @@
-"""The compressed file: its format, the coders of its streams, and the report on its bytes."""
+"""The compressed file: its format, writer and reader, the coders of its streams, and a report."""

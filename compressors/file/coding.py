@@ -32,24 +32,25 @@ __all__ = ["CODERS", "MAX_LEVELS", "Coder", "Streams", "Symbols"]
 
 Symbols = NDArray[Any]  # 2-D, uint8 or uint16
 
-# Weights handled at once, so that temporaries stay small beside the matrix.
+# Weights that are coded together, so that temporaries stay small next to the matrix.
 _CHUNK = 2**20
 
 # Symbols are of 16 bits at most, and one of them means zero.
 MAX_LEVELS = 2**16 - 1
 
-# First byte of the positions. A missing byte is a zero: a matrix without zeros costs nothing.
+# The first byte of the positions says whether all, none or some weights are kept. Missing bytes are
+# zero, so that a matrix without zeros costs nothing.
 _ALL, _NONE, _SOME = 0, 1, 2
 
-# The most weights that a byte may stand for, of a whole matrix, of a mask, and of kept values; as
-# many come free. A sure symbol costs an adaptive coder next to nothing, so that a few bytes could
-# keep a reader busy for hours. Streams are padded to these bounds, by less than a real network
-# needs anyway: a reader may refuse what promises more before it takes memory or time.
+# The most weights that one byte may code: of a whole matrix, of a mask, and of kept values. An
+# adaptive coder spends next to nothing on a symbol that it is sure of, so a few bytes could keep a
+# reader busy for hours. The writer pads streams to these bounds, which the streams of real networks
+# exceed anyway, and the reader refuses shorter ones before it takes memory or time.
 IN_MATRIX, IN_MASK, IN_VALUES = 2**20, 2**12, 2**8
 
 
 class Streams(NamedTuple):
-    """What a coder writes: where the kept weights are, and their values."""
+    """The two streams of a matrix: where the kept weights are, and their values."""
 
     positions: bytes
     values: bytes
@@ -64,22 +65,22 @@ class Coder(ABC):
 
     @abstractmethod
     def encode_mask(self, symbols: Symbols) -> bytes:
-        """Where the symbols are not zero. Some are, and some are not."""
+        """Code which symbols are not zero. Some are zero, and some are not."""
 
     @abstractmethod
     def decode_mask(self, data: bytes, symbols: Symbols) -> None:
-        """Sets the symbols that are not zero to one."""
+        """Set the symbols that are not zero to one."""
 
     @abstractmethod
     def encode_values(self, symbols: Symbols, alphabet: int) -> bytes:
-        """What the symbols that are not zero are, of at least two possibilities."""
+        """Code the symbols that are not zero, given where they are; ``alphabet`` is at least 3."""
 
     @abstractmethod
     def decode_values(self, data: bytes, symbols: Symbols, alphabet: int) -> None:
-        """Replaces the ones that :meth:`decode_mask` left by values in [1, alphabet)."""
+        """Replace the ones that :meth:`decode_mask` set by values in [1, alphabet)."""
 
     def encode(self, symbols: Symbols, alphabet: int) -> Streams:
-        """Codes a matrix of uint8 or uint16 symbols below ``alphabet``."""
+        """Code a matrix of uint8 or uint16 symbols below ``alphabet``."""
         symbols = np.ascontiguousarray(symbols)
         if symbols.size and int(symbols.max()) >= alphabet:
             raise ValueError(f"symbol {symbols.max()} is outside an alphabet of {alphabet}")
@@ -99,7 +100,7 @@ class Coder(ABC):
         return Streams(positions.ljust(shortest - len(values), b"\0"), values)
 
     def decode(self, streams: Streams, shape: tuple[int, int], alphabet: int) -> Symbols:
-        """The matrix that was coded; damaged streams give another one, or a ValueError."""
+        """The matrix that was coded; damaged streams give another matrix, or a ValueError."""
         positions, values = streams
         size = shape[0] * shape[1]
         if _shortest(size, IN_MATRIX) > len(positions) + len(values):
@@ -137,7 +138,7 @@ def _chunks(symbols: Symbols) -> Iterator[Symbols]:
 class Huffman(Coder):
     """Gaps and values, each Huffman coded. A gap is the number of zeros before a kept weight.
 
-    Gaps are bytes; the byte 255 stands for 255 zeros that no kept weight follows.
+    Gaps are bytes; the byte 255 means 255 zeros without a kept weight after them.
 
     >>> Huffman.gaps(np.array([0, 0, 5, 3] + [0] * 256 + [1]), 0)[0].tolist()
     [2, 0, 255, 1]
@@ -147,7 +148,7 @@ class Huffman(Coder):
 
     @classmethod
     def gaps(cls, chunk: Symbols, pending: int) -> tuple[NDArray[np.uint8], int]:
-        """The gaps of a chunk that ``pending`` zeros precede, and the zeros pending behind it."""
+        """The gaps of a chunk after ``pending`` zeros, and the number of zeros at its end."""
         kept = np.flatnonzero(chunk)
         gaps = np.diff(kept, prepend=-1 - pending) - 1
         fillers, rest = np.divmod(gaps, cls.FILLER)
@@ -220,8 +221,8 @@ def _inflate(data: bytes, step: int = 2**20) -> Iterator[bytes]:
 class Ans(Coder):
     """Gaps and values at their entropy.
 
-    A gap g is told as the bit length of g + 1, which has a table of frequencies, and the bits
-    below the leading one, which are uniform enough.
+    A gap g is coded as the bit length of g + 1, which has a table of frequencies, and the bits
+    after the leading one, which are nearly uniform.
     """
 
     LENGTHS = _CHUNK.bit_length()  # gaps do not cross chunks
@@ -282,8 +283,9 @@ class Ans(Coder):
             chunk[kept] = coder.decode(model, kept.size) + 1
 
 
-# Counts are rounded to floats of three bits behind the leading one: a byte each, within 6 %, which
-# costs 0.1 % at most. In units of 1/8, and integers, so that every machine has the same.
+# Counts are rounded to floats with three bits after the leading one. Each takes a byte and is
+# within 6 %, which costs 0.1 % at most. They are integers, in units of 1/8, so that they are the
+# same on every machine.
 _COUNTS = np.array([0, *((8 + (k & 7)) << (k >> 3) for k in range(255))], np.float64)
 
 

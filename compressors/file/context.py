@@ -1,14 +1,15 @@
 """Adaptive arithmetic coding of sparse, clustered matrices by mixed contexts.
 
-A matrix of symbols is told bit by bit: which columns and rows are empty, which of the other weights
-are kept, then sign and magnitude of each kept weight. A bit costs -log₂ of its probability
+A matrix of symbols is coded bit by bit: which columns and rows are empty, which of the other
+weights are kept, then the sign and magnitude of each kept weight. A bit costs -log₂ of its
+probability
 
     p = sigmoid(Σᵢ wᵢ·logit pᵢ),        then   wᵢ ← wᵢ + η·(bit - p)·logit pᵢ,
 
 where pᵢ is the frequency of ones so far in context i (a column, a row, a neighbourhood, …), known
-to both sides. Log-odds of independent evidence add up, so the mixture is in log-odds; the weights
-learn which evidence to trust. (Mahoney, "Adaptive weighing of context models for lossless data
-compression", 2005.)
+to encoder and decoder. Log-odds of independent evidence add up, so the mixture is in log-odds; the
+weights learn which evidence to trust. (Mahoney, "Adaptive weighing of context models for lossless
+data compression", 2005.)
 
 All arithmetic is on integers, so that every machine decodes the same weights.
 """
@@ -46,7 +47,7 @@ _sigmoid = 1 / (1 + np.exp(-np.arange(-_LIMIT, _LIMIT + 1) / 256))
 _SIGMOID = np.rint(_ONE * _sigmoid).clip(1, _ONE - 1).astype(np.int32)
 
 _CONTEXTS = 6  # adaptive frequencies in a mixture …
-_INPUTS = _CONTEXTS + 4  # … beside log-odds that the caller sets
+_INPUTS = _CONTEXTS + 4  # … and log-odds that the caller sets
 _KINDS = 19  # sets of mixing weights, one per kind of bit
 _MASK_RATE, _VALUE_RATE = 8, 12  # η·4096: masks are long and sparse, values few
 
@@ -63,7 +64,7 @@ _U0, _U1, _U8, _U16, _U56, _U255 = (np.uint64(k) for k in (0, 1, 8, 16, 56, 255)
 
 
 class _Mixer(NamedTuple):
-    """Everything that the coding of one bit reads and changes."""
+    """State of the arithmetic coder and of the mixture of contexts."""
 
     coder: NDArray[np.uint64]  # low, high, code, position, decoding
     slots: NDArray[np.uint32]  # by context: frequency of ones (22 bits), observations (10 bits)
@@ -73,7 +74,7 @@ class _Mixer(NamedTuple):
 
 
 class _MaskState(NamedTuple):
-    """What the coder of a mask remembers from one chunk to the next."""
+    """State of the coder of a mask between two chunks."""
 
     live: NDArray[np.int64]  # columns that are not empty
     column: NDArray[np.int64]  # (pad + width + pad,): frequency of ones in each column
@@ -82,7 +83,7 @@ class _MaskState(NamedTuple):
 
 
 class _ValueState(NamedTuple):
-    """What the coder of values remembers. A value is its sign times its rank from zero, or 0."""
+    """State of the coder of values. A value is its sign times its rank from zero, or 0."""
 
     above: NDArray[np.int64]  # (width,): last value of each column
     line: NDArray[np.int64]  # (pad + width + pad,): the current row
@@ -99,8 +100,8 @@ def _compiled(function: _Function) -> _Function:
 def _code(coder: Any, data: Any, p: int, bit: int) -> int:
     """Codes a bit that is 1 with probability p/65536: writes it, or reads and returns it.
 
-    The interval [low, high] of 64-bit fractions is split in proportion; bytes on which both ends
-    agree are moved to (or from) the data, behind which zeros follow.
+    The interval [low, high] of 64-bit fractions is split in proportion. Leading bytes on which both
+    ends agree are written to the data, or read from it; zeros follow after its end.
     """
     low, high, decoding = coder[_LOW], coder[_HIGH], coder[_DECODING] != _U0
     middle = low + ((high - low) >> _U16) * np.uint64(p)
@@ -163,7 +164,7 @@ def _mixed(mixer: Any, data: Any, kind: int, rate: int, bit: int) -> int:
 
 @_compiled
 def _code_columns(live: Any, data: Any, mixer: Any, stride: int) -> None:
-    """Codes which columns are alive. Dead ones come in patches, such as the border of an image."""
+    """Codes which columns are alive, not all zero. Dead ones come in patches, as image borders."""
     for j in range(live.size):
         west = live[j - 1] if j >= 1 else 0
         north = live[j - stride] if j >= stride else 0
@@ -173,7 +174,7 @@ def _code_columns(live: Any, data: Any, mixer: Any, stride: int) -> None:
 
 @_compiled
 def _level(logit: int, usual: int) -> int:
-    """A density against the usual one, in eight steps of half a nat."""
+    """A density relative to the usual one, on a scale of eight levels of half a nat."""
     return min(max(((logit - usual) >> 7) + 4, 0), 7)
 
 
@@ -303,7 +304,7 @@ def _code_value(
 def _code_values(
     symbols: Any, data: Any, mixer: Any, state: Any, stride: int, below: int, above: int, nodes: int
 ) -> None:
-    """Codes the symbols that are not 0: 1 … below stand for negative values, the rest positive."""
+    """Codes the symbols that are not 0: 1 … `below` are negative values, the rest positive ones."""
     line = state.line
     pad = 2 * stride + 2
     base = np.zeros(_CONTEXTS, np.int64)
@@ -412,7 +413,7 @@ def _density(byte: int) -> int:
 
 
 def _expect(groups: Groups, mixer: _Mixer) -> None:
-    """Starts from equally likely patterns of a group, and from trust in nothing else."""
+    """Starts from equally likely patterns of a group, and without trust in other contexts."""
     for member in range(groups.size):
         for count in range(groups.most):
             p = min((groups.most - count) / (groups.size - member), 31 / 32)
@@ -462,9 +463,9 @@ def _run_mask(symbols: Symbols, header: bytes, data: bytes | None = None) -> byt
 def encode_mask(symbols: Symbols) -> bytes:
     """Codes where the symbols of a matrix are not zero.
 
-    A header tells what suits the mask best, tried out on a sample: rows or columns first, or N:M
-    groups in the rows; the width of an image or kernel in a row; and the density outside of empty
-    rows and columns.
+    A header says what suits the mask best, tried out on a sample: rows first or columns first, with
+    the width of an image or kernel in a row and the density outside of empty rows and columns; or
+    groups of N:M structure in the rows.
     """
     sample = _sample(symbols, _SAMPLE) != 0
     area = np.count_nonzero(sample.any(axis=0)) * np.count_nonzero(sample.any(axis=1))
@@ -480,7 +481,7 @@ def encode_mask(symbols: Symbols) -> bytes:
 
 
 def decode_mask(data: bytes, symbols: Symbols) -> None:
-    """Sets the symbols to one that were not zero; all must be zero before."""
+    """Sets those symbols to one that were not zero; all must be zero before."""
     length = 5 if data[:1] == bytes([_GROUPED]) else 3
     header = data[:length]
     if len(header) < length or header[0] > _GROUPED:

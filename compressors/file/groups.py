@@ -17,7 +17,7 @@ __all__ = ["LARGEST_GROUP", "NO_GROUPS", "Groups", "find_groups"]
 LARGEST_GROUP = 16
 _LARGEST_SPACING = 128  # weights of a kernel
 
-# After this many groups a mask without structure is told from one with it.
+# After so many groups a mask without structure is recognized.
 _FEW = 64
 
 

@@ -1,7 +1,7 @@
-"""Reads the compressed file: every tensor comes back bit for bit, or a damaged file is refused.
+"""Reads the compressed file: every tensor comes back bit for bit, and damaged files are refused.
 
-Whatever is in a file, the reader takes no more memory than its directory states and the caller
-allows, and every length in the directory is checked against the file before it is used.
+Whatever a file contains, the reader takes no more memory than the directory states and the caller
+allows, and checks every length in the directory against the file before it uses it.
 """
 
 import os
@@ -71,7 +71,7 @@ def read(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[tup
 
 @dataclass(frozen=True, eq=False)
 class Payload:
-    """What the file holds of a tensor.
+    """A tensor in the form that the file holds it in.
 
     Args:
         entry: How it is stored.
@@ -120,7 +120,7 @@ class Payload:
 
 
 def payloads(path: str | os.PathLike[str], limit: int | None = None) -> Iterator[Payload]:
-    """What the file holds of each tensor, one by one; see :func:`read`."""
+    """The tensors in the form that the file holds them in, one by one; see :func:`read`."""
     with open(path, "rb") as file:
         coder, entries, offsets = _directory(file, os.fspath(path))
         asked = sum(entry.memory for entry in entries)
@@ -133,7 +133,7 @@ def payloads(path: str | os.PathLike[str], limit: int | None = None) -> Iterator
                 f"pass limit={asked} if you trust it"
             )
         tied = {entry.alias for entry in entries if entry.kind == "alias"}
-        # Decoded once, or a few bytes for each name could make the reader decode for hours.
+        # Tied tensors are decoded once: a few bytes for each name could take hours otherwise.
         decoded: dict[int, Payload] = {}
         for position, entry in enumerate(entries):
             if entry.kind == "alias":

@@ -35,10 +35,13 @@ class TensorReport:
         pruned_bytes: After pruning alone (P): non-zero weights at full width with relative
             indexes of fixed width.
         shared_bytes: After pruning and sharing or quantization (P+Q): indexes of fixed width, and
-            the codebook or the steps.
-        position_bytes: Entropy-coded positions, as they stand in the file.
-        value_bytes: Entropy-coded values, as they stand in the file.
-        float_bytes: Codebook, steps, or the values themselves, as they stand in the file.
+            the codebook or the scales.
+        position_bytes: Entropy-coded positions in the file.
+        value_bytes: Entropy-coded values in the file.
+        float_bytes: Codebook, scales, or the values themselves in the file.
+
+    Of a sum or a product the sizes are those of its parts together, and ``kept`` counts its own
+    non-zero weights.
     """
 
     name: str
@@ -72,13 +75,13 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a compressed file holds; :meth:`table` prints it.
+    """The bytes of a compressed file, tensor by tensor; :meth:`table` prints them.
 
     Args:
         path: The file.
         coder: Name of its coder.
         tensors: One report for each tensor; tied ones count once, under their first name.
-        overhead: Bytes of header, directory and checksum.
+        overhead: Bytes of header, directory, padding and checksum.
         total: Size of the file.
     """
 
@@ -90,12 +93,12 @@ class Report:
 
     @property
     def bytes_dense(self) -> int:
-        """The same tensors uncompressed, and layers that became two as they were."""
+        """The same tensors uncompressed, with factored layers as they were before."""
         return sum(tensor.bytes_dense for tensor in self.tensors) + self.bytes_factored
 
     @property
     def bytes_factored(self) -> int:
-        """What layers took more, uncompressed, before two of low rank took their place."""
+        """How much more the layers took, uncompressed, before they were factored into two."""
         width = {t.name: t.bytes_dense // max(1, t.weights) for t in self.tensors}
         saved = weights_saved({tensor.name: tensor.shape for tensor in self.tensors})
         return sum(count * width[f"{name}.reduce.weight"] for name, count in saved.items())
@@ -106,7 +109,7 @@ class Report:
         return self.bytes_dense / self.total
 
     def table(self) -> str:
-        """Rows in the form of Deep Compression's Tables 2 to 5; the sizes add up to the file's."""
+        """A table like Tables 2 to 5 of Deep Compression; its sizes add up to the file's."""
         rows = [
             (
                 "tensor",
@@ -168,7 +171,7 @@ class Report:
         rule = "-" * len(lines[0])
         lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
         summary = f"{self.path.name}: {self.total:,} bytes, {self.ratio:.1f} times smaller than"
-        factored = ", its layers of low rank as they were" if self.bytes_factored else ""
+        factored = ", with factored layers as they were before" if self.bytes_factored else ""
         dense = f"the {self.bytes_dense:,} bytes it restores{factored}"
         return "\n".join([*lines, "", f"{summary} {dense}"])
 
@@ -235,7 +238,8 @@ def _leaf_report(leaf: Payload) -> TensorReport:
         pruned = min(dense, math.ceil(pairs * (8 * width + gap) / 8))
         shared = pruned
         if entry.kind in ("shared", "integer"):
-            index = max(1, math.ceil(math.log2(max(1, levels))))  # no level: all weights are zero
+            # Without any level all weights are zero.
+            index = max(1, math.ceil(math.log2(max(1, levels))))
             shared = math.ceil(pairs * (index + gap) / 8) + entry.floats * width
     return TensorReport(
         name=entry.name,
@@ -253,7 +257,7 @@ def _leaf_report(leaf: Payload) -> TensorReport:
 
 
 def _relative(symbols: Symbols, width: int) -> tuple[int, int, int]:
-    """Non-zero symbols, stored pairs with the fillers of long gaps, and bits of each gap."""
+    """Number of non-zero symbols, of pairs with the fillers of long gaps, and bits of a gap."""
     flat = symbols.reshape(-1)
     kept = int(np.count_nonzero(flat))
     if kept == flat.size:

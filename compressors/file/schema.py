@@ -51,7 +51,7 @@ _T = TypeVar("_T")
 
 MAGIC = b"FSML"
 OLD_MAGIC = b"PFIT"  # of files named .pressfit, the project's first name
-VERSION = 3  # 2 added the kind "integer", 3 sums and products
+VERSION = 3  # 2 added the kind "integer", 3 sums, products and the layout of N:M masks
 HEADER = struct.Struct("<4sBB")  # magic, version, coder
 FOOTER = struct.Struct("<II")  # length of the directory, CRC-32
 
@@ -78,15 +78,14 @@ DTYPES = (
     torch.uint64,
 )
 
-# More than any model needs is damage: longer names, more dimensions, more weights, or a directory
-# that is more redundant.
+# No model needs longer names, more dimensions or more weights, or a directory that deflates better.
 _MAX_NAME, _MAX_DIMENSIONS, _MAX_WEIGHTS, _MAX_INFLATION = 1024, 64, 2**44, 64
 
-# Sums and products within each other. A writer multiplies and adds up what is nested more deeply.
+# Sums and products within each other. The writer stores what is nested more deeply as one tensor.
 MAX_DEPTH = 16
 
-# The most terms of products that a byte may stand for, or a few bytes could keep a reader busy for
-# hours; sums and products are padded to that.
+# The most terms of products for one byte of the file, or a few bytes could keep a reader busy for
+# hours. The writer pads to this bound.
 TERMS_IN_BYTE = 2**19
 
 # Names that most modules share, so that a small file does not spend bytes on spelling them.
@@ -194,13 +193,13 @@ def unpack(directory: bytes) -> list[Entry]:
     for _ in range(reader.varint()):
         entry = reader.entry()
         if entry.name in found:
-            raise ValueError(f"{entry.name!r} stands twice")
+            raise ValueError(f"{entry.name!r} is there twice")
         found[entry.name] = entry
     return list(found.values())
 
 
 def deflate(directory: bytes) -> bytes:
-    """The directory as it stands in the file."""
+    """The directory in the form that is written to the file."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=_COMMON_NAMES)
     return packer.compress(directory) + packer.flush()
 
@@ -322,7 +321,7 @@ def _pack_entry(entry: Entry) -> bytes:
 
 
 def _fields(entry: Entry) -> list[int]:
-    """What the directory says of an entry besides its name, dtype and shape."""
+    """The numbers of an entry in the directory, after its name, dtype and shape."""
     fields = [KINDS.index(entry.kind)]
     if entry.kind == "alias":
         return [*fields, entry.alias]

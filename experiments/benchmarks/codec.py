@@ -1,8 +1,8 @@
-"""Bytes and speed of the lossless coders, beside the entropy of independent symbols and zlib's kin.
+"""Bytes and speed of the lossless coders, next to zlib, lzma, bz2 and the entropy of the symbols.
 
 python -m fitsmall.experiments.benchmarks.codec [--ints PATH] [FILE ...]
 
-Compressed files that are named are coded anew by each coder.
+Compressed files that are named are coded again by each coder.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from fitsmall.compressors.file.coding import CODERS
 
 DATA = Path(os.environ.get("FITSMALL_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
-# Beside streams and a codebook of int8 levels, a tensor needs its shape and the streams' lengths.
+# Bytes of a tensor's shape and the lengths of its streams.
 OVERHEAD = 12
 
 
@@ -70,7 +70,7 @@ def sizes(path: Path) -> str:
 
 
 def recoded(file: Path) -> str:
-    """Bytes of a compressed file, had it been written by each coder, and of its tensors packed."""
+    """Bytes of a compressed file under each coder, and of its tensors under zlib and lzma."""
     tensors = load(file)
     found = {"as written": file.stat().st_size}
     with tempfile.TemporaryDirectory() as folder:

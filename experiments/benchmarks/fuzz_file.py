@@ -1,10 +1,10 @@
-"""The reader of compressed files under attack: damaged, spliced and forged ones by the million.
+"""Fuzzing of the reader of compressed files: damaged, spliced and forged files by the million.
 
 pip install -e '.[fuzz]'; python -m fitsmall.experiments.benchmarks.fuzz_file [--inputs 1000000]
 
-Coverage of the reader guides the choice of what to damage further. Whatever stands in a file, its
-reader must come back within a second, with tensors or with a ValueError of one line that names the
-file, and may take four times the memory that it was allowed, and 64 MiB to work in (Linux's VmHWM).
+Coverage of the reader guides the choice of files to damage further. Whatever a file contains, the
+reader must return within a second, with tensors or with a ValueError of one line that names the
+file. It may take four times the memory that it was allowed, and 64 MiB to work in (Linux's VmHWM).
 The first file that breaks a rule ends the campaign, is kept in the working directory, and makes the
 exit status 1.
 """
@@ -61,7 +61,7 @@ __all__ = ["Parts", "accepts", "forge", "main", "mutate", "put_together", "seeds
 
 SECONDS = 1.0
 LIMIT = 2**18  # bytes that the tensors of a hostile file may take
-WORKING = 2**26  # bytes that a reader may take beside four times the limit
+WORKING = 2**26  # bytes that a reader may take on top of four times the limit
 LONGEST = 4096  # bytes of a hostile file
 GREEDY = 500  # bytes of a greedy one
 
@@ -162,9 +162,9 @@ def forge(coder: str, found: Sequence[Entry], payload: bytes) -> bytes:
 
 
 def mutate(file: bytes, dice: Random) -> bytes:
-    """A hostile relative of a file. Most have a length and a checksum that are right."""
+    """A hostile file made from an honest one. Most have a length and a checksum that are right."""
     if dice.randrange(4):
-        file = dice.choice(seeds())  # or what is damaged most would be damaged further
+        file = dice.choice(seeds())  # most damage is done to honest files
     parts = take_apart(file)
     if parts is None or dice.randrange(8) == 0:
         cut = dice.randint(0, len(file))
@@ -191,7 +191,7 @@ def edit(data: bytes, dice: Random) -> bytes:
 
 
 def damage(parts: Parts, dice: Random) -> Parts:
-    """Streams, header or directory edited. Streams keep their length, or none would be read."""
+    """An edited header, payload or directory. Payloads keep their length, or none would be read."""
     field = dice.choice(("head", "payload", "payload", "payload", "directory", "directory"))
     whole = getattr(parts, field)
     part = edit(whole, dice)
@@ -201,7 +201,7 @@ def damage(parts: Parts, dice: Random) -> Parts:
 
 
 def claim(parts: Parts, dice: Random) -> Parts:
-    """One entry that promises something else, in place of one or beside it; lengths add up."""
+    """An entry that promises something else, instead of an honest one or next to it."""
     try:
         found = unpack(parts.directory)
     except ValueError:
@@ -249,7 +249,7 @@ def composed(entry: Entry, dice: Random) -> Entry:
 
 
 def plausible(entry: Entry) -> Entry:
-    """The entry with as many floats and bytes as a reader wants to see before it decodes."""
+    """The entry with as many floats and bytes as the reader demands before it decodes."""
     if entry.parts:
         entry = replace(entry, parts=tuple(map(plausible, entry.parts)))
         return replace(entry, padding=max(0, entry.least_bytes - entry.bytes))
@@ -271,7 +271,7 @@ def splice(parts: Parts, dice: Random) -> Parts:
 
 
 def greedy(length: int) -> Iterator[bytes]:
-    """Files of at most so many bytes, of every coder, that promise all that is let through."""
+    """Files of at most so many bytes, of every coder, that promise as much as the reader allows."""
     room, u8 = length - 100, torch.uint8
     noise = Random(0).randbytes(length)
     matrix = np.arange(4096).reshape(64, 64) * 7919 % 257
@@ -302,10 +302,10 @@ def greedy(length: int) -> Iterator[bytes]:
 
 
 def accepts(path: Path, limit: int | None = LIMIT) -> bool:
-    """Whether the file can be read whole, by its directory and for its report.
+    """Whether the directory, the tensors and the report of a file can be read.
 
     Raises:
-        RuntimeError: It is refused by other means than a ValueError of one line that names it.
+        RuntimeError: The refusal is anything but a ValueError of one line that names the file.
     """
     readers: tuple[Callable[[], object], ...] = (
         lambda: entries(path),
@@ -325,7 +325,7 @@ def accepts(path: Path, limit: int | None = LIMIT) -> bool:
 
 
 class Tally(Structure):
-    """What the attacking process tells of itself."""
+    """Results of the attacking process, in shared memory."""
 
     inputs: int
     accepted: int
