@@ -290,7 +290,8 @@ class Truncate(Projection):
 
     Args:
         rank: Number of singular values that stay, at least 1.
-        energy: Instead: as few as hold this fraction of ``||W||^2``.
+        energy: Instead: as few as hold this fraction of ``||W||^2``; of the result fewer can hold
+            it, so that a rank alone is idempotent.
         form: How a convolution is a matrix, ``channels`` or ``separable``.
 
     Example:
@@ -316,7 +317,8 @@ class Truncate(Projection):
             raise ValueError(f"unknown form {self.form!r}: choose {' or '.join(FORMS)}")
 
     def encode(self, weight: Tensor) -> Code:
-        spectrum = Spectrum(matrix(weight.detach(), self.form), self.rank)
+        weight = weight.detach()
+        spectrum = Spectrum(matrix(weight, self.form), self.rank)
         rank = self.rank
         if self.energy is not None:
             left_out = (1 - self.energy) * float(weight.double().square().sum())

@@ -1,6 +1,5 @@
 """Projections: the nearest tensor that can be stored cheaply."""
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -11,15 +10,15 @@ from fitsmall.compressors.codes import Code, Sum
 
 __all__ = ["Additive", "Chain", "Projection"]
 
-# Turns of a sum at most, and the fraction of the error that a turn has to gain.
+# Turns of an Additive at most, and the fraction of the error that a turn has to gain.
 _TURNS, _GAIN = 100, 1e-4
 
 
 class Projection(ABC):
     """Solves ``min over code of ||w - decode(code)||^2``.
 
-    A projection is feasible and idempotent: its result can be stored exactly, and projecting it
-    again changes nothing. It holds no state.
+    A projection is feasible, its result can be stored exactly, and idempotent to rounding:
+    projecting the result again changes nothing (but see :class:`Additive`). It has no state.
     """
 
     @abstractmethod
@@ -31,7 +30,7 @@ class Projection(ABC):
         return self.encode(weight).decode()
 
     def after(self, code: Code) -> Code:
-        """The code of what an earlier projection left: its float leaf, coded by this one."""
+        """The code of an earlier projection, with its float leaves coded by this one."""
         return code.map(self.encode)
 
     def __or__(self, then: "Projection") -> "Projection":
@@ -59,11 +58,16 @@ class Projection(ABC):
 
 @dataclass(frozen=True)
 class Additive(Projection):
-    """``min ||w - a - b||^2`` over what each of two projections can hold: low rank and a few
-    weights of their own, or a codebook and a few exceptions.
+    """``min ||w - a - b||^2`` over the tensors ``a`` and ``b`` that two projections can hold: low
+    rank and a few weights of their own, or a codebook and a few exceptions.
 
-    In turns each projects what the other leaves, until that gains nothing (Zhou and Tao, 2011,
-    "GoDec"). Every turn comes closer, though not always to the nearest of all sums.
+    Each projects what the other leaves, in turns, until a turn gains next to nothing (Zhou and Tao,
+    2011, "GoDec"). If both projections are exact, every turn comes closer, but it may miss the
+    nearest of all sums, and find another sum when its result is projected again.
+
+    Args:
+        first: Projection of ``w - b``, which begins with ``b = 0``.
+        second: Projection of ``w - a``.
     """
 
     first: Projection
@@ -71,23 +75,24 @@ class Additive(Projection):
 
     def encode(self, weight: Tensor) -> Code:
         weight = weight.detach()
-        best, error = None, math.inf
-        rest = torch.zeros_like(weight)
-        for _ in range(_TURNS):
-            first = self.first.encode(weight - rest)
-            second = self.second.encode(weight - first.decode())
-            rest = second.decode()
-            left = float((weight - first.decode() - rest).norm())
-            if best is not None and left >= (1 - _GAIN) * error:
+        best = self._turn(weight, torch.zeros_like(weight))
+        error = (weight - best.decode()).norm()
+        for _ in range(1, _TURNS):
+            found = self._turn(weight, best.second.decode())
+            left = (weight - found.decode()).norm()
+            if left >= (1 - _GAIN) * error:
                 break
-            best, error = Sum(first, second), left
-        assert best is not None
+            best, error = found, left
         return best
+
+    def _turn(self, weight: Tensor, rest: Tensor) -> Sum:
+        first = self.first.encode(weight - rest)
+        return Sum(first, self.second.encode(weight - first.decode()))
 
 
 @dataclass(frozen=True)
 class Chain(Projection):
-    """``then`` applied to what ``first`` keeps, so pruned zeros stay exactly zero."""
+    """``then`` codes the float leaves of ``first``: pruned zeros stay exactly zero."""
 
     first: Projection
     then: Projection
