@@ -63,12 +63,10 @@ def assert_round_trip(coder: Coder, symbols: NDArray[np.uint8 | np.uint16], alph
 
 @every_coder
 @pytest.mark.parametrize("alphabet", [2, 3, 17, 256, 257, 5000])
-@pytest.mark.parametrize("density", [0.0, 0.03, 0.5, 1.0])
-@pytest.mark.parametrize(
-    "shape", [(0, 5), (5, 0), (1, 1), (1, 300), (300, 1), (2, 3), (10, 100), (40, 75)], ids=str
-)
-def test_round_trip(coder: Coder, shape: tuple[int, int], density: float, alphabet: int) -> None:
-    assert_round_trip(coder, random_symbols(shape, density, alphabet), alphabet)
+def test_round_trip(coder: Coder, alphabet: int) -> None:
+    for shape in ((0, 5), (5, 0), (1, 1), (1, 300), (300, 1), (2, 3), (10, 100)):
+        for density in (0.0, 0.03, 0.5, 1.0):
+            assert_round_trip(coder, random_symbols(shape, density, alphabet), alphabet)
 
 
 @every_coder
@@ -184,23 +182,23 @@ def test_dead_rows_and_columns_cost_little() -> None:
     assert len(CODERS["context"].encode(symbols, 2).positions) < 60 + 400 / 8
 
 
-@pytest.mark.parametrize("spacing", [1, 9, 49])
 @pytest.mark.parametrize(
-    ("kept", "size"), [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (2, 8), (5, 16)]
+    ("kept", "size", "spacing"),
+    [(1, 2, 1), (2, 4, 1), (2, 4, 9), (2, 4, 49), (1, 4, 25), (3, 4, 3), (4, 8, 9), (5, 16, 1)],
 )
 def test_masks_of_groups_cost_hardly_more_than_their_patterns(
     kept: int, size: int, spacing: int
 ) -> None:
     groups = Groups(size, kept, kept, spacing)
-    symbols = grouped_symbols((32, 16 * spacing * (49 // spacing)), groups)
+    symbols = grouped_symbols((8, 16 * spacing * (49 // spacing)), groups)
     assert find_groups(symbols) == groups
     positions = CODERS["context"].encode(symbols, 17).positions
-    assert 8 * len(positions) < (groups.bits + 0.005) * symbols.size + 60
+    assert 8 * len(positions) < (groups.bits + 0.01) * symbols.size + 60
     assert_round_trip(CODERS["context"], symbols, 17)
 
 
 def test_groups_in_which_a_quantizer_made_zeros() -> None:
-    symbols = grouped_symbols((128, 144), Groups(4, 2, 2, 9))
+    symbols = grouped_symbols((64, 144), Groups(4, 2, 2, 9))
     symbols *= random_symbols(symbols.shape, 0.95, 2, seed=1).astype(np.uint8)
     assert find_groups(symbols) == Groups(4, 2, 0, 9)
     positions = CODERS["context"].encode(symbols, 17).positions
@@ -285,7 +283,7 @@ def test_damaged_streams_never_crash(coder: Coder) -> None:
     positions, values = coder.encode(symbols, 9)
     wide = coder.encode(random_symbols((50, 60), 0.2, 700), 700)
     damaged = [Streams(b"", b""), Streams(positions, b""), Streams(b"\x02", values)]
-    for _ in range(150):
+    for _ in range(50):
         noise = rng.bytes(int(rng.integers(0, 200)))
         cut = int(rng.integers(0, len(positions)))
         flipped = bytearray(positions)

@@ -66,7 +66,8 @@ def test_files_that_promise_all_they_may_are_read(tmp_path: Path) -> None:
         path = tmp_path / "greedy"
         path.write_bytes(file)
         taken.append(accepts(path, limit=None))
-    assert taken.count(True) >= 6, taken  # what decodes noise may find it damaged at the end
+    # All but values that Huffman codes cannot decode from noise.
+    assert taken == [True, False, *[True] * 7]
 
 
 def golden(version: int) -> dict[str, Tensor | Code]:

@@ -1,4 +1,5 @@
-"""Bytes and speed of the lossless coders, next to zlib, lzma, bz2 and the entropy of the symbols.
+"""Bytes and speed of the lossless coders, next to zlib, lzma, bz2 and the entropy of the symbols,
+and bits of masks of N:M structure.
 
 python -m fitsmall.experiments.benchmarks.codec [--ints PATH] [FILE ...]
 
@@ -8,6 +9,7 @@ Compressed files that are named are coded again by each coder.
 import argparse
 import bz2
 import lzma
+import math
 import os
 import tempfile
 import time
@@ -103,6 +105,26 @@ def speeds(rows: int = 2000, columns: int = 2500, density: float = 0.1, clusters
     return "\n".join(lines)
 
 
+def masks() -> str:
+    """Table of bits a weight for random masks of N:M structure along the inputs.
+
+    The least is log₂ C(M, N) / M. Values are of 16 clusters.
+    """
+    rng = np.random.default_rng(0)
+    shapes = ((512, 512), (128, 64, 3, 3))
+    lines = ["".join(f"{title:>16}" for title in ("masks", *map(str, shapes), "least"))]
+    for kept, size in ((2, 4), (1, 4), (4, 8)):
+        row = f"{f'{kept}:{size}':>16}"
+        for outputs, inputs, *kernel in shapes:
+            scores = rng.random((outputs, inputs // size, size, math.prod(kernel)))
+            mask = (scores.argsort(axis=2).argsort(axis=2) < kept).reshape(outputs, -1)
+            symbols = (mask * rng.integers(1, 17, mask.shape)).astype(np.uint8)
+            positions, _ = CODERS["context"].encode(symbols, 17)
+            row += f"{8 * len(positions) / mask.size:16.3f}"
+        lines.append(row + f"{math.log2(math.comb(size, kept)) / size:16.3f}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ints", type=Path, default=DATA / "codec" / "lenet300_ints.npz")
@@ -115,6 +137,7 @@ def main() -> None:
     path = options.ints
     print(sizes(path) if path.exists() else f"no sizes: {path} is not there (set FITSMALL_DATA)")
     print(speeds())
+    print(masks())
 
 
 if __name__ == "__main__":

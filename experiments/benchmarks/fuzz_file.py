@@ -271,7 +271,11 @@ def splice(parts: Parts, dice: Random) -> Parts:
 
 
 def greedy(length: int) -> Iterator[bytes]:
-    """Files of at most so many bytes, of every coder, that promise as much as the reader allows."""
+    """Files of at most so many bytes that promise as much as the reader allows.
+
+    For each coder a mask and values that cost as little as they may; a constant, a deep sum and a
+    product that take as much memory or time as they may.
+    """
     room, u8 = length - 100, torch.uint8
     noise = Random(0).randbytes(length)
     matrix = np.arange(4096).reshape(64, 64) * 7919 % 257
@@ -283,19 +287,24 @@ def greedy(length: int) -> Iterator[bytes]:
         shape = (64, len(values) * coding.IN_VALUES // 64)
         entry = Entry("values", shape, u8, "shared", u8, 64, 0, len(values))
         yield forge(name, [entry], values + bytes(range(64)))
-        zeros = bytes(MIN_LIMIT // coding.IN_MATRIX)
-        entry = Entry("constant", (MIN_LIMIT,), u8, "shared", u8, 1, len(zeros))
-        yield forge(name, [entry], zeros + b"\1")
-        half, side = torch.float16, math.isqrt(MIN_LIMIT // 2 // MAX_DEPTH)
-        entry = part = Entry("sum", (side, side), half, "shared", half, 1, 4)
-        for _ in range(MAX_DEPTH - 1):
-            entry = replace(part, kind="sum", parts=(entry, part))
-        yield forge(name, [entry], MAX_DEPTH * b"\0\0\0\0\0\x3c")
-        rows, columns = TERMS_IN_BYTE // 1024, 1024
-        part = Entry("product", (rows, room), half, "shared", half, 1)
-        parts = part, replace(part, shape=(room, columns))
-        entry = Entry("product", (rows, columns), half, "product", parts=parts, padding=room)
-        yield forge(name, [entry], 2 * b"\0\x3c" + bytes(room))
+
+    zeros = bytes(MIN_LIMIT // coding.IN_MATRIX)
+    entry = Entry("constant", (MIN_LIMIT,), u8, "shared", u8, 1, len(zeros))
+    yield forge(name, [entry], zeros + b"\1")
+
+    half, one = torch.float16, b"\0\x3c"
+    side = math.isqrt(MIN_LIMIT // half.itemsize // MAX_DEPTH)
+    zeros = bytes(side * side // coding.IN_MATRIX)
+    entry = part = Entry("sum", (side, side), half, "shared", half, 1, len(zeros))
+    for _ in range(MAX_DEPTH - 1):
+        entry = replace(part, kind="sum", parts=(entry, part))
+    yield forge(name, [entry], MAX_DEPTH * (zeros + one))
+
+    rows, columns = TERMS_IN_BYTE // 1024, 1024
+    part = Entry("product", (rows, room), half, "shared", half, 1)
+    parts = part, replace(part, shape=(room, columns))
+    entry = Entry("product", (rows, columns), half, "product", parts=parts, padding=room)
+    yield forge(name, [entry], 2 * one + bytes(room))
 
 
 # ------------------------------------------------------------------------------------ the attack
