@@ -1,13 +1,15 @@
-"""Hydra configuration groups, and the resolvers that they use: whoever composes with them, in an
-application of their own as well, imports this package."""
+"""Hydra configuration groups and their resolvers.
+
+Import this package before composing its groups in another application.
+"""
 
 from omegaconf import OmegaConf
 
 from fitsmall.experiments.run.fingerprint import digest, fingerprint
 
-# A learning rate from a width.
+# For a learning rate that depends on a width.
 OmegaConf.register_new_resolver("divide", lambda a, b: a / b, replace=True)
-# For what shall be the same whenever a run goes on in its folder.
+# For an id that stays the same when a run resumes in its folder.
 OmegaConf.register_new_resolver("digest", digest, replace=True)
-# As the name of a job's directory: a sweep that is started again finds what it has done.
+# For the folder of a job: a sweep that starts again finds the jobs that have finished.
 OmegaConf.register_new_resolver("fingerprint", lambda *, _root_: fingerprint(_root_), replace=True)

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from fitsmall.experiments.cli.main import main
 
 _SERVER = get_context("forkserver")
-_SERVER.set_forkserver_preload(["fitsmall.experiments.run.train"])
+_SERVER.set_forkserver_preload(["fitsmall.experiments.run.job"])
 
 
 class Command:

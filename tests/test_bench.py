@@ -88,9 +88,9 @@ def test_an_engine_that_is_missing_is_named(
 @pytest.mark.parametrize(
     ("missing", "remedy"),
     [
-        ("model.onnx", "fitsmall export RUN writes it"),
-        ("config.yaml", "FILE is in the directory of its run"),
-        ("model.fitsmall", "FILE is in the directory of its run"),
+        ("model.onnx", "write it by fitsmall export RUN"),
+        ("config.yaml", "FILE must be in the folder of its run"),
+        ("model.fitsmall", "FILE must be in the folder of its run"),
     ],
 )
 def test_what_a_run_must_hold(
@@ -106,4 +106,4 @@ def test_what_a_run_must_hold(
 def test_numbers_are_positive(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["bench", str(run / "model.onnx"), "--rounds", "0"])
-    assert "batch, threads and rounds are 1 or more, and got 8, 1 and 0" in capsys.readouterr().err
+    assert "batch, threads and rounds must be 1 or more; got 8, 1 and 0" in capsys.readouterr().err

@@ -140,10 +140,10 @@ def test_the_table_and_the_file_are_there(run: tuple[Path, list[Any]]) -> None:
 
 
 def test_the_saved_view_draws_what_the_run_declares(run: tuple[Path, list[Any]]) -> None:
-    from fitsmall.experiments.study.workspace import workspace
+    from fitsmall.experiments.study.workspace import build_workspace
 
     folder, found = run
-    view = workspace(folder.parent, entity="someone")._to_model()
+    view = build_workspace(folder.parent, entity="someone")._to_model()
     assert (view.entity, view.project) == ("someone", "fitsmall")
     assert view.display_name == "Compression: curves"
     spec = json.loads(view.spec.model_dump_json(by_alias=True))
@@ -173,12 +173,14 @@ def test_the_saved_view_draws_what_the_run_declares(run: tuple[Path, list[Any]])
 
 
 def test_the_view_of_a_run_has_no_other(run: tuple[Path, list[Any]], tmp_path: Path) -> None:
-    from fitsmall.experiments.study.workspace import workspace
+    from fitsmall.experiments.study.workspace import build_workspace
 
     folder, _ = run
     config = yaml.safe_load((folder / "config.yaml").read_text()) | {"group": None}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    spec = json.loads(workspace(tmp_path, "me")._to_model().spec.model_dump_json(by_alias=True))
+    spec = json.loads(
+        build_workspace(tmp_path, "me")._to_model().spec.model_dump_json(by_alias=True)
+    )
     (kept,) = spec["section"]["runSets"][0]["filters"]["filters"]
     assert kept["key"] == {"section": "run", "name": "name"}
     assert (kept["op"], kept["value"]) == ("=", config["logger"]["wandb"]["id"])
@@ -188,4 +190,4 @@ def test_a_view_of_runs_that_were_not_sent_names_the_remedy(tmp_path: Path) -> N
     command = [str(Path(sys.executable).with_name("fitsmall")), "dashboard", str(tmp_path)]
     done = subprocess.run([*command, "--entity", "me"], check=False, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "holds no run that was sent to W&B: train with 'logger=[csv,wandb]'" in done.stderr
+    assert "has no run that was sent to W&B: train with 'logger=[csv,wandb]'" in done.stderr

@@ -98,10 +98,10 @@ def test_a_transformer_looks_back_only() -> None:
 
 def test_augmentation_moves_an_image_by_whole_pixels() -> None:
     class OnePixel(Affine):
-        def __call__(self, images: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+        def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
             torch.rand = lambda count, generator: torch.ones(count)  # type: ignore[assignment]
             try:
-                return super().__call__(images, random)
+                return super().__call__(images, generator)
             finally:
                 torch.rand = original  # type: ignore[assignment]
 
@@ -154,7 +154,7 @@ def test_mnist_that_cannot_be_had_says_what_to_do(
         raise OSError("no network")
 
     monkeypatch.setenv("FITSMALL_DATA", str(tmp_path))
-    monkeypatch.setattr(sources, "_folders", list)
+    monkeypatch.setattr(sources, "_search_path", list)
     monkeypatch.setattr(sources.pooch, "retrieve", refuse)
     with pytest.raises(OSError, match=r"no network.*FITSMALL_DATA"):
         Mnist.load()
@@ -178,7 +178,7 @@ def test_mnist_is_downloaded_once_and_damage_is_not_kept(
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(served)))
     Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.delenv("FITSMALL_DATA", raising=False)
-    monkeypatch.setattr(sources, "_folders", list)
+    monkeypatch.setattr(sources, "_search_path", list)
     monkeypatch.setattr(sources, "_MNIST", digests)
     monkeypatch.setattr(sources, "_MNIST_MIRRORS", [f"http://127.0.0.1:{server.server_port}/"])
     monkeypatch.setattr(sources.pooch, "os_cache", lambda _: cache)
@@ -205,7 +205,7 @@ def write_cifar(folder: Path, images: torch.Tensor, labels: list[int]) -> None:
         path = folder / "cifar10" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         parquet.write_table(pyarrow.table({"img": encoded(images), "label": labels}), path)
-    sources._decoded.cache_clear()
+    sources._read_cifar10.cache_clear()
 
 
 def test_cifar10_is_read_from_the_columns_of_the_hub(
@@ -231,10 +231,10 @@ def test_what_is_no_cifar10_is_refused_by_name(
     with pytest.raises(ValueError, match=r"train-00000.*shape \(3, 32, 28\)"):
         Cifar10.load()
     parquet.write_table(pyarrow.table({"x": [1]}), tmp_path / "cifar10" / sources._CIFAR[0])
-    with pytest.raises(ValueError, match=r"train-00000.*holds no images of CIFAR-10"):
+    with pytest.raises(ValueError, match=r"train-00000.*does not hold CIFAR-10"):
         Cifar10.load()
     (tmp_path / "cifar10" / sources._CIFAR[0]).write_bytes(b"PAR1 but no more")
-    with pytest.raises(ValueError, match=r"train-00000.*holds no images of CIFAR-10"):
+    with pytest.raises(ValueError, match=r"train-00000.*does not hold CIFAR-10"):
         Cifar10.load()
 
 

@@ -29,7 +29,8 @@ from fitsmall.compressors.file.report import inspect as report_of
 from fitsmall.experiments.cli.main import main
 from fitsmall.experiments.data.images import Mnist
 from fitsmall.experiments.models.networks import VGG, LeNet5, LeNet300, ResNet, ResNet18
-from fitsmall.experiments.run.figures import _draw_bytes, curve
+from fitsmall.experiments.run.curves import size_curve
+from fitsmall.experiments.run.picture import _draw_bytes
 from fitsmall.experiments.study.summary import Summary, summarize
 
 CONFIGS = Path(fitsmall.configs.__file__).parent
@@ -92,7 +93,7 @@ def test_a_run_leaves_everything_behind(sweep: Path) -> None:
     assert (folder / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["data"]["seed"] == config["seed"] == 0
-    sizes = [size for size, _ in curve(folder / "metrics.csv")]
+    sizes = [size for size, _ in size_curve(folder / "metrics.csv")]
     assert len(sizes) == 12
     assert sizes[-1] == pytest.approx(result["bytes"], rel=0.01)
 

@@ -13,8 +13,11 @@ import pytest
 from rich.console import Console
 
 from fitsmall.experiments.cli.main import main
-from fitsmall.experiments.study.points import Study, compare, losses, read
-from fitsmall.experiments.study.tables import checklist, conclusions, report, sheets
+from fitsmall.experiments.study.analysis import Study, compression_costs
+from fitsmall.experiments.study.conclusions import checklist, conclusions
+from fitsmall.experiments.study.points import compare, read_results
+from fitsmall.experiments.study.report_files import write_report
+from fitsmall.experiments.study.tables import study_tables
 
 SIZES = {"tiny": 1_000, "small": 4_000, "medium": 16_000, "large": 64_000, "huge": 256_000}
 RATIOS = {"none": 1.0, "8 bits": 4.0, "80 % zeros, 4 bits": 16.0, "random zeros": 16.0}
@@ -79,7 +82,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def test_large_networks_own_what_they_own(runs: Path) -> None:
-    study = Study(read(runs))
+    study = Study(read_results(runs))
     assert study.sizes == list(SIZES)
     assert study.seeds == 3
     claims = study.claims()
@@ -88,13 +91,13 @@ def test_large_networks_own_what_they_own(runs: Path) -> None:
         assert claim.owner.mean("bytes_dense") >= 4 * claim.bytes
         assert claim.large is not None
         assert claim.large.mean("bytes") <= 1.02 * claim.bytes
-        against = claim.against(claim.dense)
+        against = claim.compare_with(claim.dense)
         assert against is not None
         assert against.verdict == "holds"
     assert claims[-1].large is None  # none is larger
     sixteen = claims[2]
     assert (sixteen.owner.size, sixteen.dense and sixteen.dense.size) == ("huge", "medium")
-    assert sixteen.against(sixteen.dense).mean == pytest.approx(0.06 - 0.005)  # type: ignore[union-attr]
+    assert sixteen.compare_with(sixteen.dense).mean == pytest.approx(0.06 - 0.005)  # type: ignore[union-attr]
     assert sixteen.small is not None
     assert sixteen.small.size == "medium"
     first, second = conclusions(study)
@@ -107,7 +110,7 @@ def test_a_claim_that_does_not_hold_is_told(tmp_path: Path) -> None:
         return larger_is_better(size, compression, seed) + 0.06 * list(SIZES).index(size)
 
     write(tmp_path, smaller_is_better)
-    (first, _) = conclusions(Study(read(tmp_path)))
+    (first, _) = conclusions(Study(read_results(tmp_path)))
     assert "at 0 of 4 budgets of bytes, loses at 4, and cannot be told from it at 0" in first
 
 
@@ -116,7 +119,7 @@ def test_noise_decides_nothing(tmp_path: Path) -> None:
         return 0.2 + 0.05 * ((seed * 7 + len(size) * 3 + len(compression)) % 5)
 
     write(tmp_path, noise)
-    (first, _) = conclusions(Study(read(tmp_path)))
+    (first, _) = conclusions(Study(read_results(tmp_path)))
     assert "and cannot be told from it at" in first
     undecided = int(first.rpartition(" at ")[2].rstrip("."))
     assert undecided >= 3
@@ -124,15 +127,15 @@ def test_noise_decides_nothing(tmp_path: Path) -> None:
 
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     write(tmp_path, larger_is_better, seeds=1)
-    study = Study(read(tmp_path))
-    comparisons = [claim.against(claim.dense) for claim in study.claims()]
+    study = Study(read_results(tmp_path))
+    comparisons = [claim.compare_with(claim.dense) for claim in study.claims()]
     assert {comparison.verdict for comparison in comparisons if comparison} == {"undecided"}
     assert ("several seeds, with intervals: 1", False) in checklist(study)
 
 
 def test_between_few_networks_there_are_other_amounts(tmp_path: Path) -> None:
     write(tmp_path, larger_is_better)
-    results = read(tmp_path)
+    results = read_results(tmp_path)
     few = Study(r for r in results if r["size"] in ("tiny", "large", "huge")).claims()
     assert [claim.bytes for claim in few] == [1_000, 8_000, 64_000, 128_000, 256_000]
     # Of 8,000 bytes no network as it is is a rival: that of 1,000 would be an easy one.
@@ -150,17 +153,22 @@ def test_a_run_that_diverged_is_left_out_and_listed(tmp_path: Path) -> None:
         return math.nan if lost else larger_is_better(size, compression, seed)
 
     write(tmp_path, diverges)
-    study = Study(read(tmp_path))
+    study = Study(read_results(tmp_path))
     assert study.diverged == [str(tmp_path / "small-8 bits-1-1e+09")]
     assert study.seeds == 2
     assert str(tmp_path / "small-8 bits-1-1e+09") in conclusions(study)[0]
 
 
 def test_other_settings_are_not_taken_for_the_same(runs: Path) -> None:
-    assert len(Study(read(runs) + read(runs)).points) == 20  # found twice, it is one run
-    other = read(runs)[0] | {"fingerprint": "of another learning rate", "folder": "elsewhere"}
+    assert (
+        len(Study(read_results(runs) + read_results(runs)).points) == 20
+    )  # found twice, it is one run
+    other = read_results(runs)[0] | {
+        "fingerprint": "of another learning rate",
+        "folder": "elsewhere",
+    }
     with pytest.raises(ValueError, match=r"elsewhere are of one size, .* hydra.sweep.dir"):
-        Study([*read(runs), other])
+        Study([*read_results(runs), other])
 
 
 def test_without_a_dense_network_there_is_a_report(
@@ -168,7 +176,7 @@ def test_without_a_dense_network_there_is_a_report(
 ) -> None:
     for path in runs.glob("*-none-*/result.json"):
         path.unlink()
-    report([runs], runs.parent / "report")
+    write_report([runs], runs.parent / "report")
     assert "of 0 budgets of bytes" in capsys.readouterr().out
 
 
@@ -183,18 +191,20 @@ def test_differences_are_paired_by_seed() -> None:
 
 
 def test_losses_and_steps_are_by_size(runs: Path) -> None:
-    study = Study(read(runs))
-    found = losses(study.points, "tuned")["80 % zeros, 4 bits"]
+    study = Study(read_results(runs))
+    found = compression_costs(study.points, "tuned")["80 % zeros, 4 bits"]
     assert found.keys() == SIZES.keys()
     assert found["tiny"] == pytest.approx(dict.fromkeys(range(3), 0.005))
-    target, steps = study.steps_to()
+    target, steps = study.steps_to_common_error()
     assert target == pytest.approx(0.202)
     assert steps["tiny"] == dict.fromkeys(range(3), 100.0)
     assert steps["huge"] == dict.fromkeys(range(3), 25.0)
 
 
 def test_large_networks_need_fewer_steps(runs: Path) -> None:
-    (sheet,) = (s for s in sheets(Study(read(runs))) if s.title.startswith("Steps to"))
+    (sheet,) = (
+        s for s in study_tables(Study(read_results(runs))) if s.title.startswith("Steps to")
+    )
     last = dict(zip(sheet.head, sheet.rows[-1], strict=True))
     assert (last["size"], last["steps"]) == ("huge", "25")
     assert last["fewer than tiny by"] == "75 ± 0 holds"
@@ -206,7 +216,9 @@ def test_the_length_of_training_has_a_verdict(runs: Path) -> None:
         return error - 0.0004 * (compression == "8 bits" and size == "huge") + 0.1
 
     write(runs / "short", longer_costs_more, flops=2.5e8)
-    (sheet,) = (s for s in sheets(Study(read(runs))) if s.title.startswith("Does the cost"))
+    (sheet,) = (
+        s for s in study_tables(Study(read_results(runs))) if s.title.startswith("Does the cost")
+    )
     found = {row[0]: row[1:] for row in sheet.rows}
     assert sheet.head[1:3] == ["dense, 0.25", "dense"]
     costs = found["huge: 8 bits"][2:]
@@ -216,7 +228,7 @@ def test_the_length_of_training_has_a_verdict(runs: Path) -> None:
 
 def test_other_budgets_are_controls(runs: Path) -> None:
     write(runs / "short", larger_is_better, seeds=1, flops=2.5e8)
-    study = Study(read(runs))
+    study = Study(read_results(runs))
     assert study.budget["flops"] == 1e9
     ((budget, points),) = study.controls
     assert budget["flops"] == 2.5e8
@@ -224,7 +236,7 @@ def test_other_budgets_are_controls(runs: Path) -> None:
 
 
 def test_the_checklist_is_met(runs: Path) -> None:
-    found = dict(checklist(Study(read(runs))))
+    found = dict(checklist(Study(read_results(runs))))
     assert found.pop("five operating points or more: 2 ratios") is False
     assert all(found.values())
 
@@ -284,7 +296,7 @@ def test_the_page_works_in_a_browser(runs: Path) -> None:
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no chromium")
-    path = report([runs], runs / "report", Console(quiet=True))
+    path = write_report([runs], runs / "report", Console(quiet=True))
     arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=arguments)

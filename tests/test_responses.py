@@ -17,7 +17,7 @@ from fitsmall.compressors.responses import (
     whitened,
 )
 from fitsmall.experiments.cli.main import main
-from fitsmall.experiments.run.dimensions import layers_of, ranks
+from fitsmall.experiments.cli.needed_ranks import rank_table, record_responses
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -57,7 +57,7 @@ def trained() -> tuple[Net, Tensor]:
 
 def test_layers_are_seen_with_what_is_behind_them(trained: Any) -> None:
     net, images = trained
-    layers, left_out = layers_of(net, images)
+    layers, left_out = record_responses(net, images)
     assert {name: layer.relu for name, layer in layers.items()} == {
         "conv1": True,
         "conv2": False,
@@ -78,7 +78,7 @@ def test_layers_are_seen_with_what_is_behind_them(trained: Any) -> None:
 
 def test_a_plain_map_is_the_layer_of_the_nearest_weight(trained: Any) -> None:
     net, images = trained
-    found = layers_of(net, images)[0]["conv1"]
+    found = record_responses(net, images)[0]["conv1"]
     net = nn.Sequential(net.conv1, net.norm1).eval()
     before = net(images).movedim(1, -1).double()
     factorize(net, {"0.weight": Rank("channels", 3)})
@@ -125,7 +125,7 @@ def test_the_maximum_is_found_in_the_plane() -> None:
 
 def test_the_table_of_a_network(trained: Any, tmp_path: Path) -> None:
     net, images = trained
-    table = ranks(net, images, 0.1, tmp_path / "ranks.png")
+    table = rank_table(net, images, 0.1, tmp_path / "ranks.png")
     assert [*table.columns[0].cells] == ["conv1", "conv2", "fc1", "fc2", "fc3", "total"]
     assert (tmp_path / "ranks.png").stat().st_size > 10_000
     lines = (tmp_path / "ranks.csv").read_text().splitlines()
@@ -134,9 +134,9 @@ def test_the_table_of_a_network(trained: Any, tmp_path: Path) -> None:
     assert "left out: grouped" in str(table.caption)
     for tolerance in (0.0, 1.0):
         with pytest.raises(ValueError, match="a tolerance is a fraction"):
-            ranks(net, images, tolerance, tmp_path / "ranks.png")
+            rank_table(net, images, tolerance, tmp_path / "ranks.png")
     with pytest.raises(ValueError, match=r"has no layer to reduce \(no layers\)"):
-        ranks(nn.ReLU(), images, 0.1, tmp_path / "ranks.png")
+        rank_table(nn.ReLU(), images, 0.1, tmp_path / "ranks.png")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +151,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (run / "ranks.png").is_file()
     for words, message in (
         ([str(run), "--tolerance", "2"], "a tolerance is a fraction"),
-        ([str(run), "--images", "1"], "2 at least, and got 1"),
+        ([str(run), "--images", "1"], "give 2 or more; got 1"),
         ([str(tmp_path / "none")], "No such file"),
     ):
         with pytest.raises(SystemExit):

@@ -23,10 +23,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from fitsmall.compressors import load, same_bits
-from fitsmall.experiments.run.budget import Budget, Pace, _group, _once, _Watch
-from fitsmall.experiments.run.fingerprint import write
-from fitsmall.experiments.run.operations import counter, operations
-from fitsmall.experiments.study.points import curve
+from fitsmall.experiments.models.operations import count_operations, operation_counter
+from fitsmall.experiments.run.budget import Budget, StepCost
+from fitsmall.experiments.run.curves import step_curve
+from fitsmall.experiments.run.folder import write_text
+from fitsmall.experiments.run.processes import make_once, process_group_id
+from fitsmall.experiments.run.within_budget import StepTimer
 
 # One worker, since the sweep below is made once for all.
 pytestmark = pytest.mark.xdist_group("study")
@@ -137,7 +139,7 @@ def test_without_fine_tuning_weights_stay(swept: Path) -> None:
         folder, result = path.parent, json.loads(path.read_text())
         if result["compression"] == "80 % zeros, 4 bits" and not result["fine_tune"]:
             config = (folder / "config.yaml").read_text()
-            assert "budget.Still" in config
+            assert "within_budget.FrozenWeights" in config
             dense, compressed = load(result["init"]), load(folder / "model.fitsmall")
             for name, weight in dense.items():
                 if name.endswith("weight"):
@@ -222,9 +224,9 @@ def test_a_study_that_is_stopped_goes_on_and_ends_the_same(tmp_path: Path) -> No
         assert result["error"] == pairs[1][name]["error"]
         assert result["bytes"] == pairs[1][name]["bytes"]
     for path in killed.glob("runs/dense/*/metrics.csv"):
-        mended = curve(path.parent, "error")
+        mended = step_curve(path, "error")
         assert len(mended) == 4
-        assert mended == curve(whole / path.parent.relative_to(killed), "error")
+        assert mended == step_curve(whole / path.relative_to(killed), "error")
 
 
 def test_observers_make_different_runs(tmp_path: Path) -> None:
@@ -394,14 +396,14 @@ def test_a_budget_is_one_amount(amounts: dict[str, Any], message: str) -> None:
 
 
 def test_a_budget_buys_steps() -> None:
-    pace = Pace(flops=1e6, seconds=0.5)
+    pace = StepCost(flops=1e6, seconds=0.5)
     assert Budget(steps=7).steps_at(pace) == 7
     assert Budget(flops=2e7).steps_at(pace) == 20
     assert Budget(seconds=30).steps_at(pace) == 60
     with pytest.raises(ValueError, match="pays for 1 steps: one costs 1e"):
         Budget(flops=1.5e6).steps_at(pace)
     with pytest.raises(ValueError, match=r"can be counted: give budget.steps or budget.seconds"):
-        Budget(flops=1.5e6).steps_at(Pace(flops=0.0, seconds=0.5))
+        Budget(flops=1.5e6).steps_at(StepCost(flops=0.0, seconds=0.5))
 
 
 def shared(path: Path, made: list[str], name: str, wait: float = 0.3) -> str:
@@ -410,10 +412,10 @@ def shared(path: Path, made: list[str], name: str, wait: float = 0.3) -> str:
     def make() -> str:
         made.append(name)
         time.sleep(wait)
-        write(path, made[0])
+        write_text(path, made[0])
         return made[0]
 
-    return _once(path, lambda: path.read_text() if path.is_file() else None, make)
+    return make_once(path, lambda: path.read_text() if path.is_file() else None, make)
 
 
 def test_what_jobs_share_is_made_by_one_at_a_time(tmp_path: Path) -> None:
@@ -430,14 +432,14 @@ def test_further_processes_of_a_job_wait_for_the_first_of_their_own(
 ) -> None:
     path, made = tmp_path / "shared", ["another"]
     monkeypatch.setenv(variable, "6")
-    write(path.with_suffix(".begun"), _group())
+    write_text(path.with_suffix(".begun"), process_group_id())
     monkeypatch.setenv(variable, "7")
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     with ThreadPoolExecutor(2) as pool:
         second = pool.submit(shared, path, made, "second")
         time.sleep(0.3)
         assert made == ["another"]  # a job that has begun is none of its own
-        write(path.with_suffix(".begun"), _group())
+        write_text(path.with_suffix(".begun"), process_group_id())
         assert second.result() == "another"
         assert made == ["another", "second"]
         # The first has found that it was made before; the second does not make it alone.
@@ -452,7 +454,7 @@ def test_seconds_are_those_of_optimizer_steps(accumulated: int) -> None:
             time.sleep(0.02)
             return super().training_step(batch, index)
 
-    watch = _Watch()
+    watch = StepTimer()
     trainer = pl.Trainer(
         max_steps=6,
         accumulate_grad_batches=accumulated,
@@ -465,7 +467,7 @@ def test_seconds_are_those_of_optimizer_steps(accumulated: int) -> None:
     )
     trainer.fit(Slow())
     assert len(watch.times) == 6
-    assert watch.pace() >= 0.02 * accumulated
+    assert watch.median_seconds() >= 0.02 * accumulated
 
 
 def test_operations_are_counted_by_layer() -> None:
@@ -475,13 +477,13 @@ def test_operations_are_counted_by_layer() -> None:
     images, (first, *_, last) = torch.ones(3, 2, 5, 5), net
     convolution, linear = 2 * 3 * 9 * 4 * 18, 2 * 3 * 36 * 5
     expected = (convolution + linear, 0.75 * convolution + 0.5 * linear)
-    assert operations(net, lambda: net(images)) == expected
+    assert count_operations(net, lambda: net(images)) == expected
     # It does not matter by which way the layers are run.
-    assert operations(net, lambda: last(first(images).flatten(1))) == expected
+    assert count_operations(net, lambda: last(first(images).flatten(1))) == expected
     query = torch.ones(1, 2, 10, 8, requires_grad=True)
-    with counter() as counted:
+    with operation_counter() as counter:
         nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
-    assert counted.get_total_flops() == 2 * (2 * 2 * 10 * 10 * 8)
+    assert counter.get_total_flops() == 2 * (2 * 2 * 10 * 10 * 8)
 
 
 @pytest.mark.filterwarnings("error")
@@ -496,6 +498,6 @@ def test_operations_within_a_fast_kernel_are_counted(training: bool) -> None:
     lstm = nn.LSTM(width, hidden, batch_first=True).train(training)
     gates = 2 * batch * steps * (width + hidden) * 4 * hidden
     with torch.no_grad():
-        total, needed = operations(layer, lambda: layer(x))
+        total, needed = count_operations(layer, lambda: layer(x))
         assert total == needed == projections + attention + perceptron
-        assert operations(lstm, lambda: lstm(x)) == (gates, gates)
+        assert count_operations(lstm, lambda: lstm(x)) == (gates, gates)

@@ -1,1 +1,1 @@
-"""Measurements of speed, memory and robustness; run from a checkout."""
+"""Measurements of speed, memory and robustness. They run from a checkout, and no wheel has them."""

@@ -36,26 +36,7 @@ from fitsmall.compressors import Code, Dense, Factors, Sum, exact, inspect, load
 from fitsmall.compressors.dtypes import CODED
 from fitsmall.compressors.file import coding, reader, report, schema
 from fitsmall.compressors.file.coding import CODERS
-from fitsmall.compressors.file.reader import MIN_LIMIT, entries
-from fitsmall.compressors.file.schema import (
-    CODER_NAMES,
-    DTYPES,
-    FOOTER,
-    HEADER,
-    KINDS,
-    MAGIC,
-    MAX_DEPTH,
-    TERMS_IN_BYTE,
-    VERSION,
-    Entry,
-    deflate,
-    inflate,
-    pack,
-    unpack,
-    varint,
-)
-from fitsmall.compressors.lowrank import FORMS
-from fitsmall.experiments.benchmarks.large import peak, reset_peak
+from fitsmall.experiments.cli.process_memory import peak_memory, reset_peak_memory
 
 __all__ = ["Parts", "accepts", "forge", "main", "mutate", "put_together", "seeds", "take_apart"]
 
@@ -348,11 +329,11 @@ class Tally(Structure):
         Raises:
             RuntimeError: That takes too long, or too much memory.
         """
-        before = reset_peak()
+        before = reset_peak_memory()
         start = time.perf_counter()
         accepted = accepts(path, limit)
         seconds = time.perf_counter() - start
-        memory = peak() - before
+        memory = peak_memory() - before
         self.inputs += 1
         self.accepted += accepted
         self.seconds = max(self.seconds, seconds)

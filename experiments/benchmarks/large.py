@@ -1,9 +1,9 @@
-"""Memory and time of coding a large model, against a small one: 90 % zeros, 16 clusters.
+"""Memory and time of writing and reading the file of a large model, against those of a small one.
 
 python -m fitsmall.experiments.benchmarks.large [--millions 500]
 
-Each size runs in a process of its own. Extra memory is what the process needs beyond the model
-itself, at its highest (Linux's VmHWM).
+The models have 90 % zeros and 16 clusters. Each size runs in its own process. Memory is the peak of
+the process (Linux's VmHWM) above that of the model itself.
 """
 
 import argparse
@@ -20,32 +20,38 @@ from rich.table import Table
 from torch import Tensor
 
 from fitsmall.compressors import read, same_bits, save
+from fitsmall.experiments.cli.process_memory import peak_memory, reset_peak_memory
 
-__all__ = ["Measured", "main", "measure", "peak", "reset_peak"]
+__all__ = ["CodingCost", "main", "measure_coding"]
 
 TENSORS = 10
 
 
-class Measured(NamedTuple):
-    """Seconds; bytes of memory beyond the model; bytes of the largest tensor and of the file."""
+class CodingCost(NamedTuple):
+    """Seconds of encoding and decoding, bytes of extra memory of both, and bytes of the largest
+    tensor and of the file."""
 
-    encode: float
-    decode: float
+    encode_seconds: float
+    decode_seconds: float
     encode_memory: int
     decode_memory: int
     largest: int
     file: int
 
 
-def model(millions: float) -> dict[str, Tensor]:
-    """Ten equal matrices of independent weights, 90 % of them zero, the others of 16 values."""
+def random_model(millions: float) -> dict[str, Tensor]:
+    """Ten equal matrices of independent weights: 90 % zeros, the others of 16 values.
+
+    Args:
+        millions: Parameters of all matrices together, in millions.
+    """
     generator = torch.Generator().manual_seed(0)
     rows = round((millions * 1e6 / TENSORS / 2) ** 0.5)
     codebook = torch.randn(16, generator=generator)
     tensors = {}
     for number in range(TENSORS):
         tensors[f"layers.{number}.weight"] = torch.zeros(rows, 2 * rows)
-        # Row by row, so that making the model takes no memory of its own.
+        # Row by row, so that temporary tensors stay small.
         for row in tensors[f"layers.{number}.weight"]:
             kept = torch.rand(row.shape, generator=generator) < 0.1
             index = torch.randint(16, (int(kept.sum()),), generator=generator)
@@ -53,47 +59,34 @@ def model(millions: float) -> dict[str, Tensor]:
     return tensors
 
 
-def measure(millions: float) -> Measured:
-    """Code and decode a model of so many million parameters, and check what comes back."""
+def measure_coding(millions: float) -> CodingCost:
+    """Encode and decode a model of so many million parameters.
+
+    Raises:
+        RuntimeError: The decoded model differs from the encoded one.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.fitsmall"
-        warm = model(0.01)
-        save(path, warm)  # compiles
+        save(path, random_model(0.01))  # the first call compiles
         list(read(path))
-        tensors = model(millions)
-        before = reset_peak()
+        tensors = random_model(millions)
+        before = reset_peak_memory()
         start = time.perf_counter()
         size = save(path, tensors)
-        encoded = time.perf_counter()
-        encode_memory = peak() - before
-        before = reset_peak()
-        middle = time.perf_counter()
+        encode_seconds = time.perf_counter() - start
+        encode_memory = peak_memory() - before
+        before = reset_peak_memory()
+        start = time.perf_counter()
         equal = []
         for entry, tensor in read(path):
             equal.append(same_bits(tensors[entry.name], tensor))
-            del tensor  # one at a time
-        end = time.perf_counter()
-        decode_memory = peak() - before
+            del tensor  # before the next one is read
+        decode_seconds = time.perf_counter() - start
+        decode_memory = peak_memory() - before
     if len(equal) != TENSORS or not all(equal):
         raise RuntimeError("the file does not restore the model")
     largest = max(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    return Measured(encoded - start, end - middle, encode_memory, decode_memory, largest, size)
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
-
-
-def reset_peak() -> int:
-    """Forget the peak so far, and return the bytes of memory now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def peak() -> int:
-    """The most bytes of memory since :func:`reset_peak`."""
-    return _status("VmHWM")
+    return CodingCost(encode_seconds, decode_seconds, encode_memory, decode_memory, largest, size)
 
 
 def main() -> None:
@@ -106,17 +99,17 @@ def main() -> None:
         table.add_column(column, justify="right")
     for millions in sizes:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            found = pool.submit(measure, millions).result()
+            cost = pool.submit(measure_coding, millions).result()
         table.add_row(
             f"{millions:g}",
-            f"{found.file / 1e6:.1f}",
-            f"{found.encode:.1f}",
-            f"{found.decode:.1f}",
-            f"{found.encode / millions:.3f}",
-            f"{found.decode / millions:.3f}",
+            f"{cost.file / 1e6:.1f}",
+            f"{cost.encode_seconds:.1f}",
+            f"{cost.decode_seconds:.1f}",
+            f"{cost.encode_seconds / millions:.3f}",
+            f"{cost.decode_seconds / millions:.3f}",
             *(
-                f"{memory / 1e6:,.0f} MB, {memory / found.largest:.2f} x largest tensor"
-                for memory in (found.encode_memory, found.decode_memory)
+                f"{memory / 1e6:,.0f} MB, {memory / cost.largest:.2f} x largest tensor"
+                for memory in (cost.encode_memory, cost.decode_memory)
             ),
         )
     Console().print(table)

@@ -1,10 +1,10 @@
-"""The network that the LC toolkit's example starts from, as a file that training starts from.
+"""Convert the reference network of the LC toolkit's example to a file that training starts from.
 
     python -m fitsmall.experiments.benchmarks.lc_reference reference.fitsmall
     fitsmall train experiment=learn_ranks data=mnist model=lenet300 init=reference.fitsmall
 
-Idelbayev and Carreira-Perpinan's LeNet-300-100 with tanh, for images minus their mean; its weights
-are looked for as ``lc/lenet300_reference.npz`` in a folder of ``$FITSMALL_DATA``.
+It is Idelbayev and Carreira-Perpinan's LeNet-300-100 with tanh, for images minus their mean. Its
+weights are read from ``lc/lenet300_reference.npz`` in the folder ``$FITSMALL_DATA``.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fitsmall.compressors import save
-from fitsmall.experiments.data.sources import found
+from fitsmall.experiments.data.sources import find_file
 
 __all__ = ["main"]
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path, help="file to write")
     options = parser.parse_args()
-    with np.load(found("lc", "lenet300_reference.npz")) as arrays:
+    with np.load(find_file("lc", "lenet300_reference.npz")) as arrays:
         tensors = {
             f"net.fc{number + 1}.{kind}": torch.from_numpy(
                 arrays[f"output.compressible_{number}.{kind}"]

@@ -3,10 +3,9 @@
 python -m fitsmall.experiments.benchmarks.memory [--model mlp] [--precision 32-true]
     [--methods Pruning]
 
-Each training runs in a process of its own, on a network whose weights outweigh all else, or on
-ResNet-20, whose activations do. What counts is how much higher its peak (Linux's VmHWM) is than
-that of plain Lightning, also in copies of the weights that are compressed; the median of five
-trainings.
+Each training runs in its own process, on a perceptron, whose memory is mostly weights, or on
+ResNet-20, whose memory is mostly activations. The table shows the median peak of five trainings
+(Linux's VmHWM), its ratio to that of plain Lightning, and the difference in copies of the weights.
 """
 
 import argparse
@@ -24,8 +23,8 @@ from rich.table import Table
 from torch import nn
 
 from fitsmall.callbacks import EMA, GradualPruning, QuantizationAwareTraining, WeightSharing
-from fitsmall.experiments.benchmarks.large import peak
-from fitsmall.experiments.benchmarks.step import Plain, Repeat
+from fitsmall.experiments.benchmarks.step import PlainModule, RepeatedBatch
+from fitsmall.experiments.cli.process_memory import peak_memory
 from fitsmall.experiments.models.networks import MLP, ResNet
 
 __all__ = ["main"]
@@ -57,7 +56,7 @@ METHODS: dict[str, Callable[[], list[pl.Callback]]] = {
 
 
 def train(name: str, model: str, precision: Any) -> tuple[int, int]:
-    """Bytes at the peak, and of the weights."""
+    """Train a model with a method; peak memory and size of the weights, in bytes."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     trainer = pl.Trainer(
@@ -71,21 +70,21 @@ def train(name: str, model: str, precision: Any) -> tuple[int, int]:
         enable_model_summary=False,
     )
     make, shape, steps = MODELS[model]
-    module = Plain(make())
-    trainer.fit(module, Repeat(steps, shape))
-    return peak(), 4 * sum(p.numel() for p in module.parameters() if p.dim() > 1)
+    module = PlainModule(make())
+    trainer.fit(module, RepeatedBatch(steps, shape))
+    return peak_memory(), 4 * sum(p.numel() for p in module.parameters() if p.dim() > 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="mlp")
     parser.add_argument("--precision", default="32-true")
-    parser.add_argument("--methods", default="", help="only those whose name holds this")
+    parser.add_argument("--methods", default="", help="only methods whose name has this part")
     options = parser.parse_args()
     table = Table(title=f"{options.model}, {options.precision}")
     for column in ("callbacks", "peak MB", "ratio", "extra copies of the weights"):
         table.add_column(column, justify="left" if column == "callbacks" else "right")
-    # What is freed goes back at once: or else the allocator's own habits are measured.
+    # The allocator returns freed memory at once, so that its caches are not measured.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     first, *others = METHODS
     plain = 0

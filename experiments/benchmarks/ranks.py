@@ -1,18 +1,17 @@
-"""Time of a network whose layers became two, against the network as it was, in each engine.
+"""Speed of a network with factored layers, against the dense network, in each engine.
 
     python -m fitsmall.experiments.benchmarks.ranks [--keep 0.5] [--model resnet18] [--batch 8]
 
-Ranks are chosen from the singular values of the initial weights, in one form or in the cheaper of
-both, within a fraction of the multiply-adds; how fast a network is depends on its shapes alone. The
-networks take turns in one process, in an order that rotates: what counts is the median of ratios
-within a round. A speed-up that equals what is saved of the multiply-adds has an efficiency of 1.
+Ranks come from the singular values of the initial weights, in one form or in the cheaper of both,
+within a fraction of the multiply-adds: speed depends on shapes only. The networks take turns in one
+process, in an order that rotates. The table shows the median of ratios within a round. Efficiency
+is the speed-up over the reduction of multiply-adds.
 """
 
 import argparse
 import copy
 import statistics
 import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ import torch
 from rich import print
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fitsmall.compressors.export.engines import ENGINES, session
 from fitsmall.compressors.export.onnx import write_onnx
@@ -35,16 +33,23 @@ from fitsmall.compressors.lowrank import (
     price_of,
 )
 from fitsmall.compressors.surgery.factors import factorize, places, unit_costs
+from fitsmall.experiments.cli.bench import median_seconds
 from fitsmall.experiments.models.networks import ResNet, ResNet18
+from fitsmall.experiments.models.operations import operation_counter
 
 __all__ = ["main"]
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"resnet18": ResNet18, "resnet20": ResNet}
-TURN = 0.3  # seconds, in which at least one batch runs
 
 
 def ranks_within(net: nn.Module, keep: float, among: Sequence[str]) -> dict[str, Rank]:
-    """Ranks of a network's convolutions within a fraction of its multiply-adds."""
+    """Choose ranks of a network's convolutions within a fraction of its multiply-adds.
+
+    Args:
+        net: The network.
+        keep: The fraction.
+        among: Forms to choose from, see :mod:`fitsmall.compressors.lowrank`.
+    """
     seen: dict[str, tuple[float, float]] = {}
     layers = {n: layer for n, layer in net.named_modules() if isinstance(layer, nn.Conv2d)}
     handles = [
@@ -96,14 +101,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for engine in ("eager", "compiled", *ENGINES):
             runs = {
-                name: _ready(engine, network, images, Path(folder) / f"{number}.onnx", options)
+                name: _runner(engine, network, images, Path(folder) / f"{number}.onnx", options)
                 for number, (name, network) in enumerate(networks.items())
             }
             seconds: dict[str, list[float]] = {name: [] for name in runs}
             order = deque(runs)
             for _ in range(options.rounds):
                 for name in order:
-                    seconds[name].append(_turn(runs[name]))
+                    seconds[name].append(median_seconds(runs[name], least=0.3))
                 order.rotate(-1)
             for name, mine in seconds.items():
                 pairs = zip(seconds["dense"], mine, strict=True)
@@ -121,14 +126,15 @@ def main() -> None:
 
 
 def _flops(network: nn.Module, images: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with operation_counter() as counter, torch.no_grad():
         network(images)
     return int(counter.get_total_flops())
 
 
-def _ready(
+def _runner(
     engine: str, network: nn.Module, images: Tensor, path: Path, options: argparse.Namespace
 ) -> Callable[[], object]:
+    """A function that runs a batch in an engine."""
     if engine in ENGINES:
         write_onnx(network, path, (images,))
         run = session(engine, path, options.threads)
@@ -138,21 +144,10 @@ def _ready(
         module.compile()
 
     @torch.inference_mode()
-    def batch() -> object:
+    def run_batch() -> object:
         return module(images)
 
-    return batch
-
-
-def _turn(run: Callable[[], object]) -> float:
-    """Seconds of a batch, the median of a turn, after one that warms the caches."""
-    run()
-    seconds: list[float] = []
-    while sum(seconds) < TURN:
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return run_batch
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Hours of training that is killed and resumed, against the same training left alone.
+"""Soak test: trainings that are killed and resumed, against the same trainings left alone.
 
 python -m fitsmall.experiments.benchmarks.soak [--hours 2] [--seed 0] [--folder soak]
 
-Each round draws a training (pruning, sharing or quantization, precision, optimizer, averaging,
-accumulation, guard), runs it without interruption, and runs it again in processes that are killed
-by SIGKILL at random moments and started anew from the last checkpoint there is, until it ends. Then
-weights, latents, masks, clusters, steps, statistics, averages, the optimizer's state and all logged
-curves must be equal bit for bit. The first difference ends the soak with exit status 1; both
-folders are kept for inspection.
+Each round draws the settings of a training (pruning, sharing or quantization, precision, optimizer,
+averaging, accumulation, guard). It trains without interruption, and a second time in processes that
+SIGKILL ends at random moments and that resume from the last checkpoint. In the end weights,
+latents, masks, clusters, scales, statistics, averages, the optimizer's state and all logged curves
+must be equal bit for bit. The first difference ends the test with exit status 1, and both folders
+are kept for inspection.
 """
 
 import argparse
@@ -48,13 +48,13 @@ from fitsmall.compressors import CRITERIA, same_bits
 from fitsmall.experiments.data.images import Digits
 from fitsmall.experiments.models.networks import MLP
 
-__all__ = ["differences", "draw", "main", "outcome", "train"]
+__all__ = ["differences", "draw_settings", "main", "outcome", "train"]
 
 Settings = dict[str, Any]
 
 
-def draw(random: random.Random) -> Settings:
-    """A training to be killed."""
+def draw_settings(random: random.Random) -> Settings:
+    """Draw the settings of a training."""
     return {
         "criterion": random.choice(list(CRITERIA)),
         "coupling": random.choice(["hard", "straight_through"]),
@@ -72,9 +72,9 @@ def draw(random: random.Random) -> Settings:
     }
 
 
-class Noisy(pl.LightningModule):
-    """A classifier with all that makes resuming hard: dropout, batch-norm, a learning-rate
-    schedule, and noise in its inputs."""
+class NoisyClassifier(pl.LightningModule):
+    """A classifier that is hard to resume: dropout, batch-norm, a learning-rate schedule, and noise
+    in its inputs."""
 
     def __init__(self, optimizer: str) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Noisy(pl.LightningModule):
 
 
 def train(settings: Settings, folder: Path) -> None:
-    """Train, from the last checkpoint in the folder if there is one, to ``final.ckpt``."""
+    """Train from the last checkpoint in the folder, or from the beginning, to ``final.ckpt``."""
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -137,7 +137,7 @@ def train(settings: Settings, folder: Path) -> None:
         callbacks.append(AccuracyGuard(tolerance=settings["guard"]))
     if settings["average"]:
         callbacks.append(EMA(decay=0.99))
-    # Half precision has its overflows on a CPU too.
+    # A large scale, so that half precision overflows on a CPU too.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=100)
     half = settings["precision"] == "16-mixed"
     trainer = pl.Trainer(
@@ -161,13 +161,13 @@ def train(settings: Settings, folder: Path) -> None:
     last = folder / "last.ckpt"
     path = str(last) if last.exists() else None
     validation = ResumableLoader(held_out, len(held_out))
-    module = Noisy(settings["optimizer"])
+    module = NoisyClassifier(settings["optimizer"])
     trainer.fit(module, loader, validation, ckpt_path=path, weights_only=True)
     trainer.save_checkpoint(folder / "final.ckpt")
 
 
 def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
-    """Where two nested structures of tensors and numbers differ.
+    """Paths at which two nested structures of tensors and numbers differ.
 
     Example:
         >>> list(differences({"a": [1, torch.ones(2)]}, {"a": [1, torch.zeros(2)]}))
@@ -189,19 +189,19 @@ def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All that a training leaves in ``final.ckpt`` and its logger's tables, but for paths."""
+    """State in ``final.ckpt`` and logged curves of a training, without paths of files."""
     checkpoint = torch.load(folder / "final.ckpt", weights_only=True)
     callbacks = {
         key: state
         for key, state in checkpoint["callbacks"].items()
         if not key.startswith("ModelCheckpoint")
     }
-    # What was done again after a kill was logged again.
+    # Steps that were repeated after a kill are in several tables; their last row counts.
     curves: dict[str, dict[str, str]] = {}
     for table in sorted(folder.glob("lightning_logs/version_*/metrics.csv"), key=_number):
         with open(table) as file:
             for row in csv.DictReader(file):
-                if None not in row.values():  # cut off by the kill
+                if None not in row.values():  # such a row was cut off by a kill
                     cells = {name: cell for name, cell in row.items() if cell}
                     curves.setdefault(row["step"], {}).update(cells)
     kept = ("state_dict", "current_model_state", "averaging_state", "optimizer_states")
@@ -218,14 +218,17 @@ def _start(settings: Settings, folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*words, "--folder", str(folder)], stderr=subprocess.DEVNULL)
 
 
-def _killed(settings: Settings, folder: Path, chance: random.Random, seconds: float) -> int:
-    """Train with kills, about every third of the time that an uninterrupted training takes;
-    returns their number."""
+def _train_with_kills(settings: Settings, folder: Path, rng: random.Random, seconds: float) -> int:
+    """Train with kills, on average after a third of the time of an uninterrupted training.
+
+    Returns:
+        The number of kills.
+    """
     kills = 0
     while True:
         process = _start(settings, folder)
         try:
-            status = process.wait(chance.uniform(0.1, 0.6) * seconds)
+            status = process.wait(rng.uniform(0.1, 0.6) * seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -246,11 +249,11 @@ def main() -> None:
     if options.train:
         train(options.train, options.folder)
         return
-    chance = random.Random(options.seed)
+    rng = random.Random(options.seed)
     rounds = kills = steps = 0
     end = time.monotonic() + 3600 * options.hours
     while time.monotonic() < end:
-        settings = draw(chance)
+        settings = draw_settings(rng)
         print(json.dumps(settings), flush=True)
         whole, killed = (options.folder / f"round{rounds}" / name for name in ("whole", "killed"))
         for folder in (whole, killed):
@@ -259,20 +262,20 @@ def main() -> None:
         start = time.monotonic()
         if _start(settings, whole).wait():
             raise RuntimeError(f"{settings} failed in {whole}")
-        now = _killed(settings, killed, chance, time.monotonic() - start)
+        kills_now = _train_with_kills(settings, killed, rng, time.monotonic() - start)
         expected, found = outcome(whole), outcome(killed)
-        # Killed between the checkpoint of an epoch's last step and the epoch's end, a run never
-        # comes by that end again, at which these are logged.
+        # The monitor logs at the end of an epoch. A run that is killed between the checkpoint of
+        # the epoch's last step and its end does not come to that end again.
         for step, cells in expected["curves"].items():
-            lacking = cells.keys() - found["curves"].get(step, {}).keys()
-            for name in [name for name in lacking if name.startswith("compression/")]:
+            missing = cells.keys() - found["curves"].get(step, {}).keys()
+            for name in [name for name in missing if name.startswith("compression/")]:
                 del cells[name]
         if different := list(differences(expected, found)):
             print(f"{settings}: {len(different)} differences: {', '.join(different[:20])}")
             print(f"{whole} {killed}")
             sys.exit(1)
-        rounds, kills, steps = rounds + 1, kills + now, steps + expected["steps"]
-        print(f"  {expected['steps']:,} steps, {now} kills: equal", flush=True)
+        rounds, kills, steps = rounds + 1, kills + kills_now, steps + expected["steps"]
+        print(f"  {expected['steps']:,} steps, {kills_now} kills: equal", flush=True)
         shutil.rmtree(whole.parent)
     table = Table("hours", "trainings", "steps of each", "kills", "differences")
     table.add_row(f"{options.hours:g}", str(rounds), f"{steps / rounds:,.0f}", str(kills), "0")

@@ -3,10 +3,10 @@
 python -m fitsmall.experiments.benchmarks.step [--model lenet300] [--precision 32-true]
     [--rounds 15] [--accelerator cpu] [--compile] [--methods Pruning]
 
-One process fits the plain network and the compressed ones in turn, round after round, so that a
-busy machine slows all alike; what counts is the median over rounds of the ratio within a round.
-Methods act in every step, and choose anew every 100, about as often as in the recipe; quantization
-quantizes from the second step on.
+One process trains the plain network and the compressed ones in turns, round after round, so that a
+busy machine slows all alike. The table shows the median over rounds of the ratio within a round.
+Methods act in every step and refresh their choice every 100 steps, about as often as in the recipe.
+Quantization begins with the second step.
 """
 
 import argparse
@@ -32,9 +32,9 @@ from fitsmall.callbacks import (
 )
 from fitsmall.experiments.models.networks import LeNet300, ResNet
 
-__all__ = ["Plain", "Repeat", "main", "step_seconds"]
+__all__ = ["PlainModule", "RepeatedBatch", "main", "step_seconds"]
 
-# Network, shape of a batch, and steps to be measured.
+# Network, shape of a batch, and number of steps to measure.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "lenet300": (LeNet300, (256, 1, 28, 28), 400),
     "resnet20": (ResNet, (128, 3, 32, 32), 15),
@@ -42,8 +42,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 WARMUP = 0.25  # of the steps that are measured
 
 
-class Plain(pl.LightningModule):
-    """What a user has: cross-entropy and Adam."""
+class PlainModule(pl.LightningModule):
+    """A user's module, with cross-entropy and Adam."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -56,8 +56,8 @@ class Plain(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=2e-3, fused=True)
 
 
-class Repeat:
-    """One batch, again and again: loading takes no time."""
+class RepeatedBatch:
+    """A loader that repeats one random batch, so that loading takes no time."""
 
     def __init__(self, steps: int, shape: tuple[int, ...]) -> None:
         self.steps = steps
@@ -70,8 +70,8 @@ class Repeat:
         return (self.batch for _ in range(self.steps))
 
 
-class Clock(pl.Callback):
-    """Seconds from the end of an epoch's first steps, which allocate, to the end of the epoch."""
+class EpochTimer(pl.Callback):
+    """Time an epoch after its first steps, which allocate memory."""
 
     def __init__(self, warmup: int) -> None:
         self.warmup = warmup
@@ -86,7 +86,7 @@ class Clock(pl.Callback):
 
 
 def _now() -> float:
-    """Seconds on a clock, once all that was launched is done."""
+    """Seconds on a clock, after all kernels that were launched have finished."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
@@ -123,16 +123,24 @@ def step_seconds(
     accelerator: str = "cpu",
     compiled: bool = False,
 ) -> float:
-    """Seconds of a training step, the mean over all but an epoch's first steps."""
-    # In the second epoch, since ModelPruning makes its masks at the end of the first.
+    """Mean duration of a training step with some callbacks, in seconds.
+
+    Args:
+        callbacks: Callbacks of the trainer.
+        model: Key of :data:`MODELS`.
+        precision: Precision of the trainer.
+        accelerator: Accelerator of the trainer.
+        compiled: Whether the network is compiled.
+    """
+    # The second epoch is timed, since ModelPruning makes its masks at the end of the first.
     make, shape, steps = MODELS[model]
     warmup = int(WARMUP * steps)
-    clock = Clock(warmup)
+    timer = EpochTimer(warmup)
     trainer = pl.Trainer(
         max_epochs=2,
         accelerator=accelerator,
         precision=precision,
-        callbacks=[*callbacks, clock],
+        callbacks=[*callbacks, timer],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -141,8 +149,8 @@ def step_seconds(
     net = make()
     if compiled:
         net.compile()
-    trainer.fit(Plain(net), Repeat(warmup + steps, shape))
-    return clock.seconds / steps
+    trainer.fit(PlainModule(net), RepeatedBatch(warmup + steps, shape))
+    return timer.seconds / steps
 
 
 def main() -> None:
@@ -151,7 +159,7 @@ def main() -> None:
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--methods", default="", help="only those whose name holds this")
+    parser.add_argument("--methods", default="", help="only methods whose name has this part")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()

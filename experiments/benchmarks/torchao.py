@@ -1,12 +1,12 @@
-"""Quantization-aware training beside torchao's, on LeNet-300-100: test error, and time of a step.
+"""Quantization-aware training against torchao's, on LeNet-300-100: test error and time of a step.
 
 python -m fitsmall.experiments.benchmarks.torchao [--bits 4] [--epochs 15] [--seeds 3] [--rounds 11]
 
-Both train the same network from the same seeds on the same batches, in float32 for the first 30 %,
-and then with weights of ``--bits`` for each output channel and inputs of 8 bits; torchao's recipe
-for linear layers finds the range of each example's inputs anew, ours learns one step for a layer.
-Test errors are of the rounded networks. Steps are timed one trainer after the other, in rounds, and
-what counts is the median ratio within a round. Needs torchao (``pip install torchao``).
+Both train the same network from the same seeds on the same batches: in float32 for the first 30 %,
+then with weights of ``--bits`` and a scale for each output channel, and inputs of 8 bits. torchao's
+recipe for linear layers computes an input scale for each example; ours learns one for each layer.
+Test errors are those of the rounded networks. Trainers are timed in turns, and the table shows the
+median ratio within a round. It needs torchao (``pip install torchao``).
 """
 
 import argparse
@@ -32,7 +32,12 @@ __all__ = ["Torchao", "main"]
 
 
 class Torchao(pl.Callback):
-    """torchao's quantization-aware training of linear layers, from a fraction of training on."""
+    """torchao's quantization-aware training of linear layers.
+
+    Args:
+        bits: Bits of the weights.
+        start: Fraction of training after which it begins.
+    """
 
     def __init__(self, bits: int, start: float) -> None:
         self.bits, self.start = bits, start
@@ -50,13 +55,13 @@ class Torchao(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
-        begun = trainer.global_step >= self.start * trainer.estimated_stepping_batches
+        is_active = trainer.global_step >= self.start * trainer.estimated_stepping_batches
         for name, module in pl_module.named_modules():
             if name.endswith("_fake_quantizer"):
-                module.enabled = begun
+                module.enabled = is_active
 
 
-def _error(callbacks: list[pl.Callback], epochs: int, seed: int) -> float:
+def _test_error(callbacks: list[pl.Callback], epochs: int, seed: int) -> float:
     """Test error in percent."""
     pl.seed_everything(seed, verbose=False)
     model = Classifier(LeNet300(), partial(torch.optim.Adam, lr=2e-3, fused=True))
@@ -91,11 +96,11 @@ def main() -> None:
     methods: dict[str, Callable[[float], list[pl.Callback]]] = {
         "float": lambda start: [],
         "fitsmall": lambda start: [ours(start=start)],
-        "fitsmall, learned steps": lambda start: [ours(weight_scale="learned", start=start)],
+        "fitsmall, learned scales": lambda start: [ours(weight_scale="learned", start=start)],
         "torchao": lambda start: [Torchao(options.bits, start)],
     }
     errors = {
-        name: [_error(make(0.3), options.epochs, seed) for seed in range(options.seeds)]
+        name: [_test_error(make(0.3), options.epochs, seed) for seed in range(options.seeds)]
         for name, make in methods.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in methods}

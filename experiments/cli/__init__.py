@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line, and the commands that examine a finished run."""

@@ -1,4 +1,4 @@
-"""Completion of what is typed behind ``fitsmall``, in a shell."""
+"""Completion of ``fitsmall`` commands and settings in a shell."""
 
 import os
 from inspect import isabstract
@@ -11,7 +11,7 @@ from hydra.plugins.completion_plugin import CompletionPlugin
 
 __all__ = ["SCRIPTS", "complete"]
 
-# Shells give the line in COMP_LINE. Bash breaks words at `=`, and wants what comes behind it alone.
+# Shells give the line in COMP_LINE. Bash splits words at `=`, and wants only the part after it.
 _BASH = """\
 _fitsmall() {
     local line="${COMP_LINE:0:$COMP_POINT}" word current cut
@@ -31,10 +31,10 @@ SCRIPTS = {
 
 
 def complete(commands: list[str]) -> None:
-    """Print what the last word of ``COMP_LINE`` may become.
+    """Print all completions of the last word in the variable ``COMP_LINE``, one a line.
 
     Args:
-        commands: Those of ``fitsmall``.
+        commands: Names of the commands of ``fitsmall``.
 
     Example:
         >>> os.environ["COMP_LINE"] = "fitsmall tr"
@@ -45,12 +45,12 @@ def complete(commands: list[str]) -> None:
     if len(words) < 2:
         print("\n".join(c for c in commands if c.startswith(words[0] if words else "")))
     elif words[0] == "train":
-        # Hydra takes the first word for its own program.
+        # Hydra takes the first word for the program's name.
         os.environ["COMP_LINE"] = " ".join(["fitsmall", *words[1:]])
         GlobalHydra.instance().clear()
         with initialize_config_module("fitsmall.configs", version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
             plugins: Any = Plugins.instance().discover(CompletionPlugin)
-            # The one that prints a line for each.
+            # Fish's plugin prints one completion a line.
             (plugin,) = (p for p in plugins if not isabstract(p) and p.provides() == "fish")
             plugin(loader).query("train")

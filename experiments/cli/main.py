@@ -1,4 +1,4 @@
-"""The command ``fitsmall``: train with compression; inspect, unpack, export, time the result."""
+"""The command ``fitsmall``: train and compress a network; inspect, unpack, export, time it."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
 from fitsmall.experiments.cli.completion import SCRIPTS, complete
-from fitsmall.experiments.cli.nearest import nearest
+from fitsmall.experiments.cli.suggestions import suggest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-# What a command needs it imports when it runs: help and completion do not wait for torch.
+# Commands import what they need when they run, so that help and completion do not load torch.
 
-# What a user can mend; anything else is a bug and shows its traceback.
-_MISTAKES = (
+# Errors that a user can correct. Any other one is a bug, and shows its traceback.
+_USER_ERRORS = (
     HydraException,
     OmegaConfBaseException,
     FloatingPointError,  # training has diverged
@@ -35,10 +35,14 @@ _MISTAKES = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run ``fitsmall`` with these arguments, by default the process's own."""
+    """Run ``fitsmall``; after a mistake of the user, print one line and exit with status 2.
+
+    Args:
+        arguments: Words after ``fitsmall``; by default those of the process.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    traceback = bool(os.environ.get("HYDRA_FULL_ERROR"))
-    _find_modules_here()
+    wants_traceback = bool(os.environ.get("HYDRA_FULL_ERROR"))
+    _import_from_working_directory()
     try:
         if words[:1] == ["train"]:
             _train(words[1:])
@@ -48,102 +52,108 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             options = _parser().parse_args(words or ["--help"])
             options.run(options)
-    except BrokenPipeError:  # the reader of a pipe, `head` for one, has seen enough
+    except BrokenPipeError:  # the reader of the pipe has ended, for example `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-        mistake = isinstance(error, (*_MISTAKES, MisconfigurationException))
-        if traceback or not mistake:
+        if wants_traceback or not _is_user_error(error):
             raise
         print(f"fitsmall: {_one_line(error, words)}", file=sys.stderr)
-        print("HYDRA_FULL_ERROR=1 in the environment shows where.", file=sys.stderr)
+        print("Set HYDRA_FULL_ERROR=1 in the environment for the traceback.", file=sys.stderr)
         sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fitsmall",
-        description="Compress neural networks while they train.",
-        epilog="fitsmall train --help lists models, data, methods and all settings.",
+        usage="fitsmall [-h] [--version] COMMAND ...",
+        description="Compress neural networks during training.",
+        epilog="fitsmall COMMAND --help describes a command; that of train lists all settings.",
     )
     parser.add_argument("--version", action="version", version=f"fitsmall {version('fitsmall')}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    # Never reached: Hydra reads what stands behind `train`.
-    commands.add_parser("train", help="train, compress, measure, draw")
-    new = commands.add_parser("new", help="begin a project with a network of your own")
-    new.add_argument("folder", type=Path, metavar="PROJECT", help="folder to make")
+    # The width of the metavar keeps long names and their descriptions on one line.
+    commands = parser.add_subparsers(
+        prog="fitsmall", title="commands", required=True, metavar=f"{'COMMAND':12}"
+    )
+    # Only for the list of commands: Hydra reads the words after `train`.
+    commands.add_parser("train", help="train and compress a network, or a sweep of networks")
+    new = commands.add_parser("new", help="start a project with your own network and data")
+    new.add_argument("folder", type=Path, metavar="PROJECT", help="folder to create")
     new.set_defaults(run=_new)
-    completion = commands.add_parser("completion", help="print what a shell needs for completion")
+    completion = commands.add_parser("completion", help="print a shell's completion script")
     completion.add_argument("shell", choices=list(SCRIPTS))
     completion.set_defaults(run=lambda options: print(SCRIPTS[options.shell], end=""))
-    table = commands.add_parser("inspect", help="show where the bytes of a compressed file go")
-    table.add_argument("file", type=Path, metavar="FILE")
-    table.add_argument("--limit", type=int, help="most bytes that its tensors may take")
+    table = commands.add_parser("inspect", help="show the bytes of each tensor in a file")
+    table.add_argument("file", type=Path, metavar="FILE", help="compressed file")
+    table.add_argument("--limit", type=int, help="refuse tensors of more bytes in memory")
     table.set_defaults(run=_inspect)
-    unpack = commands.add_parser("decompress", help="write a compressed file's weights out")
-    unpack.add_argument("file", type=Path, metavar="FILE")
+    unpack = commands.add_parser("decompress", help="restore the weights from a file")
+    unpack.add_argument("file", type=Path, metavar="FILE", help="compressed file")
     unpack.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="OUT",
-        help="safetensors file to write (default: FILE's name with .safetensors)",
+        help="safetensors file to write (default: FILE with the suffix .safetensors)",
     )
-    unpack.add_argument("--limit", type=int, help="most bytes that its tensors may take")
+    unpack.add_argument("--limit", type=int, help="refuse tensors of more bytes in memory")
     unpack.set_defaults(run=_decompress)
-    export = commands.add_parser("export", help="write a quantized run as ONNX with integers")
-    export.add_argument("folder", type=Path, metavar="RUN", help="directory of a run")
+    export = commands.add_parser("export", help="export a quantized run to an integer network")
+    export.add_argument("folder", type=Path, metavar="RUN", help="folder of a run")
     export.add_argument("--format", choices=["onnx"], default="onnx")
-    export.add_argument("--opset", type=int, default=18, help="version of ONNX's operators")
+    export.add_argument("--opset", type=int, default=18, help="ONNX operator set (default: 18)")
     export.add_argument(
         "-o", "--output", type=Path, metavar="OUT", help="file to write (default: RUN/model.onnx)"
     )
     export.set_defaults(run=_export)
-    ranks = commands.add_parser("ranks", help="show how many dimensions each layer of a run needs")
-    ranks.add_argument("folder", type=Path, metavar="RUN", help="directory of a run")
+    ranks = commands.add_parser("ranks", help="show the rank that each layer of a run needs")
+    ranks.add_argument("folder", type=Path, metavar="RUN", help="folder of a run")
     ranks.add_argument(
-        "--tolerance", type=float, default=0.1, help="error of a layer's outputs, as a fraction"
+        "--tolerance",
+        type=float,
+        default=0.1,
+        help="squared error of a layer's outputs, as a fraction of their variance (default: 0.1)",
     )
-    ranks.add_argument("--images", type=int, default=512, help="training images that it is shown")
+    ranks.add_argument(
+        "--images", type=int, default=512, help="number of training images (default: 512)"
+    )
     ranks.set_defaults(run=_ranks)
-    report = commands.add_parser("report", help="show what a sweep of sizes and compressions says")
+    report = commands.add_parser("report", help="compare the sizes and compressions of a sweep")
     report.add_argument("folders", type=Path, nargs="+", metavar="RUNS", help="folder of a sweep")
     report.add_argument(
         "-o", "--output", type=Path, metavar="OUT", help="folder to write (default: RUNS/report)"
     )
     report.set_defaults(run=_report)
     dashboard = commands.add_parser("dashboard", help="save a view of a sweep's runs at W&B")
-    dashboard.add_argument("folder", type=Path, metavar="RUNS", help="folder of a sweep, or a run")
+    dashboard.add_argument("folder", type=Path, metavar="RUNS", help="folder of a sweep or a run")
     dashboard.add_argument("--entity", help="user or team at W&B (default: yours)")
     dashboard.set_defaults(run=_dashboard)
-    bench = commands.add_parser("bench", help="time an exported run in each engine, on Linux")
-    bench.add_argument("file", type=Path, metavar="FILE", help="RUN/model.onnx")
-    bench.add_argument("--batch", type=int, default=8, help="examples that run at once")
-    bench.add_argument("--threads", type=int, default=1, help="threads that compute")
-    bench.add_argument("--rounds", type=int, default=15, help="times that each engine has a turn")
+    bench = commands.add_parser("bench", help="time an exported run in each engine (Linux)")
+    bench.add_argument("file", type=Path, metavar="FILE", help="exported RUN/model.onnx")
+    bench.add_argument("--batch", type=int, default=8, help="examples in a batch (default: 8)")
+    bench.add_argument("--threads", type=int, default=1, help="threads (default: 1)")
+    bench.add_argument("--rounds", type=int, default=15, help="turns of each engine (default: 15)")
     bench.set_defaults(run=_bench)
     return parser
 
 
-def _find_modules_here() -> None:
-    """Let configurations name modules of the folder that the command is given in, also in the
-    processes that it starts."""
-    here = os.getcwd()
-    if here in sys.path:
+def _import_from_working_directory() -> None:
+    """Let configurations name modules of the working directory, in this process and in those that
+    it starts."""
+    folder = os.getcwd()
+    if folder in sys.path:
         return
-    sys.path.append(here)
-    known = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = f"{known}{os.pathsep}{here}" if known else here
+    sys.path.append(folder)
+    inherited = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{inherited}{os.pathsep}{folder}" if inherited else folder
 
 
 def _new(options: argparse.Namespace) -> None:
     folder: Path = options.folder
     if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: name a folder that is not there yet")
+        raise FileExistsError(f"{folder} is not empty: name a folder that does not exist")
     shutil.copytree(Path(__file__).with_name("project"), folder, dirs_exist_ok=True)
     (folder / "network.txt").rename(folder / "network.py")
-    print(f"{folder} is made; its README.md says the same:\n")
+    print(f"{folder} is ready; its README.md has more. Train with\n")
     print(f"    cd {folder}")
     print("    fitsmall train --config-dir configs experiment=mine")
 
@@ -153,13 +163,13 @@ def _train(overrides: list[str]) -> None:
     from hydra_plugins.fitsmall.grids import Grids
     from hydra_plugins.fitsmall.search import Search
 
-    from fitsmall.experiments.run.train import main as train
+    from fitsmall.experiments.run.job import main as train
 
-    # Hydra finds what is installed as a copy by itself; an editable installation it overlooks.
+    # Hydra finds plugins by itself, but not those of an editable installation.
     for sweeper in (Grids, Search):
         Plugins.instance().register(sweeper)
     sys.argv = [sys.argv[0], *overrides]
-    # So that Hydra raises what went wrong instead of printing a report of its own.
+    # With it Hydra raises errors; without, it prints a report of its own and exits.
     before = os.environ.get("HYDRA_FULL_ERROR", "")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -189,7 +199,7 @@ def _decompress(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from fitsmall.compressors.export.onnx import export_onnx
 
-    module, images = _restored(options.folder)
+    module, images = _load_run(options.folder)
     output = options.output or options.folder / "model.onnx"
     print(export_onnx(module, output, images, options.opset).table(len(images)))
 
@@ -197,17 +207,17 @@ def _export(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from fitsmall.experiments.run.inference import bench
+    from fitsmall.experiments.cli.bench import bench
 
     file = options.file
     for path, remedy in (
-        (file, "fitsmall export RUN writes it"),
-        (file.parent / "config.yaml", "FILE is in the directory of its run"),
-        (file.parent / "model.fitsmall", "FILE is in the directory of its run"),
+        (file, "write it by fitsmall export RUN"),
+        (file.parent / "config.yaml", "FILE must be in the folder of its run"),
+        (file.parent / "model.fitsmall", "FILE must be in the folder of its run"),
     ):
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: {remedy}")
-    module, images = _restored(file.parent)
+    module, images = _load_run(file.parent)
     table = bench(file, module, images, options.batch, options.threads, options.rounds)
     Console().print(table)
 
@@ -215,30 +225,30 @@ def _bench(options: argparse.Namespace) -> None:
 def _ranks(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from fitsmall.experiments.run.dimensions import ranks
+    from fitsmall.experiments.cli.needed_ranks import rank_table
 
     if options.images < 2:
-        raise ValueError(f"images are fitted on one half, so 2 at least, and got {options.images}")
-    module, images = _restored(options.folder, "train", options.images)
-    Console().print(ranks(module, images, options.tolerance, options.folder / "ranks.png"))
+        raise ValueError(f"--images is split into two halves: give 2 or more; got {options.images}")
+    module, images = _load_run(options.folder, "train", options.images)
+    Console().print(rank_table(module, images, options.tolerance, options.folder / "ranks.png"))
 
 
 def _report(options: argparse.Namespace) -> None:
     try:
-        from fitsmall.experiments.study.tables import report
+        from fitsmall.experiments.study.report_files import write_report
     except ModuleNotFoundError as error:
         from fitsmall.compressors.extras import install_command
 
         raise ImportError(f"{error}: {install_command('report')}") from error
 
-    report(options.folders, options.output or options.folders[0] / "report")
+    write_report(options.folders, options.output or options.folders[0] / "report")
 
 
 def _dashboard(options: argparse.Namespace) -> None:
     try:
         import wandb
 
-        from fitsmall.experiments.study.workspace import workspace
+        from fitsmall.experiments.study.workspace import build_workspace
     except ModuleNotFoundError as error:
         from fitsmall.compressors.extras import install_command
 
@@ -247,16 +257,18 @@ def _dashboard(options: argparse.Namespace) -> None:
     try:
         entity = options.entity or wandb.Api().default_entity
         if entity is None:
-            raise ValueError("your account at W&B has no entity of its own: name one by --entity")
-        view: Any = workspace(options.folder, entity)
+            raise ValueError("your W&B account has no default entity: name one by --entity")
+        view: Any = build_workspace(options.folder, entity)
         print(view.save().url)
     except wandb.Error as error:
         raise ValueError(f"W&B: {error}") from error
 
 
-def _restored(folder: Path, part: str = "test", most: int | None = None) -> "tuple[Module, Tensor]":
-    """The module of a run's directory, and a batch of the images that it is tested on, or as many
-    as are wanted of those that it was trained on."""
+def _load_run(
+    folder: Path, split: str = "test", limit: int | None = None
+) -> "tuple[Module, Tensor]":
+    """The restored module of a run, and images: the first test batch, or training images up to a
+    limit."""
     import torch
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
@@ -268,26 +280,33 @@ def _restored(folder: Path, part: str = "test", most: int | None = None) -> "tup
     restore(module, folder / "model.fitsmall")
     data = instantiate(config.data, _convert_="all")
     data.setup("test")
-    loader = data.test_dataloader() if part == "test" else data.train_dataloader()
+    loader = data.test_dataloader() if split == "test" else data.train_dataloader()
     batches: list[torch.Tensor] = []
     for batch in loader:
         if isinstance(batch, torch.Tensor) or len(batch) != 2:
             raise ValueError(
-                f"the batches of {config.data._target_} are no pairs of inputs and targets, which "
-                "this command takes the inputs of"
+                f"this command needs batches of (inputs, targets), and {config.data._target_} "
+                "gives others"
             )
         batches.append(batch[0])
-        if part == "test" or (most is not None and sum(map(len, batches)) >= most):
+        if split == "test" or (limit is not None and sum(map(len, batches)) >= limit):
             break
-    return module, torch.cat(batches)[:most]
+    return module, torch.cat(batches)[:limit]
+
+
+def _is_user_error(error: Exception) -> bool:
+    # Lightning's own exception can only be raised if Lightning was imported.
+    lightning: Any = sys.modules.get("lightning.fabric.utilities.exceptions")
+    kinds = (*_USER_ERRORS, lightning.MisconfigurationException) if lightning else _USER_ERRORS
+    return isinstance(error, kinds)
 
 
 def _one_line(error: Exception, words: list[str]) -> str:
-    # Hydra names the call that failed; what went wrong is in the cause.
+    # Hydra's message names the call that failed, and its cause has the reason.
     if isinstance(error, InstantiationException) and error.__cause__:
         return " ".join(str(error.__cause__).split())
     message = str(error).partition("Config search path")[0]
-    if words[:1] == ["train"] and (hint := nearest(message, words[1:])):
+    if words[:1] == ["train"] and (hint := suggest(message, words[1:])):
         own = message.partition("To append")[0].partition("Available options")[0]
         message = own.strip().rstrip(".") + hint
     return " ".join(message.split())

@@ -1,1 +1,1 @@
-"""Data sets and their loaders."""
+"""Data sets, their batches and their augmentation."""

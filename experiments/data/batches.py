@@ -1,4 +1,4 @@
-"""Minibatches whose order is a pure function of a seed and the number of the epoch."""
+"""Minibatches whose order depends only on a seed and the number of the epoch."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -9,22 +9,23 @@ from torch import Tensor
 
 from fitsmall.compressors.training.sharding import processes
 
-__all__ = ["Batches", "generator"]
+__all__ = ["Batches", "epoch_generator"]
 
 
 class Batches:
-    """Minibatches of examples that are taken together, by their numbers.
+    """An iterable of minibatches. A subclass makes each one by a single indexing operation.
 
-    Without a seed they come in order and complete. With one they are shuffled, and the last
-    incomplete one is left out. Lightning saves their state in its checkpoints: a resumed run sees
-    the batches that an uninterrupted one would have seen.
+    Without a seed, examples come in order and the last batch may be smaller. With a seed, they are
+    shuffled and an incomplete last batch is dropped. Lightning saves the position in its
+    checkpoints, so that a resumed run sees the same batches as an uninterrupted one.
 
-    Processes that train together share each batch, and measure all that comes in order.
+    Processes that train together share each shuffled batch. Unshuffled batches, which validate and
+    test, go to every process whole.
 
     Args:
         size: Examples in a batch, of all processes together.
         seed: Seed of the order; None keeps the order.
-        epoch: Returns the number of the epoch that an iteration is for.
+        epoch: Returns the number of the current epoch.
     """
 
     def __init__(
@@ -32,41 +33,42 @@ class Batches:
     ) -> None:
         self.size, self.seed, self.epoch = size, seed, epoch
         self.taken = 0
-        self.saved: dict[str, int] | None = None
+        self.resume_state: dict[str, int] | None = None
 
     @abstractmethod
-    def examples(self) -> int:
-        """Their number."""
+    def num_examples(self) -> int:
+        """Number of examples in an epoch."""
 
     @abstractmethod
-    def take(self) -> Callable[[Tensor], Any]:
-        """A function that makes a batch of the examples with these numbers, in this epoch."""
+    def batch_function(self) -> Callable[[Tensor], Any]:
+        """A function from the numbers of examples to their batch, for the current epoch."""
 
     def __len__(self) -> int:
-        complete, rest = divmod(self.examples(), self.size)
+        complete, rest = divmod(self.num_examples(), self.size)
         return complete + (self.seed is None and rest > 0)
 
     def __iter__(self) -> Iterator[Any]:
-        saved, self.saved = self.saved, None
-        self.taken = saved["taken"] if saved and saved["epoch"] == self.epoch() else 0
-        order = torch.arange(self.examples())
+        state, self.resume_state = self.resume_state, None
+        self.taken = state["taken"] if state and state["epoch"] == self.epoch() else 0
+        order = torch.arange(self.num_examples())
         if self.seed is not None:
-            order = order[torch.randperm(len(order), generator=generator(self.seed, self.epoch()))]
-        take = self.take()
-        rank, world = processes() if self.seed is not None else (0, 1)
+            generator = epoch_generator(self.seed, self.epoch())
+            order = order[torch.randperm(len(order), generator=generator)]
+        make_batch = self.batch_function()
+        rank, world_size = processes() if self.seed is not None else (0, 1)
         for index in order.split(self.size)[self.taken : len(self)]:
             self.taken += 1
-            yield take(index[rank::world])
+            yield make_batch(index[rank::world_size])
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, and number of batches taken of it."""
+        """Number of the epoch, and number of batches taken from it."""
         return {"epoch": self.epoch(), "taken": self.taken}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on behind that batch, if the next epoch to be read is that one."""
-        self.saved = state_dict
+        """Continue after these batches, if the next iteration is in the same epoch."""
+        self.resume_state = state_dict
 
 
-def generator(seed: int, epoch: int) -> torch.Generator:
-    """What draws the random numbers of an epoch."""
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """A generator of the random numbers of one epoch."""
     return torch.Generator().manual_seed(1_000_003 * seed + epoch)

@@ -1,6 +1,6 @@
-"""Image data held as tensors: a minibatch is one indexing operation, never a loop over samples.
+"""Image data held as tensors: a minibatch is one indexing operation, never a loop over examples.
 
-Images lie on the device that trains, as bytes, and are transformed there.
+Images are bytes on the device that trains, and are augmented there.
 """
 
 import math
@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from fitsmall.experiments.data.augmentation import Augmentation
-from fitsmall.experiments.data.batches import Batches, generator
+from fitsmall.experiments.data.batches import Batches, epoch_generator
 from fitsmall.experiments.data.sources import Split, cifar10, mnist
 
 __all__ = ["Cifar10", "Digits", "ImageBatches", "Images", "Mnist"]
@@ -26,11 +26,11 @@ class ImageBatches(Batches):
         split: Images and labels.
         size: Examples in a batch.
         seed: Seed of the order and of the augmentation; None keeps the order.
-        epoch: Returns the number of the epoch that an iteration is for.
+        epoch: Returns the number of the current epoch.
         augment: Transformation of the images, see :mod:`~fitsmall.experiments.data.augmentation`.
-        reuse: Epochs that see the same transformed images, in another order each.
-        until: Epoch from which on images are left as they are.
-        mean: Image that is subtracted from each.
+        reuse: Number of epochs with the same augmented images, each in another order.
+        until: Number of epochs with augmentation.
+        mean: Image to subtract from each image.
 
     Example:
         >>> split = Split(torch.full((5, 1, 2, 2), 255, dtype=torch.uint8), torch.arange(5))
@@ -52,48 +52,51 @@ class ImageBatches(Batches):
         super().__init__(size, seed, epoch)
         self.split, self.mean = split, mean
         self.augment, self.reuse, self.until = augment, reuse, until
-        self._transformed = (-1, split.images)
+        self._augmented = (-1, split.images)
 
-    def examples(self) -> int:
+    def num_examples(self) -> int:
         return len(self.split.labels)
 
-    def take(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        images = self._images()
+    def batch_function(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        images = self._augmented_images()
 
-        def batch(index: Tensor) -> tuple[Tensor, Tensor]:
+        def make_batch(index: Tensor) -> tuple[Tensor, Tensor]:
             index = index.to(images.device)
             chosen = images[index].float().div_(255)
             if self.mean is not None:
                 chosen.sub_(self.mean)
             return chosen, self.split.labels[index]
 
-        return batch
+        return make_batch
 
-    def _images(self) -> Tensor:
+    def _augmented_images(self) -> Tensor:
         if self.augment is None or self.epoch() >= self.until:
             return self.split.images
         number = self.epoch() // self.reuse
-        if self._transformed[0] != number:
-            random = generator(self.seed or 0, number)
-            # In blocks that fit a processor's cache.
+        if self._augmented[0] != number:
+            generator = epoch_generator(self.seed or 0, number)
+            # In blocks that fit into a processor's cache.
             blocks = self.split.images.split(512)
-            moved = [self.augment(block.float(), random).round_().byte() for block in blocks]
-            self._transformed = (number, torch.cat(moved))
-        return self._transformed[1]
+            moved = [self.augment(block.float(), generator).round_().byte() for block in blocks]
+            self._augmented = (number, torch.cat(moved))
+        return self._augmented[1]
 
 
 class Images(pl.LightningDataModule):
-    """Training, held-out and test images.
+    """Images for training, validation and test.
 
     Args:
-        batch_size: Examples in a training batch.
-        held_out: Training images kept apart for validation: they make every choice.
+        batch_size: Images in a training batch.
+        held_out: Number of training images kept for validation. All choices are made by them.
         seed: Seed of the order of batches and of the augmentation.
         augment: Transformation of the training images.
-        reuse: Epochs that see the same transformed images.
-        augment_until: Fraction of the epochs after which training images are left as they are: a
-            small network cannot afford to end on images that it will never be asked about.
-        centre: Subtract the mean of the training images, held-out ones among them.
+        reuse: Number of epochs with the same augmented images.
+        augment_until: Fraction of the epochs with augmentation. A small network gains from ending
+            on images like those of the test.
+        centre: Whether to subtract the mean of all training images, held-out ones included.
+
+    Raises:
+        ValueError: ``augment_until`` is not in [0, 1].
     """
 
     def __init__(
@@ -108,7 +111,9 @@ class Images(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if not 0.0 <= augment_until <= 1.0:
-            raise ValueError(f"augment_until is a fraction of the epochs, got {augment_until}")
+            raise ValueError(
+                f"augment_until is a fraction of the epochs, in [0, 1]; got {augment_until}"
+            )
         self.batch_size, self.held_out, self.seed = batch_size, held_out, seed
         self.augment, self.reuse, self.augment_until = augment, reuse, augment_until
         self.centre = centre
@@ -131,11 +136,13 @@ class Images(pl.LightningDataModule):
             self.mean = self.splits[0].images.float().mean(0) / 255
 
     def train_dataloader(self) -> ImageBatches:
-        split = Split(*(tensor[: -self.held_out or None] for tensor in self._split(0)))
+        split = Split(*(tensor[: -self.held_out or None] for tensor in self._get_split(0)))
         until = math.inf
         if self.trainer and self.augment_until < 1:
             if (self.trainer.max_epochs or -1) < 0:
-                raise ValueError("augment_until is a fraction of the epochs: set max_epochs")
+                raise ValueError(
+                    "augment_until is a fraction of the epochs: set trainer.max_epochs"
+                )
             until = self.augment_until * self.trainer.max_epochs  # type: ignore[operator]
         return ImageBatches(
             split,
@@ -149,30 +156,30 @@ class Images(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> ImageBatches:
-        kept = [tensor[len(tensor) - self.held_out :] for tensor in self._split(0)]
+        kept = [tensor[len(tensor) - self.held_out :] for tensor in self._get_split(0)]
         return ImageBatches(Split(*kept), size=2048, mean=self.mean)
 
     def test_dataloader(self) -> ImageBatches:
-        return ImageBatches(self._split(1), size=2048, mean=self.mean)
+        return ImageBatches(self._get_split(1), size=2048, mean=self.mean)
 
-    def _split(self, which: int) -> Split:
-        assert self.splits is not None, "setup comes first"
-        return self.splits[which]
+    def _get_split(self, number: int) -> Split:
+        assert self.splits is not None, "setup() comes first"
+        return self.splits[number]
 
     def _epoch(self) -> int:
         return self.trainer.current_epoch if self.trainer else 0
 
 
 class Digits(Images):
-    """1,797 digits of 8 x 8 pixels, bundled with scikit-learn: 1,167 train, 270 held out, 360 test.
+    """1,797 digits of 8 x 8 pixels from scikit-learn: 1,167 train, 270 are held out, 360 test.
 
-    The parts are drawn once for all: the original order goes by writer.
+    The split is random but fixed, since the original order is by writer.
     """
 
     @staticmethod
     def load() -> tuple[Split, Split]:
         digits = load_digits()
-        order = torch.randperm(len(digits.target), generator=generator(0, 0))
+        order = torch.randperm(len(digits.target), generator=epoch_generator(0, 0))
         pixels = torch.from_numpy(digits.images)[order, None]
         images, labels = (pixels * 255 / 16).round().byte(), torch.from_numpy(digits.target)[order]
         return Split(images[:-360], labels[:-360]), Split(images[-360:], labels[-360:])

@@ -1,7 +1,7 @@
-"""Where image data comes from: looked for on this machine, else downloaded, and verified.
+"""Files of image data: found on this machine or downloaded, and verified.
 
-Files are looked for in a folder of ``$FITSMALL_DATA``, and of ``../shared/data`` beside the
-repository and the working directory.
+Files are searched in the folder ``$FITSMALL_DATA``, and in folders ``shared/data`` next to the
+repository and next to the working directory.
 """
 
 import gzip
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fitsmall.compressors.extras import install_command
 
-__all__ = ["Split", "cifar10", "found", "mnist"]
+__all__ = ["Split", "cifar10", "find_file", "mnist"]
 
 Content = TypeVar("Content")
 
@@ -41,11 +41,12 @@ def mnist() -> tuple[Split, Split]:
         Training and test images, ``(n, 1, 28, 28)``.
 
     Raises:
-        ValueError: A file's content is not the original one.
-        OSError: No mirror answers.
+        ValueError: The content of a file differs from the original.
+        OSError: The files are not on this machine, and no mirror answers.
     """
-    parts = {name: _parse(_obtained("mnist", name, _MNIST_MIRRORS, _verified)) for name in _MNIST}
-    train_images, train_labels, test_images, test_labels = parts.values()
+    train_images, train_labels, test_images, test_labels = (
+        _parse_idx(_read_or_download("mnist", name, _MNIST_MIRRORS, _read_mnist)) for name in _MNIST
+    )
     return (
         Split(train_images[:, None], train_labels.long()),
         Split(test_images[:, None], test_labels.long()),
@@ -53,20 +54,22 @@ def mnist() -> tuple[Split, Split]:
 
 
 def cifar10() -> tuple[Split, Split]:
-    """50,000 + 10,000 images of 32 x 32 pixels in ten classes (Krizhevsky, 2009), from the two
-    parquet files of the Hub's dataset ``uoft-cs/cifar10``.
+    """50,000 + 10,000 images of 32 x 32 pixels in ten classes (Krizhevsky, 2009).
 
-    Images are stored encoded, as PNG or as JPEG, so copies of the dataset may differ in pixels.
+    They come from the two parquet files of ``uoft-cs/cifar10`` on the Hugging Face Hub. Those hold
+    PNG or JPEG images, so copies of the data set may differ in their pixels.
 
     Returns:
         Training and test images, ``(n, 3, 32, 32)``.
 
     Raises:
-        ImportError: pyarrow, which reads parquet, is missing.
+        ImportError: pyarrow, which reads parquet, is not installed.
         ValueError: A file does not hold such images.
-        OSError: The Hub does not answer.
+        OSError: The files are not on this machine, and the Hub does not answer.
     """
-    train, test = (_obtained("cifar10", name, _CIFAR_MIRRORS, _decoded) for name in _CIFAR)
+    train, test = (
+        _read_or_download("cifar10", name, _CIFAR_MIRRORS, _read_cifar10) for name in _CIFAR
+    )
     return train, test
 
 
@@ -88,34 +91,42 @@ _CIFAR = (
 _CIFAR_MIRRORS = ("https://huggingface.co/datasets/uoft-cs/cifar10/resolve/main/",)
 
 
-def _folders() -> list[Path]:
+def find_file(folder: str, name: str) -> Path:
+    """Find a file that cannot be downloaded.
+
+    Args:
+        folder: Folder within each of the places that are searched.
+        name: Name of the file in it.
+
+    Raises:
+        FileNotFoundError: It is in none of them.
+    """
+    path = _find(folder, name)
+    if path is None:
+        raise FileNotFoundError(
+            f"{folder}/{name} is in none of {', '.join(map(str, _search_path()))}: put it into a "
+            "folder, and name that folder in the variable FITSMALL_DATA"
+        )
+    return path
+
+
+def _find(folder: str, name: str) -> Path | None:
+    paths = (place / folder / name for place in _search_path())
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _search_path() -> list[Path]:
     named = [Path(os.environ["FITSMALL_DATA"])] if "FITSMALL_DATA" in os.environ else []
     repository = Path(__file__).resolve().parents[2]
     return [*named, *(place.parent / "shared" / "data" for place in (repository, Path.cwd()))]
 
 
-def found(folder: str, name: str) -> Path:
-    """A file that cannot be downloaded, in a folder of ``$FITSMALL_DATA`` or beside it.
-
-    Raises:
-        FileNotFoundError: It is in none of them.
-    """
-    for place in _folders():
-        if (place / folder / name).is_file():
-            return place / folder / name
-    raise FileNotFoundError(
-        f"{folder}/{name} is in none of {', '.join(map(str, _folders()))}: put it into a folder, "
-        "and name that one in FITSMALL_DATA"
-    )
-
-
-def _obtained(
+def _read_or_download(
     folder: str, name: str, mirrors: tuple[str, ...], read: Callable[[Path], Content]
 ) -> Content:
-    """What a file holds, from the first place that has it."""
-    for place in _folders():
-        if (place / folder / name).is_file():
-            return read(place / folder / name)
+    """Content of a file on this machine, or else from the first mirror that has it."""
+    if path := _find(folder, name):
+        return read(path)
     problems = []
     for mirror in mirrors:
         cache = pooch.os_cache("fitsmall") / folder
@@ -127,15 +138,16 @@ def _obtained(
         try:
             return read(path)
         except ValueError as error:
-            path.unlink()  # so that another attempt downloads it anew
+            path.unlink()  # the next attempt downloads it again
             problems.append(str(error))
     raise OSError(
-        f"cannot download {name} ({'; '.join(problems)}): put it at {folder}/{name} of a folder, "
-        "and name that one in FITSMALL_DATA"
+        f"cannot download {name} ({'; '.join(problems)}): save it as {folder}/{name} in a folder, "
+        "and name that folder in the variable FITSMALL_DATA"
     )
 
 
-def _verified(path: Path) -> bytes:
+def _read_mnist(path: Path) -> bytes:
+    """Unpack a file and verify its checksum."""
     try:
         with gzip.open(path) as file:
             content = file.read()
@@ -146,21 +158,21 @@ def _verified(path: Path) -> bytes:
     return content
 
 
-def _parse(content: bytes) -> Tensor:
-    """The tensor of an idx file: two zeros, type, number of sizes, sizes (big-endian), bytes."""
+def _parse_idx(content: bytes) -> Tensor:
+    """Tensor of an idx file: two zeros, type, number of sizes, sizes (big-endian), bytes."""
     dimensions = content[3]
     shape = np.frombuffer(content, ">i4", dimensions, offset=4)
     pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
     return torch.from_numpy(pixels.reshape(shape).copy())
 
 
-@lru_cache(maxsize=2)  # decoding takes seconds, and one run asks for it several times
-def _decoded(path: Path) -> Split:
+@lru_cache(maxsize=2)  # decoding takes seconds, and a run needs the images several times
+def _read_cifar10(path: Path) -> Split:
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ImportError(f"reading CIFAR-10 needs {install_command('cifar10')}") from error
+        raise ImportError(f"CIFAR-10 needs pyarrow: {install_command('cifar10')}") from error
     try:
         table = parquet.read_table(path, columns=["img", "label"]).combine_chunks()
         encoded = table["img"].combine_chunks().field("bytes").to_pylist()
@@ -168,10 +180,10 @@ def _decoded(path: Path) -> Split:
         images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
         labels = torch.from_numpy(table["label"].to_numpy().copy()).long()
     except (pyarrow.ArrowException, KeyError, OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} holds no images of CIFAR-10: {error}") from error
+        raise ValueError(f"{path} does not hold CIFAR-10: {error}") from error
     if images.shape[1:] != (3, 32, 32) or not 0 <= labels.min() <= labels.max() < 10:
         raise ValueError(
-            f"{path} holds no images of CIFAR-10 but of shape {tuple(images.shape[1:])}, with "
-            f"labels from {labels.min()} to {labels.max()}"
+            f"{path} does not hold CIFAR-10: its images have the shape {tuple(images.shape[1:])}, "
+            f"and its labels go from {labels.min()} to {labels.max()}"
         )
     return Split(images, labels)

@@ -1,4 +1,4 @@
-"""Text as bytes: the source of Python's standard library, which every machine has."""
+"""Text as bytes: the source code of Python's standard library, which every machine has."""
 
 import hashlib
 import math
@@ -11,28 +11,28 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from fitsmall.experiments.data.batches import Batches, generator
+from fitsmall.experiments.data.batches import Batches, epoch_generator
 
 __all__ = ["StandardLibrary", "Texts", "split_of"]
 
-# Not the library itself: installed packages, tests, and tables that no one has written.
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"}
-_LEFT_OUT |= {"__pycache__", "pydoc_data", "turtledemo", "ensurepip"}
+# Installed packages, tests, and tables that programs wrote.
+_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"}
+_EXCLUDED |= {"__pycache__", "pydoc_data", "turtledemo", "ensurepip"}
 
 
 class Texts(Batches):
-    """Batches ``(size, length + 1)`` of texts, cut from one long text.
+    """Batches of texts, of shape ``(size, length + 1)``, cut from one long text.
 
-    With a seed the first cut of an epoch is anywhere, so that every byte is predicted from all
-    distances.
+    With a seed, the first cut of each epoch is at a random position, so that over the epochs every
+    byte is predicted from contexts of all lengths.
 
     Args:
-        text: Bytes ``(n,)``.
-        length: Bytes that are predicted in each text.
+        text: Bytes, of shape ``(n,)``.
+        length: Number of bytes to predict in each text.
         size: Texts in a batch.
         seed: Seed of cuts and order; None keeps the order.
-        epoch: Returns the number of the epoch that an iteration is for.
-        every: Take one of so many texts.
+        epoch: Returns the number of the current epoch.
+        every: Keep one text of so many.
 
     Example:
         >>> text = torch.arange(10, dtype=torch.uint8)
@@ -52,27 +52,27 @@ class Texts(Batches):
         super().__init__(size, seed, epoch)
         self.text, self.length, self.every = text, length, every
 
-    def examples(self) -> int:
+    def num_examples(self) -> int:
         texts = (len(self.text) - 1) // self.length
-        # A cut that is moved leaves the last text without its end.
+        # A random first cut may leave the last text incomplete.
         return math.ceil((texts - (self.seed is not None)) / self.every)
 
-    def take(self) -> Callable[[Tensor], Tensor]:
+    def batch_function(self) -> Callable[[Tensor], Tensor]:
         offset = 0
         if self.seed is not None:
-            random = generator(self.seed, self.epoch())
-            offset = int(torch.randint(self.length, (), generator=random))
-        places = offset + torch.arange(self.length + 1)
+            generator = epoch_generator(self.seed, self.epoch())
+            offset = int(torch.randint(self.length, (), generator=generator))
+        positions = offset + torch.arange(self.length + 1)
 
-        def batch(index: Tensor) -> Tensor:
-            chosen = self.every * self.length * index[:, None] + places
+        def make_batch(index: Tensor) -> Tensor:
+            chosen = self.every * self.length * index[:, None] + positions
             return self.text[chosen.to(self.text.device)].long()
 
-        return batch
+        return make_batch
 
 
 def split_of(name: str) -> str:
-    """Which split a file is in, by its name alone: of ten, eight train, one is held out, one tests.
+    """Split of a file, by a hash of its name: of ten files, eight train, one validates, one tests.
 
     Example:
         >>> [split_of(name) for name in ("abc.py", "ast.py", "json/decoder.py")]
@@ -84,31 +84,34 @@ def split_of(name: str) -> str:
 
 @cache
 def _library() -> dict[str, Tensor]:
-    """The text of each split: its files in order, with a zero in front of each."""
+    """Text of each split: its files in order of their names, with a zero byte before each."""
     root = Path(sysconfig.get_paths()["stdlib"])
     parts: dict[str, bytearray] = {"train": bytearray(), "val": bytearray(), "test": bytearray()}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if not _LEFT_OUT & {*name.parts}:
+        if not _EXCLUDED & {*name.parts}:
             parts[split_of(name.as_posix())] += b"\0" + path.read_bytes()
     if min(map(len, parts.values())) < 100_000:
-        raise OSError(f"{root} does not hold the source of Python's standard library")
+        raise OSError(
+            f"{root} does not hold the source code of Python's standard library: choose other "
+            "data, or a Python that has it"
+        )
     return {name: torch.frombuffer(part, dtype=torch.uint8) for name, part in parts.items()}
 
 
 class StandardLibrary(pl.LightningDataModule):
-    """The source of the Python that runs, split by file: no download, some 8 MB to train on.
+    """The standard library of the running Python, split by file: about 8 MB for training.
 
-    What the numbers are depends on Python's version, and they compare within one.
+    It needs no download. Results depend on the version of Python, and compare within one version.
 
     Args:
         batch_size: Texts in a training batch.
-        length: Bytes that are predicted in each text.
-        evaluated: About as many bytes of the held-out files are used, and of the test files.
+        length: Number of bytes to predict in each text.
+        evaluated: Approximate number of bytes to validate on, and of bytes to test on.
         seed: Seed of cuts and order.
 
     Raises:
-        OSError: This Python came without its source.
+        OSError: This Python was installed without its source code.
     """
 
     def __init__(
@@ -133,7 +136,7 @@ class StandardLibrary(pl.LightningDataModule):
         return self._evaluated("test")
 
     def _evaluated(self, name: str) -> Texts:
-        # From all files: those beside each other are alike.
+        # Texts from all files, since neighbours are alike.
         every = max(1, len(self.parts[name]) // self.evaluated)
         return Texts(self.parts[name], self.length, size=64, every=every)
 

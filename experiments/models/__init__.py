@@ -1,1 +1,1 @@
-"""Networks and the LightningModules that train them."""
+"""Networks, the LightningModules that train them, and the operations that they take."""

@@ -1,20 +1,20 @@
-"""Training of a language model on bytes: nothing here knows of compression."""
+"""Training of a language model on bytes. Nothing here knows about compression."""
 
 import math
 
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from fitsmall.experiments.models.scheduled import Scheduled
+from fitsmall.experiments.models.scheduled import ScheduledModule
 
 __all__ = ["LanguageModel"]
 
 
-class LanguageModel(Scheduled):
-    """Minimise the cross-entropy of the next byte; log ``train/loss``, ``val/bits_per_byte``,
-    ``test/bits_per_byte``.
+class LanguageModel(ScheduledModule):
+    """Minimise the cross-entropy of the next byte.
 
-    Batches are texts ``(texts, length + 1)``: the last byte is only predicted, the first only read.
+    It logs ``train/loss``, ``val/bits_per_byte`` and ``test/bits_per_byte``. Batches have the shape
+    ``(texts, length + 1)``: all bytes but the last are inputs, all but the first are targets.
     """
 
     def forward(self, text: Tensor) -> Tensor:
@@ -27,12 +27,12 @@ class LanguageModel(Scheduled):
         return loss
 
     def validation_step(self, text: Tensor, index: int) -> None:
-        self._measure("val/bits_per_byte", text)
+        self._log_bits("val/bits_per_byte", text)
 
     def test_step(self, text: Tensor, index: int) -> None:
-        self._measure("test/bits_per_byte", text)
+        self._log_bits("test/bits_per_byte", text)
 
-    def _measure(self, name: str, text: Tensor) -> None:
+    def _log_bits(self, name: str, text: Tensor) -> None:
         bits = self._loss(text) / math.log(2)
         self.log(name, bits, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(text))
 

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 __all__ = ["CNN", "MLP", "VGG", "LeNet5", "LeNet300", "ResNet", "ResNet18"]
 
-# Shape of the images that a network is made for, and data that have it.
+# Shape of a network's images, and a data set with that shape.
 _GREY = (1, 28, 28), "mnist"
 _COLOUR = (3, 32, 32), "cifar10"
 
 
 class MLP(nn.Sequential):
-    """Fully connected layers ``fc1``, ``fc2``, ... with ReLU between them.
+    """Fully connected layers ``fc1``, ``fc2``, ... with activations between them.
 
     Args:
         widths: Units of the input, of each hidden layer and of the output.
-        activation: What is between layers instead, ``"tanh"`` for example, by its name in torch.
+        activation: Name of another activation in torch, for example ``"tanh"``.
 
     Example:
         >>> MLP([64, 30, 10]).fc2
@@ -59,14 +59,14 @@ class LeNet300(MLP):
         super().__init__([784, 300, 100, 10], activation)
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(_checked(images, *_GREY))
+        return super().forward(_check_shape(images, *_GREY))
 
 
 class LeNet5(nn.Module):
     """LeNet-5 as in Caffe: 431,080 parameters, for grey images of 28 x 28 pixels.
 
-    The network that Han et al. compress: 20 and 50 feature maps, 500 units, and its only ReLU
-    behind the first fully connected layer.
+    It has 20 and 50 feature maps, 500 units, and a single ReLU, after the first fully connected
+    layer. Han et al. (2016) compress this network.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class LeNet5(nn.Module):
         self.fc2 = nn.Linear(500, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.max_pool2d(self.conv1(_checked(images, *_GREY)), 2)
+        x = F.max_pool2d(self.conv1(_check_shape(images, *_GREY)), 2)
         x = F.max_pool2d(self.conv2(x), 2)
         logits: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
         return logits
@@ -86,8 +86,8 @@ class LeNet5(nn.Module):
 class CNN(nn.Module):
     """A small network for images of any size: convolutions of 3 x 3, each with batch-norm and ReLU.
 
-    Behind every one but the last come twice the channels and, by max-pooling, half the pixels in
-    each direction; one linear layer reads the mean over all that are left.
+    After every convolution but the last, max-pooling halves the pixels in each direction, and the
+    next convolution has twice the channels. A linear layer reads the mean over pixels.
 
     Args:
         depth: Number of convolutions.
@@ -118,13 +118,16 @@ class CNN(nn.Module):
 class ResNet(nn.Module):
     """The residual network for images of 32 x 32 pixels (He et al., 2016, section 4.2).
 
-    Three stages with ``n`` blocks of two convolutions each; a stage has twice the channels and half
-    the pixels in each direction of the one before. Where the shape changes the shortcut takes every
-    second pixel and fills the new channels with zeros (option A).
+    It has three stages of ``n`` blocks with two convolutions. Each stage has twice the channels and
+    half the pixels in each direction of the one before. Where the shape changes, the shortcut takes
+    every second pixel and pads the channels with zeros (option A).
 
     Args:
-        depth: Layers with weights, ``6 n + 2``: 20, 32, 44, 56, 110.
+        depth: Number of layers with weights, ``6 n + 2``: 20, 32, 44, 56, 110.
         width: Channels of the first stage.
+
+    Raises:
+        ValueError: The depth is not ``6 n + 2``.
 
     Example:
         >>> [sum(p.numel() for p in ResNet(depth).parameters()) for depth in (20, 56)]
@@ -135,7 +138,7 @@ class ResNet(nn.Module):
         super().__init__()
         n, left = divmod(depth - 2, 6)
         if left or n < 1:
-            raise ValueError(f"a ResNet has 6 n + 2 layers, as 20 or 56, and got depth={depth}")
+            raise ValueError(f"a ResNet has 6 n + 2 layers, as 20 or 56; got depth={depth}")
         self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(width)
         widths = [width, *[width] * n, *[2 * width] * n, *[4 * width] * n]
@@ -143,15 +146,15 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(4 * width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.conv(_checked(images, *_COLOUR))))
+        x = F.relu(self.norm(self.conv(_check_shape(images, *_COLOUR))))
         logits: Tensor = self.fc(self.blocks(x).mean((2, 3)))
         return logits
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 with a stem for images of 32 x 32 pixels: one convolution of 3 x 3, no pooling.
+    """ResNet-18 for images of 32 x 32 pixels: its stem is one convolution of 3 x 3, no pooling.
 
-    Four stages with two blocks each; where the shape changes the shortcut is a convolution of
+    It has four stages of two blocks. Where the shape changes, the shortcut is a convolution of
     1 x 1 (He et al., 2016, option B).
 
     Args:
@@ -172,13 +175,13 @@ class ResNet18(nn.Module):
         self.fc = nn.Linear(8 * width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.conv(_checked(images, *_COLOUR))))
+        x = F.relu(self.norm(self.conv(_check_shape(images, *_COLOUR))))
         logits: Tensor = self.fc(self.blocks(x).mean((2, 3)))
         return logits
 
 
 class _Block(nn.Module):
-    """``relu(shortcut(x) + f(x))``; twice the channels come with half the pixels a direction."""
+    """``relu(shortcut(x) + f(x))``. With twice the channels it halves the pixels a direction."""
 
     def __init__(self, inputs: int, outputs: int, projected: bool = False) -> None:
         super().__init__()
@@ -192,30 +195,30 @@ class _Block(nn.Module):
             conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
             self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(outputs))
         elif inputs != outputs:
-            self.shortcut = _Widen(outputs - inputs, stride)
+            self.shortcut = _PadChannels(outputs - inputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         return F.relu(residual + self.shortcut(x))
 
 
-class _Widen(nn.Module):
-    """Every so manieth pixel in each direction, and channels of zeros on both sides."""
+class _PadChannels(nn.Module):
+    """Take every ``stride``-th pixel in each direction, and add channels of zeros on both sides."""
 
     def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
         self.channels, self.stride = channels, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        few = x[:, :, :: self.stride, :: self.stride]
-        return F.pad(few, (0, 0, 0, 0, self.channels // 2, self.channels - self.channels // 2))
+        strided = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(strided, (0, 0, 0, 0, self.channels // 2, self.channels - self.channels // 2))
 
 
 class VGG(nn.Module):
     """VGG-small, which quantization papers use: six convolutions of 3 x 3 and one linear layer.
 
-    Each of three stages has two convolutions with batch-norm, twice the channels of the one before,
-    and ends in max-pooling.
+    It has three stages of two convolutions with batch-norm. Each stage has twice the channels of
+    the one before, and ends with max-pooling.
 
     Args:
         width: Channels of the first stage.
@@ -240,11 +243,11 @@ class VGG(nn.Module):
         self.fc = nn.Linear(16 * channels, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.fc(self.features(_checked(images, *_COLOUR)).flatten(1))
+        logits: Tensor = self.fc(self.features(_check_shape(images, *_COLOUR)).flatten(1))
         return logits
 
 
-def _checked(images: Tensor, shape: tuple[int, int, int], data: str) -> Tensor:
+def _check_shape(images: Tensor, shape: tuple[int, int, int], data: str) -> Tensor:
     if images.shape[1:] != shape:
         wanted, got = (" x ".join(map(str, size)) for size in (shape, images.shape[1:]))
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Training with a warm-up and half a cosine, as anyone would write it."""
+"""A LightningModule with a learning rate that warms up and decays along a cosine."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -10,11 +10,16 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["Scheduled", "warmup_cosine"]
+__all__ = ["ScheduledModule", "warmup_cosine"]
 
 
 def warmup_cosine(progress: float, warmup: float, floor: float) -> float:
-    r"""Learning-rate factor: up in a line, then down half a cosine from 1 to ``floor``.
+    r"""Factor of the learning rate: linear from 0 to 1, then half a cosine from 1 to ``floor``.
+
+    Args:
+        progress: Fraction of training.
+        warmup: Fraction of training in which the factor rises.
+        floor: Factor at the end.
 
     Example:
         >>> [round(warmup_cosine(t, warmup=0.2, floor=0.1), 4) for t in (0.0, 0.1, 0.2, 0.6, 1.0)]
@@ -26,14 +31,14 @@ def warmup_cosine(progress: float, warmup: float, floor: float) -> float:
     return floor + (1 - floor) * (1 + math.cos(math.pi * fraction)) / 2
 
 
-class Scheduled(pl.LightningModule):
-    """A network, its optimizer, and the learning rate of each step.
+class ScheduledModule(pl.LightningModule):
+    """A network with its optimizer and the schedule of :func:`warmup_cosine`.
 
     Args:
         net: The network.
-        optimizer: Makes the optimizer, given the parameters.
+        optimizer: Function from the parameters to their optimizer.
         warmup: Fraction of training in which the learning rate rises.
-        floor: Fraction of the learning rate that is left at the end.
+        floor: Last learning rate, as a fraction of the highest one.
     """
 
     def __init__(
@@ -50,7 +55,7 @@ class Scheduled(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(self.parameters())
         total = self.trainer.estimated_stepping_batches
-        # The first step counts as one: a learning rate of exactly zero would waste it.
+        # Steps count from one: a learning rate of zero would waste the first.
         factor = partial(_factor, total=total, warmup=self.warmup, floor=self.floor)
         schedule = LambdaLR(optimizer, factor)
         return {

@@ -1,4 +1,4 @@
-"""A byte-level transformer, whose weights are nearly all in Linear layers and one embedding.
+"""A byte-level transformer. Nearly all of its weights are in Linear layers and one embedding.
 
 =====  =====  ==========  ==========
 width  depth  parameters  bytes
@@ -20,16 +20,19 @@ _HEAD = 32
 
 
 class Transformer(nn.Module):
-    """A causal transformer (Vaswani et al., 2017) with norms in front, as GPT-2 has them.
+    """A causal transformer (Vaswani et al., 2017) with norms before each sublayer, as GPT-2.
 
-    Positions are rotations of queries and keys (Su et al., 2021), norms divide by the root mean
-    square, and nothing has a bias: no byte is spent on what cannot be compressed. Logits come from
-    the embedding itself, whose weight is tied.
+    It has rotary position embeddings (Su et al., 2021), RMS norms and no biases, so that hardly any
+    byte goes to weights that cannot be compressed. The output layer shares the embedding's weight.
 
     Args:
-        width: Size of the embedding. Each 32 have a head of their own, or fewer the only one.
+        width: Size of the embedding: a multiple of 32, the size of a head; or an even number below
+            32 for a single head.
         depth: Number of blocks.
         symbols: Size of the alphabet.
+
+    Raises:
+        ValueError: The width or the depth is not one of these.
 
     Example:
         >>> net = Transformer(width=32, depth=2)
@@ -43,20 +46,20 @@ class Transformer(nn.Module):
         super().__init__()
         if width < 1 or width % min(_HEAD, width) or width % 2 or depth < 1:
             raise ValueError(
-                f"a transformer has a width that is a multiple of {_HEAD}, or even and less, and "
-                f"blocks: got width={width}, depth={depth}"
+                f"a transformer needs a width that is a multiple of {_HEAD}, or even and smaller, "
+                f"and a depth of 1 or more; got width={width}, depth={depth}"
             )
         self.embedding = nn.Embedding(symbols, width)
         self.blocks = nn.Sequential(*(_Block(width) for _ in range(depth)))
         self.norm = nn.RMSNorm(width)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
-                # What is added to the residual stream grows with the number of additions.
+                # The variance of the residual stream grows with the number of blocks.
                 last = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(weight, std=0.02 / (2 * depth) ** 0.5 if last else 0.02)
 
     def forward(self, text: Tensor) -> Tensor:
-        """Integers ``(texts, length)`` to logits ``(texts, length, symbols)`` of what follows."""
+        """Map symbols ``(texts, length)`` to logits of the next, ``(texts, length, symbols)``."""
         x = self.norm(self.blocks(self.embedding(text)))
         return F.linear(x, self.embedding.weight)
 
@@ -80,12 +83,12 @@ class _Block(nn.Module):
 
     def _attention(self, qkv: Tensor) -> Tensor:
         q, k, v = qkv.unflatten(-1, (3, -1, self.head)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(_rotated(q), _rotated(k), v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(_rotate(q), _rotate(k), v, is_causal=True)
         return mixed.transpose(1, 2).flatten(2)
 
 
-def _rotated(x: Tensor) -> Tensor:
-    """Pairs of features turned by angles that grow with the position."""
+def _rotate(x: Tensor) -> Tensor:
+    """Rotate pairs of features by angles that are proportional to the position."""
     length, half = x.shape[-2], x.shape[-1] // 2
     rates = 10_000.0 ** (-torch.arange(half, device=x.device) / half)
     angles = torch.outer(torch.arange(length, device=x.device), rates)

@@ -1,21 +1,19 @@
-"""What a run is, by everything that decides what comes out of it, and whether it has come out."""
+"""The identity of a run: a hash of all settings that decide its result."""
 
 import copy
 import hashlib
 import json
-import os
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-__all__ = ["digest", "fingerprint", "finished", "record", "write"]
+__all__ = ["digest", "fingerprint"]
 
-# Where a run writes, and what it shows while it trains.
-_ASIDE = {"hydra", "folder", "cache", "group", "logger"}
-_ASIDE_OF = {
+# Settings of where a run writes and of what it prints: they do not change its result.
+_IGNORED = {"hydra", "folder", "cache", "group", "logger"}
+_IGNORED_IN_GROUP = {
     "observers": {"note", "resume"},
     "trainer": {
         "default_root_dir",
@@ -27,8 +25,12 @@ _ASIDE_OF = {
 
 
 def fingerprint(config: DictConfig) -> str:
-    """Twelve hexadecimal digits that are equal for two runs if, and nearly only if, their resolved
-    configurations are, apart from where they write and log.
+    """Hash of a configuration, without the settings that only choose where a run writes and logs.
+
+    Two runs with the same fingerprint give the same result, so the second one need not be made.
+
+    Returns:
+        Twelve hexadecimal digits.
 
     Example:
         >>> a = OmegaConf.create({"seed": 0, "folder": "here", "trainer": {"max_epochs": 3}})
@@ -38,44 +40,22 @@ def fingerprint(config: DictConfig) -> str:
     """
     config = copy.deepcopy(config)
     OmegaConf.set_struct(config, False)
-    for name in _ASIDE & config.keys():
+    for name in _IGNORED & config.keys():
         config[name] = None
-    for group, names in _ASIDE_OF.items():
+    for group, names in _IGNORED_IN_GROUP.items():
         for name in names & (config.get(group) or {}).keys():
             config[group][name] = None
-    known = {str(name): _plain(config, name) for name in config if name not in _ASIDE}
-    # Settings of methods that are not in use decide nothing.
-    methods = known.get("callbacks") or {}
-    known["callbacks"] = {name: node for name, node in methods.items() if "_target_" in node}
-    if not known["callbacks"]:
-        known.pop("fine_tune", None)
-    text = json.dumps([version("fitsmall"), known], sort_keys=True, default=str)
-    return digest(text)
-
-
-def finished(config: DictConfig) -> dict[str, Any] | None:
-    """What ``result.json`` says, if a run of this very configuration has ended in its folder."""
-    path = Path(config.folder) / "result.json"
-    if not path.is_file():
-        return None
-    result: dict[str, Any] = json.loads(path.read_text())
-    return result if result.get("fingerprint") == fingerprint(config) else None
-
-
-def record(path: Path, value: Any) -> None:
-    """Write a value as JSON, as a whole or not at all."""
-    write(path, json.dumps(value, indent=2) + "\n")
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text as a whole or not at all: who reads it, or kills this process, does not wait."""
-    scratch = path.with_suffix(f".{os.getpid()}.new")
-    scratch.write_text(text)
-    scratch.replace(path)
+    settings = {str(name): _resolve(config, name) for name in config if name not in _IGNORED}
+    # Settings of a method that is not in use have no effect.
+    methods = settings.get("callbacks") or {}
+    settings["callbacks"] = {name: node for name, node in methods.items() if "_target_" in node}
+    if not settings["callbacks"]:
+        settings.pop("fine_tune", None)
+    return digest(json.dumps([version("fitsmall"), settings], sort_keys=True, default=str))
 
 
 def digest(text: object) -> str:
-    """Twelve hexadecimal digits of the SHA-256 of a text.
+    """The first twelve hexadecimal digits of the SHA-256 of a text.
 
     Example:
         >>> digest("runs/first")
@@ -84,11 +64,11 @@ def digest(text: object) -> str:
     return hashlib.sha256(str(text).encode()).hexdigest()[:12]
 
 
-def _plain(config: DictConfig, name: Any) -> Any:
+def _resolve(config: DictConfig, name: Any) -> Any:
     node = config._get_node(name)
     if not isinstance(node, DictConfig | ListConfig):
         return config[name]
     try:
         return OmegaConf.to_container(node, resolve=True)
-    except InterpolationResolutionError:  # of Hydra's own values, which only a running job has
+    except InterpolationResolutionError:  # a value of Hydra's that only a running job has
         return OmegaConf.to_container(node, resolve=False)

@@ -1,6 +1,6 @@
-"""What a run tells a dashboard beside its curves: axes, the table of layers, and the file itself.
+"""What loggers get besides curves: the configuration, and at W&B axes, layers and the file.
 
-Curves go through Lightning's loggers, whichever they are; this is what W&B can show on top.
+Curves go through Lightning's loggers, whichever the user has chosen.
 """
 
 from collections.abc import Iterable
@@ -10,20 +10,20 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-__all__ = ["close", "declare", "publish"]
+__all__ = ["finish_wandb", "log_configuration", "log_result"]
 
 _STEP, _BYTES = "trainer/global_step", "compression/bytes"
 
 
-def declare(loggers: Iterable[Logger], config: DictConfig) -> None:
-    """Tell every logger the whole configuration, and W&B what to draw against what.
+def log_configuration(loggers: Iterable[Logger], config: DictConfig) -> None:
+    """Send the resolved configuration to every logger, and to W&B the axes of its charts.
 
-    Held-out errors are drawn against steps; the same error beside the bytes that the network had
-    then, ``compression/val/...``, is drawn against bytes. Of both W&B keeps the least.
+    W&B draws the validation metric against steps, and its copy ``compression/val/...`` against the
+    bytes that the network had at that step. For both it keeps the least value.
     """
     settings: Any = OmegaConf.to_container(config, resolve=True)
     for logger in loggers:
-        if not isinstance(logger, CSVLogger):  # beside which config.yaml lies
+        if not isinstance(logger, CSVLogger):  # config.yaml is in its folder already
             logger.log_hyperparams(settings)
         if isinstance(logger, WandbLogger):
             run = logger.experiment
@@ -36,12 +36,18 @@ def declare(loggers: Iterable[Logger], config: DictConfig) -> None:
             run.define_metric(_BYTES, step_metric=_STEP, summary="last")
 
 
-def publish(loggers: Iterable[Logger], result: dict[str, Any], file: Path) -> None:
-    """Give W&B the numbers of ``result.json``, the table of layers, and the compressed file."""
+def log_result(loggers: Iterable[Logger], result: dict[str, Any], file: Path) -> None:
+    """Send the numbers of ``result.json``, a table of layers and the compressed file to W&B.
+
+    Args:
+        loggers: Loggers of the run; all but those of W&B are skipped.
+        result: Content of ``result.json``.
+        file: The compressed file.
+    """
     for logger in loggers:
         if not isinstance(logger, WandbLogger):
             continue
-        import wandb  # where there is its logger
+        import wandb  # an extra, installed where its logger is used
 
         run = logger.experiment
         numbers = {name: value for name, value in result.items() if isinstance(value, int | float)}
@@ -54,9 +60,9 @@ def publish(loggers: Iterable[Logger], result: dict[str, Any], file: Path) -> No
         run.log_artifact(artifact)
 
 
-def close(loggers: Iterable[Logger]) -> None:
-    """End the run of W&B, if one began, or the next one of this process would go on with it."""
+def finish_wandb(loggers: Iterable[Logger]) -> None:
+    """End the W&B run, if there is one: the next training of this process would continue it."""
     if any(isinstance(logger, WandbLogger) for logger in loggers):
-        import wandb  # where there is its logger
+        import wandb  # an extra, installed where its logger is used
 
         wandb.finish()

@@ -1,4 +1,4 @@
-"""On what a run was made, with what, and when."""
+"""The provenance of a run: machine, software and date."""
 
 import platform
 import re
@@ -12,10 +12,10 @@ __all__ = ["provenance"]
 
 
 def provenance(device: torch.device) -> dict[str, str]:
-    """For the record of a run that ends now.
+    """Machine, software and date of a run that ends now.
 
     Args:
-        device: What has computed it.
+        device: Device that trained.
 
     Returns:
         ``machine``, the name of the processor or graphics card; ``software``, with versions;
@@ -25,9 +25,9 @@ def provenance(device: torch.device) -> dict[str, str]:
         >>> sorted(provenance(torch.device("cpu")))
         ['date', 'machine', 'software']
     """
-    card = device.type == "cuda"
+    is_gpu = device.type == "cuda"
     return {
-        "machine": torch.cuda.get_device_name(device) if card else _processor(),
+        "machine": torch.cuda.get_device_name(device) if is_gpu else _processor(),
         "software": f"fitsmall {version('fitsmall')}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",
         "date": datetime.now(UTC).date().isoformat(),
@@ -35,8 +35,8 @@ def provenance(device: torch.device) -> dict[str, str]:
 
 
 def _processor() -> str:
-    """Linux names the model in a file; elsewhere the standard library can."""
+    """Name of the processor, which Linux writes into a file and other systems tell Python."""
     listing = Path("/proc/cpuinfo")
     text = listing.read_text() if listing.is_file() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()

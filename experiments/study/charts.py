@@ -1,32 +1,38 @@
-"""The charts of a study's page, which answer to a pointer."""
+"""The interactive charts of a study's page."""
 
 import math
 from pathlib import Path
 
 import plotly.graph_objects as go
 
-from fitsmall.experiments.run.figures import FAINT, INK
-from fitsmall.experiments.run.units import scale, shown, words
-from fitsmall.experiments.study.envelope import palette
-from fitsmall.experiments.study.points import LARGE, Point, Study, curve
+from fitsmall.experiments.run.curves import step_curve
+from fitsmall.experiments.run.metric_format import (
+    describe_metric,
+    display_factor,
+    format_metric,
+)
+from fitsmall.experiments.run.plot_style import FAINT, GRID, INK
+from fitsmall.experiments.study.analysis import LARGE, Study
+from fitsmall.experiments.study.envelope import size_colours
+from fitsmall.experiments.study.points import Point
 
-__all__ = ["heat_map", "pareto", "timeline"]
+__all__ = ["bits_heat_map", "pareto_chart", "training_chart"]
 
 _SYMBOLS = {"dense": "circle", "tuned": "square", "not tuned": "x-thin"}
 
 
-def pareto(study: Study) -> go.Figure:
-    """Error against bytes: points with their intervals, and the envelope of each size."""
-    figure = _figure("size of the file, bytes", words(study.metric))
-    factor = scale(study.metric)
-    for size, colour in zip(study.sizes, palette(len(study.sizes)), strict=True):
+def pareto_chart(study: Study) -> go.Figure:
+    """Test error against bytes: all points, and the envelope of each size with its intervals."""
+    figure = _figure("size of the file, bytes", describe_metric(study.metric))
+    factor = display_factor(study.metric)
+    for size, colour in zip(study.sizes, size_colours(len(study.sizes)), strict=True):
         envelope = study.envelope(size)
         x = [point.mean("bytes") for point in envelope]
         y = [factor * point.mean() for point in envelope]
-        spread = [factor * point.interval() for point in envelope]
-        if all(map(math.isfinite, spread)):
-            low = [max(b - s, b / 2) for b, s in zip(y, spread, strict=True)]
-            high = [b + s for b, s in zip(y, spread, strict=True)]
+        margins = [factor * point.margin() for point in envelope]
+        if all(map(math.isfinite, margins)):
+            low = [max(b - m, b / 2) for b, m in zip(y, margins, strict=True)]
+            high = [b + m for b, m in zip(y, margins, strict=True)]
             figure.add_scatter(
                 x=[*x, *x[::-1]],
                 y=[*high, *low[::-1]],
@@ -59,7 +65,7 @@ def pareto(study: Study) -> go.Figure:
                 "symbol": [_SYMBOLS[point.kind] for point in own],
                 "line": {"color": colour, "width": 2},
             },
-            customdata=[[point.name, _hover(study, point)] for point in own],
+            customdata=[[point.name, _describe(study, point)] for point in own],
             hovertemplate="<b>%{customdata[0]}</b><br>%{customdata[1]}<extra></extra>",
             legendgroup=size,
             showlegend=False,
@@ -70,26 +76,29 @@ def pareto(study: Study) -> go.Figure:
     return figure
 
 
-def timeline(study: Study) -> go.Figure:
-    """Held-out error over what training has cost: of each size as it is, and of its best
-    compressed form."""
-    figure = _figure("floating-point operations spent", f"held-out {words(study.metric)}")
-    factor = scale(study.metric)
-    for size, colour in zip(study.sizes, palette(len(study.sizes)), strict=True):
+def training_chart(study: Study) -> go.Figure:
+    """Validation error against floating-point operations spent on training.
+
+    Each size has two curves, of its dense network and of its best fine-tuned one that is
+    :data:`~fitsmall.experiments.study.analysis.LARGE` times smaller or more.
+    """
+    figure = _figure("floating-point operations spent", f"held-out {describe_metric(study.metric)}")
+    factor = display_factor(study.metric)
+    for size, colour in zip(study.sizes, size_colours(len(study.sizes)), strict=True):
         own = [point for point in study.points if point.size == size]
         small = [p for p in own if p.fine_tune and p.mean("ratio") >= LARGE]
         best = min(small, key=lambda point: point.mean("error_validation"), default=None)
-        for point, dash in ((study.dense(size), "solid"), (best, "dot")):
+        for point, dash in ((study.dense_point(size), "solid"), (best, "dot")):
             if point is None:
                 continue
             run = point.runs[min(point.runs)]
-            steps = curve(Path(run["folder"]), study.metric)
-            if run["steps_before"] and not point.plain:
-                before = curve(Path(run["init"]).parent, study.metric)
-                steps = before + [(run["steps_before"] + step, error) for step, error in steps]
+            curve = step_curve(Path(run["folder"]) / "metrics.csv", study.metric)
+            if run["steps_before"] and not point.is_dense:
+                before = step_curve(Path(run["init"]).with_name("metrics.csv"), study.metric)
+                curve = before + [(run["steps_before"] + step, error) for step, error in curve]
             figure.add_scatter(
-                x=[step * run["flops_per_step"] for step, _ in steps],
-                y=[factor * error for _, error in steps],
+                x=[step * run["flops_per_step"] for step, _ in curve],
+                y=[factor * error for _, error in curve],
                 mode="lines",
                 line={"color": colour, "width": 2, "dash": dash},
                 name=point.name,
@@ -99,8 +108,8 @@ def timeline(study: Study) -> go.Figure:
     return figure
 
 
-def heat_map(study: Study) -> go.Figure:
-    """Bits that each weight of the largest network takes in the file, by layer and compression."""
+def bits_heat_map(study: Study) -> go.Figure:
+    """Bits per weight in the files of the largest network, by tensor and compression."""
     largest = study.sizes[-1]
     own = [point for point in study.points if point.size == largest]
     own.sort(key=lambda point: -point.mean("bytes"))
@@ -134,7 +143,7 @@ def heat_map(study: Study) -> go.Figure:
 
 
 def _figure(x: str, y: str) -> go.Figure:
-    axis = {"gridcolor": "#eceef1", "linecolor": FAINT, "zeroline": False, "automargin": True}
+    axis = {"gridcolor": GRID, "linecolor": FAINT, "zeroline": False, "automargin": True}
     return go.Figure(
         layout={
             "template": "none",
@@ -149,11 +158,11 @@ def _figure(x: str, y: str) -> go.Figure:
     )
 
 
-def _hover(study: Study, point: Point) -> str:
-    spread = point.interval()
-    about = "" if math.isinf(spread) else f" ± {shown(study.metric, spread)}"
+def _describe(study: Study, point: Point) -> str:
+    margin = point.margin()
+    around = "" if math.isinf(margin) else f" ± {format_metric(study.metric, margin)}"
     folders = "<br>".join(run["folder"] for _, run in sorted(point.runs.items()))
     return (
-        f"{shown(study.metric, point.mean())}{about} in {point.mean('bytes'):,.0f} bytes, "
+        f"{format_metric(study.metric, point.mean())}{around} in {point.mean('bytes'):,.0f} bytes, "
         f"{point.mean('ratio'):.1f} times smaller<br>{folders}"
     )

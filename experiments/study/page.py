@@ -1,4 +1,4 @@
-"""The page of a study: one file that opens without a network."""
+"""The report of a study as one HTML file, which opens without a network."""
 
 import shlex
 from html import escape
@@ -8,39 +8,44 @@ from string import Template
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from fitsmall.experiments.run.units import words
-from fitsmall.experiments.study.charts import heat_map, pareto, timeline
-from fitsmall.experiments.study.markdown import facts
-from fitsmall.experiments.study.points import Study
-from fitsmall.experiments.study.sheet import Sheet
+from fitsmall.experiments.run.metric_format import describe_metric
+from fitsmall.experiments.study.analysis import Study
+from fitsmall.experiments.study.charts import bits_heat_map, pareto_chart, training_chart
+from fitsmall.experiments.study.markdown import describe_runs
+from fitsmall.experiments.study.report_table import ReportTable
 
-__all__ = ["page"]
+__all__ = ["render_page"]
+
+_PAGE = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
-def page(
-    study: Study, sheets: list[Sheet], conclusions: list[str], checklist: list[tuple[str, bool]]
+def render_page(
+    study: Study,
+    tables: list[ReportTable],
+    conclusions: list[str],
+    checklist: list[tuple[str, bool]],
 ) -> str:
     """The page as HTML.
 
     Args:
-        study: What its charts show.
-        sheets: Its tables.
-        conclusions: Sentences at its top.
-        checklist: What a comparison should have, and whether this one does.
+        study: The study, for the charts.
+        tables: Its tables.
+        conclusions: Sentences for the top.
+        checklist: Requirements of a comparison, and whether the study meets them.
     """
     points = [point for _, points in study.budgets for point in points]
     runs = [run for point in points for _, run in sorted(point.runs.items())]
     commands = "\n".join(shlex.join(["fitsmall", "train", *run["overrides"]]) for run in runs)
     return _PAGE.substitute(
         plotly=get_plotlyjs(),
-        name=escape(words(study.metric).capitalize()),
-        facts=escape(facts(study)),
+        name=escape(describe_metric(study.metric).capitalize()),
+        facts=escape(describe_runs(study)),
         conclusions="".join(f"<li>{escape(line)}</li>" for line in conclusions),
-        pareto=_chart(pareto(study), "pareto"),
-        timeline=_chart(timeline(study), "timeline"),
-        heat=_chart(heat_map(study), "heat"),
+        pareto=_render_chart(pareto_chart(study), "pareto"),
+        timeline=_render_chart(training_chart(study), "timeline"),
+        heat=_render_chart(bits_heat_map(study), "heat"),
         largest=escape(study.sizes[-1]),
-        tables="".join(_table(sheet) for sheet in sheets),
+        tables="".join(_render_table(table) for table in tables),
         checklist="".join(
             f'<li class="{"yes" if met else "no"}">{escape(text)}</li>' for text, met in checklist
         ),
@@ -48,7 +53,7 @@ def page(
     )
 
 
-def _chart(figure: go.Figure, name: str) -> str:
+def _render_chart(figure: go.Figure, name: str) -> str:
     html: str = figure.to_html(
         full_html=False,
         include_plotlyjs=False,
@@ -58,16 +63,13 @@ def _chart(figure: go.Figure, name: str) -> str:
     return html
 
 
-def _table(sheet: Sheet) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in sheet.head)
+def _render_table(table: ReportTable) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.head)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in sheet.rows
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
     )
     return (
-        f"<section><h2>{escape(sheet.title)}</h2><p>{escape(sheet.note)}</p>"
+        f"<section><h2>{escape(table.title)}</h2><p>{escape(table.note)}</p>"
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
         "</div></section>"
     )
-
-
-_PAGE = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))

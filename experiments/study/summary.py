@@ -1,4 +1,4 @@
-"""A sweep's results: mean and spread over seeds of runs that are alike in everything else."""
+"""The summary of a sweep: mean and standard deviation over seeds."""
 
 import json
 import statistics
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fitsmall.experiments.run.units import scale, words
+from fitsmall.experiments.run.metric_format import describe_metric, display_factor
 
 __all__ = ["Summary", "summarize"]
 
@@ -22,11 +22,14 @@ MEASURES = ("error", "error_dense", "bytes", "ratio", "seconds")
 
 
 def summarize(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and sample standard deviation of each measure, for each set of overrides but the seed;
-    of one run there is no deviation.
+    """Mean and sample standard deviation of runs that differ only in their seed.
 
     Args:
         results: ``result.json`` of each run.
+
+    Returns:
+        For each set of overrides: its seeds, its metric, and ``mean`` and ``std`` of each number.
+        ``std`` is None for a single run; a number that no run has is None.
     """
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for result in results:
@@ -37,16 +40,16 @@ def summarize(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             "seeds": [run["seed"] for run in runs],
             "metric": runs[0]["metric"],
         }
-        | {measure: _spread([run[measure] for run in runs]) for measure in MEASURES}
+        | {measure: _mean_and_std([run[measure] for run in runs]) for measure in MEASURES}
         for overrides, runs in groups.items()
     ]
 
 
 class Summary(Callback):
-    """Writes ``summary.json`` into the directory of a sweep that has ended, and prints it.
+    """Write ``summary.json`` to the folder of a sweep when it ends, print it, and list failures.
 
-    A sweeper of this package sets ``jobs``, the fingerprint of each by its folder; of another one
-    all that is in the directory counts.
+    The sweepers of this package set ``jobs``, the fingerprint of each job by its folder. With
+    another sweeper, all results in the sweep's folder count.
     """
 
     def __init__(self) -> None:
@@ -63,18 +66,18 @@ class Summary(Callback):
         Console().print(_table(groups))
         print(folder / "summary.json")
         if failed := [job / "error.txt" for job in folders if (job / "error.txt").is_file()]:
-            print(f"{len(failed)} failed; the same command tries them again:", file=sys.stderr)
+            print(f"{len(failed)} failed; run the same command to try again:", file=sys.stderr)
             for path in failed:
                 print(f"  {path}: {path.read_text().strip().splitlines()[-1]}", file=sys.stderr)
             sys.exit(1)
 
 
-def _spread(values: list[float | None]) -> dict[str, float | None] | None:
+def _mean_and_std(values: list[float | None]) -> dict[str, float | None] | None:
     known = [value for value in values if value is not None]
     if not known:
         return None
-    deviation = statistics.stdev(known) if len(known) > 1 else None
-    return {"mean": statistics.fmean(known), "std": deviation}
+    std = statistics.stdev(known) if len(known) > 1 else None
+    return {"mean": statistics.fmean(known), "std": std}
 
 
 def _table(groups: list[dict[str, Any]]) -> Table:
@@ -82,29 +85,29 @@ def _table(groups: list[dict[str, Any]]) -> Table:
     common = [o for o in groups[0]["overrides"] if o in shared] if groups else []
     table = Table(title=escape(" ".join(common)) or None)
     metrics = {group["metric"] for group in groups}
-    metric = words(*metrics) if len(metrics) == 1 else "error"
-    unit = " %" if all(scale(m) == 100 for m in metrics) else ""
+    metric = describe_metric(*metrics) if len(metrics) == 1 else "error"
+    unit = " %" if all(display_factor(m) == 100 for m in metrics) else ""
     for column in ("run", "seeds", f"{metric}{unit}", f"dense{unit}", "bytes", "ratio", "seconds"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for group in groups:
-        factor = scale(group["metric"])
+        factor = display_factor(group["metric"])
         digits = 2 if factor == 100 else 3
         table.add_row(
             escape(" ".join(o for o in group["overrides"] if o not in shared)) or "-",
             str(len(group["seeds"])),
-            _cell(group["error"], factor, digits),
-            _cell(group["error_dense"], factor, digits),
-            _cell(group["bytes"], 1, 0),
-            _cell(group["ratio"], 1, 1),
-            _cell(group["seconds"], 1, 1),
+            _format_cell(group["error"], factor, digits),
+            _format_cell(group["error_dense"], factor, digits),
+            _format_cell(group["bytes"], 1, 0),
+            _format_cell(group["ratio"], 1, 1),
+            _format_cell(group["seconds"], 1, 1),
         )
     return table
 
 
-def _cell(spread: dict[str, float | None] | None, scale: float, digits: int) -> str:
-    if spread is None:
+def _format_cell(number: dict[str, float | None] | None, factor: float, digits: int) -> str:
+    if number is None:
         return "-"
-    mean, deviation = spread["mean"], spread["std"]
-    assert mean is not None, "there are values"
-    around = "" if deviation is None else f" ± {scale * deviation:,.{digits}f}"
-    return f"{scale * mean:,.{digits}f}{around}"
+    mean, std = number["mean"], number["std"]
+    assert mean is not None, "a group has runs"
+    around = "" if std is None else f" ± {factor * std:,.{digits}f}"
+    return f"{factor * mean:,.{digits}f}{around}"

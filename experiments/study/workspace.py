@@ -1,4 +1,4 @@
-"""A saved view of W&B for the runs of a sweep: error against bytes, training, layers."""
+"""A saved view at W&B of the runs of a sweep: error against bytes, training, layers."""
 
 from pathlib import Path
 from typing import Any
@@ -7,32 +7,31 @@ import wandb_workspaces.workspaces as ws
 from omegaconf import DictConfig, OmegaConf
 from wandb_workspaces.reports.v2.interface import LinePlot, ScatterPlot, SummaryMetric
 
-__all__ = ["workspace"]
+__all__ = ["build_workspace"]
 
 _LAYERS = {"Zeros": "sparsity", "Bits": "bits", "Clusters": "clusters", "Rank": "rank"}
 _GROUPS = ("size", "compression", "fine_tune", "trainer.max_steps")
 
 
-def workspace(folder: Path, entity: str) -> ws.Workspace:
-    """The view of the runs in a folder; ``save()`` sends it.
+def build_workspace(folder: Path, entity: str) -> ws.Workspace:
+    """Build the view of the runs in a folder. Its ``save()`` sends it to W&B.
 
-    Each panel has the axes that the runs declare. Runs of a study are grouped by size, compression
-    and steps, so that lines are means over seeds; the trainings that they begin with are among
-    them.
+    Runs of a study are grouped by size, compression and steps, so that lines are means over seeds.
+    The dense trainings that they start from are shown too.
 
     Args:
-        folder: A run, or a sweep of runs, of which one tells metric, project and group.
+        folder: A run, or a sweep, whose first run gives metric, project and group.
         entity: User or team that owns the project.
 
     Raises:
-        FileNotFoundError: It holds no run that was sent to W&B.
+        FileNotFoundError: The folder has no run that was sent to W&B.
     """
-    config = _config(folder)
+    config = _find_config(folder)
     held_out = f"val/{config.metric}"
     steps: dict[str, Any] = {"x": "trainer/global_step", "title_x": "steps"}
     layers: list[Any] = [
-        LinePlot(title=f"{what} of each layer", metric_regex=f"compression/{name}/.*", **steps)
-        for what, name in _LAYERS.items()
+        LinePlot(title=f"{title} of each layer", metric_regex=f"compression/{key}/.*", **steps)
+        for title, key in _LAYERS.items()
     ]
     return ws.Workspace(
         entity=entity,
@@ -80,8 +79,8 @@ def workspace(folder: Path, entity: str) -> ws.Workspace:
     )
 
 
-def _config(folder: Path) -> DictConfig:
-    """The configuration of a run that was sent to W&B."""
+def _find_config(folder: Path) -> DictConfig:
+    """Configuration of the first run that was sent to W&B."""
     for path in [folder / "config.yaml", *sorted(folder.glob("*/config.yaml"))]:
         if path.is_file():
             config = OmegaConf.load(path)
@@ -89,5 +88,5 @@ def _config(folder: Path) -> DictConfig:
             if OmegaConf.select(config, "logger.wandb"):
                 return config
     raise FileNotFoundError(
-        f"{folder} holds no run that was sent to W&B: train with 'logger=[csv,wandb]'"
+        f"{folder} has no run that was sent to W&B: train with 'logger=[csv,wandb]'"
     )

@@ -1,2 +1,5 @@
-"""Sweepers for Hydra, which looks for them in this namespace, and imports them for every command:
-what they need of torch they import when they run."""
+"""Sweepers for Hydra, which are installed as ``hydra_plugins.fitsmall``.
+
+Hydra imports every module of that package for every command, so none of them imports torch before
+it runs.
+"""

@@ -1,4 +1,4 @@
-"""A union of grids, which goes on where it was stopped."""
+"""A sweeper over a union of grids. A sweep that was stopped continues."""
 
 import itertools
 import sys
@@ -8,22 +8,22 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
-from hydra_plugins.fitsmall.jobs import Job, Jobs
+from hydra_plugins.fitsmall.jobs import Job, JobSweeper
 from rich.progress import track
 
 __all__ = ["Grids"]
 
 
-class Grids(Jobs):
-    """Every combination of the values of each grid; combinations that mean the same run once.
+class Grids(JobSweeper):
+    """Run every combination of the values of each grid.
 
-    What is given on the command line replaces what a grid says of the same key. Runs that have
-    finished in this sweep's folder are not launched again, and one that fails does not stop the
-    others.
+    Two combinations with the same fingerprint run once. Values on the command line replace those
+    of the grids. Jobs that have finished in the sweep's folder are not run again, and a job that
+    fails does not stop the others.
 
     Args:
-        params: Values of every grid, by key, as on the command line: ``{"seed": "0,1,2"}``.
-        grids: Values of each grid on top.
+        params: Values that all grids share, by key, as on the command line: ``{"seed": "0,1,2"}``.
+        grids: Further values of each grid.
     """
 
     def __init__(
@@ -37,22 +37,22 @@ class Grids(Jobs):
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         folder, jobs = self.open_folder(), self._jobs(arguments)
-        self.summarize(jobs)
-        done = sum(job.done for job in jobs)
-        print(f"{len(jobs)} jobs in {folder}, {done} of them finished before")
-        return [self.launch(jobs)]
+        self.summarize_only(jobs)
+        finished = sum(job.is_finished for job in jobs)
+        print(f"{len(jobs)} jobs in {folder}, {finished} of them finished before")
+        return [self.run_jobs(jobs)]
 
     def _jobs(self, arguments: list[str]) -> list[Job]:
-        found: dict[str, Job] = {}
+        jobs: dict[str, Job] = {}
         for grid in self.grids:
             words = [f"{key}={value}" for key, value in {**self.params, **grid}.items()]
-            values = map(_values, self.parse(words + arguments))
-            chosen_values = [*itertools.product(*values)]
+            axes = map(_values, self.parse_overrides(words + arguments))
+            combinations = [*itertools.product(*axes)]
             quiet = not sys.stdout.isatty()
-            for chosen in track(chosen_values, "composing jobs", transient=True, disable=quiet):
-                job = self.job(list(chosen), len(found))
-                found.setdefault(job.key, job)
-        return list(found.values())
+            for chosen in track(combinations, "composing jobs", transient=True, disable=quiet):
+                job = self.make_job(list(chosen), len(jobs))
+                jobs.setdefault(job.fingerprint, job)
+        return list(jobs.values())
 
 
 def _values(override: Override) -> list[str]:
@@ -61,7 +61,7 @@ def _values(override: Override) -> list[str]:
         return [f"{key}={override.get_value_element_as_str()}"]
     if not override.is_discrete_sweep():
         raise HydraException(
-            f"{key}: a grid has values, not an interval: name values, or search with "
+            f"{key}: a grid has values, not an interval: list values, or search with "
             "hydra/sweeper=search"
         )
     return [f"{key}={value}" for value in override.sweep_string_iterator()]

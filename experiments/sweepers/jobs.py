@@ -1,4 +1,4 @@
-"""What sweepers share: jobs, their folders, what was done before, and the display."""
+"""The jobs of a sweep: their folders, the results of an earlier sweep, and the progress display."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,35 +12,39 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
+from hydra_plugins.fitsmall.progress import Progress
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from fitsmall.experiments.run.fingerprint import fingerprint, finished
-from fitsmall.experiments.run.progress import Progress
+from fitsmall.experiments.run.fingerprint import fingerprint
+from fitsmall.experiments.run.folder import find_result
 from fitsmall.experiments.study.summary import Summary
 
-__all__ = ["Job", "Jobs"]
+__all__ = ["Job", "JobSweeper"]
 
 
 class Job(NamedTuple):
-    """A job of a sweep.
+    """One job of a sweep.
 
     Args:
-        words: Its overrides.
-        key: Fingerprint of its configuration.
-        folder: Where it writes.
-        numbered: Whether its folder is named by its place in the sweep, and moves with it.
-        done: Whether it has finished there before.
+        overrides: Overrides of its configuration.
+        fingerprint: Fingerprint of its configuration.
+        folder: Folder that it writes to.
+        is_numbered: Whether the folder's name is the job's number, which changes with the sweep.
+        is_finished: Whether the folder already holds its result.
     """
 
-    words: list[str]
-    key: str
+    overrides: list[str]
+    fingerprint: str
     folder: Path
-    numbered: bool
-    done: bool
+    is_numbered: bool
+    is_finished: bool
 
 
-class Jobs(Sweeper):
-    """Launches jobs that have not finished before; one that fails does not stop the others."""
+class JobSweeper(Sweeper):
+    """Run the jobs of a sweep that have no result yet; a job that fails does not stop the others.
+
+    Subclasses choose the jobs in ``sweep``.
+    """
 
     config: DictConfig
     context: HydraContext
@@ -55,51 +59,65 @@ class Jobs(Sweeper):
         )
 
     def open_folder(self) -> Path:
-        """Make the sweep's own folder, which holds what Hydra was told."""
+        """Create the sweep's folder, and record the sweep's configuration in it."""
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
         return folder
 
-    def parse(self, words: list[str]) -> list[Override]:
-        """Overrides, of which the last one of a key counts, at the place of the first."""
+    def parse_overrides(self, words: list[str]) -> list[Override]:
+        """Parse overrides. If a key occurs twice, its last value stands at its first position."""
         parser = OverridesParser.create(config_loader=self.context.config_loader)
         return list({o.get_key_element(): o for o in parser.parse_overrides(words)}.values())
 
-    def job(self, words: list[str], number: int) -> Job:
-        """The job of these words."""
-        config = self.context.config_loader.load_sweep_config(self.config, words)
-        before = HydraConfig.instance().cfg
+    def make_job(self, overrides: list[str], number: int) -> Job:
+        """Compose a job's configuration and look for its result.
+
+        Args:
+            overrides: Overrides of the job.
+            number: Its number in the sweep.
+        """
+        config = self.context.config_loader.load_sweep_config(self.config, overrides)
+        hydra_config = HydraConfig.instance()
+        before = hydra_config.cfg
         try:
-            numbered = _folder(config, number + 1) != (folder := _folder(config, number))
-            # As the job itself finds it.
+            next_folder, folder = _folder(config, number + 1), _folder(config, number)
+            # The running job has this value too.
             with read_write(config.hydra), open_dict(config):
                 config.hydra.runtime.output_dir = str(folder.absolute())
-            HydraConfig.instance().set_config(config)
-            return Job(words, fingerprint(config), folder, numbered, finished(config) is not None)
+            hydra_config.set_config(config)
+            is_finished = find_result(config) is not None
+            is_numbered = folder != next_folder
+            return Job(overrides, fingerprint(config), folder, is_numbered, is_finished)
         finally:
-            HydraConfig.instance().cfg = before
+            hydra_config.cfg = before
 
-    def summarize(self, jobs: Sequence[Job]) -> None:
-        """Let the summary be one of these alone: what else is in the folder is of other sweeps."""
+    def summarize_only(self, jobs: Sequence[Job]) -> None:
+        """Restrict the summary to these jobs: the folder may hold results of other sweeps."""
         for callback in self.context.callbacks.callbacks:
             if isinstance(callback, Summary):
-                callback.jobs = {job.folder: job.key for job in jobs}
+                callback.jobs = {job.folder: job.fingerprint for job in jobs}
 
-    def launch(self, jobs: Sequence[Job], first: int = 0) -> Sequence[JobReturn]:
-        """Run those that are not done, with a display of all."""
-        common = set.intersection(*(set(job.words) for job in jobs))
-        names = {
-            job.folder: " ".join(word for word in job.words if word not in common) or "the only job"
+    def run_jobs(self, jobs: Sequence[Job], first: int = 0) -> Sequence[JobReturn]:
+        """Run the jobs that are not finished, and display the progress of all.
+
+        Args:
+            jobs: Jobs with consecutive numbers.
+            first: Number of the first one.
+        """
+        common = set.intersection(*(set(job.overrides) for job in jobs))
+        labels = {
+            job.folder: " ".join(o for o in job.overrides if o not in common) or "the only job"
             for job in jobs
         }
-        # Without one of them, those behind it would have other numbers.
-        left = [job.words for job in jobs if job.numbered or not job.done]
-        with Progress(names, {job.folder for job in jobs if job.done}):
-            return self.launcher.launch(left, initial_job_idx=first) if left else []
+        # A finished job in a numbered folder keeps its turn, or those after it would change folder.
+        open_jobs = [job.overrides for job in jobs if job.is_numbered or not job.is_finished]
+        with Progress(labels, {job.folder for job in jobs if job.is_finished}):
+            return self.launcher.launch(open_jobs, initial_job_idx=first) if open_jobs else []
 
 
 def _folder(config: DictConfig, number: int) -> Path:
+    """Give a configuration this number, and return the folder that follows from it."""
     with read_write(config.hydra), open_dict(config):
         config.hydra.job.id = config.hydra.job.num = number
     HydraConfig.instance().set_config(config)

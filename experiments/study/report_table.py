@@ -1,22 +1,22 @@
-"""A table that is shown in a terminal and on a page."""
+"""A table of a report, for a terminal, a document and a page."""
 
 from dataclasses import dataclass
 
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["Sheet"]
+__all__ = ["ReportTable"]
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """A table with a title and a sentence on how to read it.
+class ReportTable:
+    """A table with a title and a note on how to read it.
 
     Args:
         title: Its title.
-        note: The sentence.
-        head: Names of the columns; numbers are in all but the first.
-        rows: Its cells.
+        note: One or more sentences.
+        head: Names of the columns. All but the first have numbers.
+        rows: Cells of each row.
     """
 
     title: str
@@ -24,8 +24,8 @@ class Sheet:
     head: list[str]
     rows: list[list[str]]
 
-    def table(self) -> Table:
-        """As it is printed in a terminal."""
+    def to_rich(self) -> Table:
+        """The table for a terminal."""
         table = Table(title=self.title, caption=self.note, title_justify="left")
         for number, name in enumerate(self.head):
             table.add_column(escape(name), justify="right" if number else "left", overflow="fold")
@@ -33,11 +33,12 @@ class Sheet:
             table.add_row(*map(escape, row))
         return table
 
-    def markdown(self) -> str:
-        """As it stands in a document.
+    def to_markdown(self) -> str:
+        """The table as a section of a Markdown document.
 
         Example:
-            >>> print(Sheet("Sizes", "In bytes.", ["file", "bytes"], [["a|b", "3"]]).markdown())
+            >>> table = ReportTable("Sizes", "In bytes.", ["file", "bytes"], [["a|b", "3"]])
+            >>> print(table.to_markdown())
             ### Sizes
             <BLANKLINE>
             In bytes.

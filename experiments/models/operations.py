@@ -1,4 +1,4 @@
-"""Floating-point operations: all, and those that a network with zeros needs."""
+"""Floating-point operations of a network: all of them, and those that zero weights do not save."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-__all__ = ["counter", "operations"]
+__all__ = ["count_operations", "operation_counter"]
 
 _aten = torch.ops.aten
 
@@ -26,7 +26,7 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any
     return int(sdpa_backward_flop_count(gradient, query, key, value))
 
 
-# The kernels of processors, which torch leaves out; it sees shapes in the place of tensors.
+# Attention kernels of CPUs, which torch's counter does not know. It passes shapes, not tensors.
 _ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -34,20 +34,20 @@ _ATTENTION = {
 
 
 @contextmanager
-def counter() -> Iterator[FlopCounterMode]:
-    """A context that counts the products and sums of matrix products, convolutions, attention.
+def operation_counter() -> Iterator[FlopCounterMode]:
+    """Count multiplications and additions of matrix products, convolutions and attention.
 
-    Kernels that run a whole recurrent network or encoder layer at once are left out of use
-    meanwhile: what is within them could not be counted.
+    Within the context, torch does not use the fused kernels that run a whole recurrent network or
+    transformer layer: the counter could not see into them.
 
     Example:
-        >>> with counter() as counted:
+        >>> with operation_counter() as counter:
         ...     _ = nn.Linear(3, 4)(torch.ones(2, 3))
-        >>> counted.get_total_flops()
+        >>> counter.get_total_flops()
         48
     """
     mha, mkldnn, cudnn = torch.backends.mha, torch.backends.mkldnn, torch.backends.cudnn
-    # What switching oneDNN off says of processors that this is none of.
+    # Switching oneDNN off warns about processors with TF32, on all others too.
     warnings.filterwarnings("ignore", "TF32 acceleration on top of oneDNN")
     fast = mha.get_fastpath_enabled()
     mha.set_fastpath_enabled(False)
@@ -55,46 +55,49 @@ def counter() -> Iterator[FlopCounterMode]:
         with (
             mkldnn.flags(enabled=False),
             cudnn.flags(enabled=False),
-            FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counted,
+            FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter,
         ):
-            yield counted
+            yield counter
     finally:
         mha.set_fastpath_enabled(fast)
 
 
-def operations(module: nn.Module, forward: Callable[[], Any]) -> tuple[float, float]:
-    """Operations of a forward pass: all, and those that are left without weights of zero.
+def count_operations(module: nn.Module, forward: Callable[[], Any]) -> tuple[float, float]:
+    """Operations of a forward pass: all, and those left after skipping weights that are zero.
 
-    Their ratio is the theoretical speed-up of ShrinkBench (Blalock et al., 2020): no engine skips
-    single zeros for nothing. What is computed outside of a layer, by a tied weight for example, is
-    counted in full.
+    Their ratio is the theoretical speed-up of ShrinkBench (Blalock et al., 2020). No engine skips
+    single zeros for free. An operation outside of a layer, for example with a tied weight, counts
+    in full.
 
     Args:
-        module: The module, whose weights are looked at.
-        forward: Runs it, by whatever way.
+        module: Module whose weights are searched for zeros.
+        forward: Function that runs the module.
+
+    Returns:
+        Number of all operations, and of the needed ones.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 4, bias=False))
         >>> _ = net[0].weight.data[1:].zero_()
-        >>> operations(net, lambda: net(torch.ones(2, 3)))
+        >>> count_operations(net, lambda: net(torch.ones(2, 3)))
         (48.0, 12.0)
     """
-    begun: dict[nn.Module, int] = {}
+    counts: dict[nn.Module, int] = {}
     saved, handles = [0.0], []
 
     def before(layer: nn.Module, _: Any) -> None:
-        begun[layer] = counted.get_total_flops()
+        counts[layer] = counter.get_total_flops()
 
     def after(layer: Any, *_: Any) -> None:
         zeros = 1 - int(layer.weight.count_nonzero()) / layer.weight.numel()
-        saved[0] += zeros * (counted.get_total_flops() - begun[layer])
+        saved[0] += zeros * (counter.get_total_flops() - counts[layer])
 
     for layer in module.modules():
         if isinstance(getattr(layer, "weight", None), Tensor) and not [*layer.children()]:
             handles += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
-    with counter() as counted:
+    with operation_counter() as counter:
         forward()
     for handle in handles:
         handle.remove()
-    total = float(counted.get_total_flops())
+    total = float(counter.get_total_flops())
     return total, total - saved[0]
