@@ -5,21 +5,24 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Folders that are measured and tested from a checkout only.
+TOPS = ("callbacks", "compressors", "configs", "experiments")
+# Folders that are used from a checkout only.
 UNPACKED = {"experiments/benchmarks"}
 
 
 def packages() -> dict[str, str]:
-    """Where each package of the wheel is in the tree."""
-    tops = ("callbacks", "compressors", "configs", "experiments")
+    """Folder of each package of the wheel."""
     folders = [
         str(path.parent.relative_to(ROOT))
-        for top in tops
+        for top in TOPS
         for path in sorted((ROOT / top).rglob("__init__.py"))
     ]
     found = {f"fitsmall.{folder.replace('/', '.')}": folder for folder in folders}
@@ -29,7 +32,7 @@ def packages() -> dict[str, str]:
 
 FOLDERS = packages()
 
-# What each layer may not import, at any depth of a function.
+# Modules that a layer may not import, not even within a function.
 FORBIDDEN = {
     "compressors": (
         "lightning",
@@ -43,15 +46,43 @@ FORBIDDEN = {
 }
 
 
-def imports(path: Path) -> set[str]:
-    tree = ast.walk(ast.parse(path.read_text()))
+def module_files() -> dict[str, Path]:
+    """File of each module, those that are not in the wheel included."""
+    files = {}
+    unpacked = {f"fitsmall.{folder.replace('/', '.')}": folder for folder in UNPACKED}
+    for package, folder in {**FOLDERS, **unpacked}.items():
+        for path in (ROOT / folder).glob("*.py"):
+            files[package if path.stem == "__init__" else f"{package}.{path.stem}"] = path
+    return files
+
+
+MODULES = module_files()
+
+
+@cache
+def imports(path: Path, lazy: bool = True) -> frozenset[str]:
+    """Names that a file imports; with ``lazy``, also those that its functions import."""
     found = set()
-    for node in tree:
+    for node in statements(ast.parse(path.read_text()), lazy):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
+
+
+def statements(tree: ast.AST, lazy: bool) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+            yield from statements(node, lazy)
+
+
+def imported_modules(path: Path, lazy: bool) -> set[str]:
+    """Modules of this project that a file imports."""
+    # `from package import name` imports a module of the package, or the package itself.
+    names = ((name, name.rpartition(".")[0]) for name in imports(path, lazy))
+    return {next(n for n in pair if n in MODULES) for pair in names if {*pair} & MODULES.keys()}
 
 
 @pytest.mark.parametrize("layer", FORBIDDEN)
@@ -61,6 +92,31 @@ def test_a_layer_imports_nothing_from_above(layer: str) -> None:
             for forbidden in FORBIDDEN[layer]:
                 assert name != forbidden, path
                 assert not name.startswith(f"{forbidden}."), path
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports for type checkers count, those within functions do not."""
+    graph = {name: imported_modules(path, lazy=False) for name, path in MODULES.items()}
+    assert sum(map(len, graph.values())) > 200
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_nothing_in_the_wheel_imports_what_is_not_in_it() -> None:
+    for name, path in MODULES.items():
+        if str(path.parent.relative_to(ROOT)) not in UNPACKED:
+            for imported in imported_modules(path, lazy=True):
+                assert not imported.startswith("fitsmall.experiments.benchmarks"), name
+
+
+def test_every_module_has_a_name_that_says_something() -> None:
+    for name in MODULES:
+        last = name.rpartition(".")[2]
+        assert last not in {"utils", "util", "helpers", "helper", "misc", "common", "manager"}, name
+        assert not last.startswith("base_"), name
+        assert not last.endswith(("_utils", "_helpers", "_manager")), name
 
 
 def test_compressors_load_without_lightning_and_hydra() -> None:
