@@ -1,25 +1,27 @@
-"""The command line in processes of its own, which begin where torch and Lightning are imported."""
+"""The command line in processes that fork from one that has imported torch and Lightning."""
 
 import os
 import signal
 import sys
 from multiprocessing import get_context
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 from fitsmall.experiments.cli.main import main
 
 _SERVER = get_context("forkserver")
-_SERVER.set_forkserver_preload(["fitsmall.experiments.run.job"])
+_SERVER.set_forkserver_preload(["preload"])
 
 
 class Command:
-    """``fitsmall`` with these words, from now on.
+    """Run ``fitsmall`` in a process that starts now.
 
     Args:
-        words: What stands behind it.
-        folder: Where it is called.
+        words: Words after ``fitsmall``.
+        folder: Working directory.
         environment: Variables on top of those of this process.
     """
 
@@ -27,11 +29,14 @@ class Command:
         self._printed = TemporaryDirectory()
         environment = {**os.environ, "COLUMNS": "200", **environment}
         arguments = (words, folder or Path.cwd(), environment, Path(self._printed.name))
+        # The server looks for preload.py in its own path, which is not that of this process.
+        with patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
+            ensure_running()
         self._process = _SERVER.Process(target=_run, args=arguments)
         self._process.start()
 
     def runs(self) -> bool:
-        """Whether it has not ended yet."""
+        """True until it ends."""
         return self._process.is_alive()
 
     def send(self, number: signal.Signals) -> None:
@@ -57,7 +62,7 @@ def _run(words: tuple[str, ...], folder: Path, environment: dict[str, str], prin
     os.environ.update(environment)
     for name, number in _STREAMS.items():
         os.dup2(os.open(printed / name, os.O_WRONLY | os.O_CREAT), number)
-    # What runs in the background of a shell ignores Ctrl-C, and so do its children.
+    # A process in the background of a shell ignores Ctrl-C, and so do its children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [str(Path(sys.executable).with_name("fitsmall"))]
     main(words)

@@ -1,4 +1,4 @@
-"""Sweeps under one budget: equal costs, shared beginnings, and what is left when they stop."""
+"""Sweeps under one budget: equal costs, shared beginnings, and resuming after they stop."""
 
 import json
 import re
@@ -6,11 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from command import Command
@@ -18,27 +16,15 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from hydra.utils import get_object
 from hydra_plugins.fitsmall.search import Search
-from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.utilities import rank_zero_only
-from torch import nn
 
 from fitsmall.compressors import load, same_bits
-from fitsmall.experiments.models.operations import count_operations, operation_counter
-from fitsmall.experiments.run.budget import Budget, StepCost
 from fitsmall.experiments.run.curves import step_curve
-from fitsmall.experiments.run.folder import write_text
-from fitsmall.experiments.run.processes import make_once, process_group_id
-from fitsmall.experiments.run.within_budget import StepTimer
 
-# One worker, since the sweep below is made once for all.
-pytestmark = pytest.mark.xdist_group("study")
+# The sweep below is made once for the tests of one worker.
+group = pytest.mark.xdist_group("study")
 
-STUDY = [
-    "trainer.accelerator=cpu",
-    "budget.steps=80",
-    "budget.scale=1",
-    "budget.validations=4",
-]
+BUDGET = ["trainer.accelerator=cpu", "budget.steps=24", "budget.scale=1", "budget.validations=4"]
+ALONE = "hydra.sweeper.grids=[]"  # no grids but that of the command line
 DOCS = Path(__file__).parents[1] / "docs" / "study.md"
 
 MINE = """
@@ -82,37 +68,42 @@ class Data(pl.LightningDataModule):
     test_dataloader = val_dataloader
 """
 
-SIZES = "model.net.widths=[64,8,10],[64,16,10]"
-
 
 def study(folder: Path, *words: str, experiment: str = "train_big_then_compress") -> Command:
-    return Command("train", "-m", f"experiment={experiment}", *STUDY, *words, folder=folder)
+    return Command("train", "-m", f"experiment={experiment}", *BUDGET, *words, folder=folder)
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in folder.glob("runs/*/*/*/result.json")]
 
 
+SMALL = "model.net.widths=[64,8,10]"
+GRIDS = [
+    "{model.net.widths:'[64,8,10]',compression:'none,bits4,zeros80_bits4',fine_tune:'true,false'}",
+    "{model.net.widths:'[64,16,10]',compression:'none,bits4',fine_tune:true}",
+]
+SWEPT = ["seed=0", f"hydra.sweeper.grids=[{','.join(GRIDS)}]"]
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two sizes, two compressions of each, with training and without."""
+    """Two sizes: one with two compressions, tuned and not; one with a tuned compression."""
     folder = tmp_path_factory.mktemp("study")
-    compressions = "compression=none,bits4,zeros80_bits4"
-    done = study(folder, "seed=0", SIZES, compressions, "fine_tune=true,false").end()
+    done = study(folder, *SWEPT).end()
     assert done.returncode == 0, done.stderr
-    (folder / "stdout").write_text(done.stdout)
     return folder
 
 
+@group
 def test_every_run_spends_the_budget(swept: Path) -> None:
     found = results(swept)
-    # Without compression there is nothing that could be tuned: these two are one run.
-    assert len(found) == 2 * (1 + 2 * 2)
+    # Without compression there is nothing to tune: with and without fine-tuning are one run.
+    assert len(found) == (1 + 2 * 2) + 2
     for result in found:
         tuned = result["fine_tune"]
         plain = result["compression"] == "none"
-        assert result["steps_before"] == (40 if tuned else 80)
-        assert result["steps"] == (80 if tuned or plain else 100)
+        assert result["steps_before"] == (12 if tuned else 24)
+        assert result["steps"] == (24 if tuned or plain else 24 + 20)
         assert 0 < result["operations_needed"] <= result["operations"]
         if not plain:
             beginning = json.loads(Path(result["init"]).with_name("result.json").read_text())
@@ -121,51 +112,52 @@ def test_every_run_spends_the_budget(swept: Path) -> None:
             assert result["operations_needed"] < 0.35 * result["operations"]
 
 
+@group
 def test_runs_that_differ_in_compression_alone_begin_alike(swept: Path) -> None:
     begun = [path for path in (swept / "runs" / "dense").iterdir() if path.is_dir()]
     assert len(begun) == 2 * 2  # sizes, half of the budget or all of it
-    for path in begun:
-        # Each was trained once: its folder has one curve, of four points.
-        curve = (path / "metrics.csv").read_text().splitlines()
-        column = curve[0].split(",").index("val/error")
-        assert sum(bool(line.split(",")[column]) for line in curve[1:]) == 4
+    # Each was trained once: its folder has one curve, of four points.
+    assert all(len(step_curve(path / "metrics.csv", "error")) == 4 for path in begun)
     tuned = {result["init"] for result in results(swept) if result["fine_tune"]}
     assert {str(path / "model.fitsmall") for path in begun} > tuned
     assert len(tuned) == 2
 
 
+@group
 def test_without_fine_tuning_weights_stay(swept: Path) -> None:
-    for path in swept.glob("runs/*/*/*/result.json"):
-        folder, result = path.parent, json.loads(path.read_text())
-        if result["compression"] == "80 % zeros, 4 bits" and not result["fine_tune"]:
-            config = (folder / "config.yaml").read_text()
-            assert "within_budget.FrozenWeights" in config
-            dense, compressed = load(result["init"]), load(folder / "model.fitsmall")
-            for name, weight in dense.items():
-                if name.endswith("weight"):
-                    zero = compressed[name] == 0
-                    assert weight[zero].abs().mean() < weight[~zero].abs().mean()
-                    error = (compressed[name] - weight)[~zero].abs().max()
-                    assert error < 0.5 * weight.abs().max()
-                else:
-                    assert same_bits(compressed[name], weight)
+    (path,) = (
+        path
+        for path in swept.glob("runs/*/*/*/result.json")
+        if "80 % zeros" in path.read_text() and '"fine_tune": false' in path.read_text()
+    )
+    assert "within_budget.FrozenWeights" in path.with_name("config.yaml").read_text()
+    dense = load(json.loads(path.read_text())["init"])
+    compressed = load(path.with_name("model.fitsmall"))
+    for name, weight in dense.items():
+        if name.endswith("weight"):
+            zero = compressed[name] == 0
+            assert weight[zero].abs().mean() < weight[~zero].abs().mean()
+            error = (compressed[name] - weight)[~zero].abs().max()
+            assert error < 0.5 * weight.abs().max()
+        else:
+            assert same_bits(compressed[name], weight)
 
 
+@group
 def test_a_finished_study_is_not_done_again(swept: Path) -> None:
     times = {path: path.stat().st_mtime for path in swept.glob("runs/**/*") if path.is_file()}
-    compressions = "compression=none,bits4,zeros80_bits4"
-    done = study(swept, "seed=0", SIZES, compressions, "fine_tune=true,false").end()
+    done = study(swept, *SWEPT).end()
     assert done.returncode == 0, done.stderr
-    assert "10 jobs in" in done.stdout
-    assert "10 of them finished before" in done.stdout
+    assert "7 jobs in" in done.stdout
+    assert "7 of them finished before" in done.stdout
     for path, changed in times.items():
         if path.name not in ("multirun.yaml", "summary.json"):
             assert path.stat().st_mtime == changed, path
 
 
 def test_a_job_that_fails_sinks_no_other(tmp_path: Path) -> None:
-    sizes = "model.net.widths=[64,8,10],[63,8,10]"
-    done = study(tmp_path, "seed=0", sizes, "compression=none").end()
+    sizes = f"{SMALL},[63,8,10]"
+    done = study(tmp_path, "seed=0", sizes, "compression=none", ALONE).end()
     assert done.returncode == 1
     (result,) = results(tmp_path)
     assert result["size"] == "64-8-10"
@@ -176,42 +168,47 @@ def test_a_job_that_fails_sinks_no_other(tmp_path: Path) -> None:
     command, _, trace = failure.read_text().partition("\n\n")
     assert command.startswith("fitsmall train seed=0 'model.net.widths=[63,8,10]'")
     assert trace.startswith("Traceback")
-    # It is no failure of another sweep in this folder.
-    done = study(tmp_path, "seed=0", "model.net.widths=[64,8,10]", "compression=none").end()
+    # It is no failure of another sweep in this folder, and other observers are another run.
+    coders = "observers.checkpoint.coder=context,huffman"
+    done = study(tmp_path, "seed=0", SMALL, "compression=none", coders, ALONE).end()
     assert done.returncode == 0, done.stderr
+    assert "2 jobs in" in done.stdout
+    assert "1 of them finished before" in done.stdout
+    assert {result["coder"] for result in results(tmp_path)} == {"context", "huffman"}
 
 
 def test_a_study_that_is_stopped_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     words = [
         "seed=0",
-        "model.net.widths=[64,8,10]",
+        SMALL,
         "compression=none,zeros80_bits4",
-        "budget.steps=600",
-        "observers.resume.train_time_interval={_target_: datetime.timedelta, seconds: 0.3}",
+        "budget.steps=300",
+        "observers.resume.train_time_interval={_target_: datetime.timedelta, seconds: 0.2}",
+        "hydra.sweeper.grids=[{},{fine_tune:false}]",
     ]
     for folder in (whole, killed):
         folder.mkdir()
     run = study(killed, *words)
     while not list(killed.glob("runs/dense/*/resume-*.ckpt")):
         assert run.runs()
-        time.sleep(0.05)
+        time.sleep(0.02)
     run.send(signal.SIGKILL)
     run.end()
     assert not results(killed)
     (saved,) = killed.glob("runs/dense/*/resume-*.ckpt")
     step = int(torch.load(saved, weights_only=False)["global_step"])
-    assert 0 < step < 600
+    assert 0 < step < 300
     # Then once more, between two jobs or within the next one, by Ctrl-C.
     run = study(killed, *words)
-    # The file is there before it says of which size it is.
+    # A result exists for a moment before it has its size.
     while not any('"size"' in path.read_text() for path in killed.glob("runs/*/*/*/result.json")):
         assert run.runs()
-        time.sleep(0.05)
+        time.sleep(0.02)
     run.send(signal.SIGINT)
     done = run.end()
     assert done.returncode != 0
-    assert "stopped with 1 of 3 jobs finished: the same command goes on from here" in done.stdout
+    assert "stopped with 1 of 3 jobs finished: run the same command to continue" in done.stdout
     for folder in (killed, whole):
         done = study(folder, *words).end()
         assert done.returncode == 0, done.stderr
@@ -229,38 +226,31 @@ def test_a_study_that_is_stopped_goes_on_and_ends_the_same(tmp_path: Path) -> No
         assert mended == step_curve(whole / path.relative_to(killed), "error")
 
 
-def test_observers_make_different_runs(tmp_path: Path) -> None:
-    words = ["seed=0", "model.net.widths=[64,8,10]", "compression=none"]
-    done = study(tmp_path, *words, "observers.checkpoint.coder=context,huffman").end()
-    assert done.returncode == 0, done.stderr
-    assert "2 jobs in" in done.stdout
-    assert {result["coder"] for result in results(tmp_path)} == {"context", "huffman"}
-
-
 def test_numbered_folders_are_those_of_this_sweep(tmp_path: Path) -> None:
-    """What another sweep has left in a folder is none of its own results."""
-    words = ["trainer.max_epochs=2", "reference=false", "trainer.enable_progress_bar=false"]
-    for sparsities, first in (("0.5,0.6", 0), ("0.6,0.7", 0), ("0.6,0.7", 2)):
+    """Results that another sweep left in a folder are not taken for those of this one."""
+    words = ["trainer.max_epochs=1", "+trainer.limit_train_batches=2", "reference=false"]
+    words += ["trainer.enable_progress_bar=false", "hydra.sweep.dir=here"]
+    for sparsities, finished in (("0.5,0.6", 0), ("0.6,0.7", 0), ("0.6,0.7", 2)):
         values = f"callbacks.prune.sparsity={sparsities}"
-        done = Command("train", "-m", *words, "hydra.sweep.dir=here", values, folder=tmp_path).end()
+        done = Command("train", "-m", *words, values, folder=tmp_path).end()
         assert done.returncode == 0, done.stderr
-        assert f"2 jobs in here, {first} of them finished before" in done.stdout
+        assert f"2 jobs in here, {finished} of them finished before" in done.stdout
         for number, sparsity in enumerate(sparsities.split(",")):
             result = json.loads((tmp_path / "here" / str(number) / "result.json").read_text())
             assert f"callbacks.prune.sparsity={sparsity}" in result["overrides"]
             said = f" of 2: callbacks.prune.sparsity={sparsity}: " in done.stdout
-            assert said == (first == 0)
+            assert said == (finished == 0)
 
 
 def test_a_search_learns_and_goes_on(tmp_path: Path) -> None:
     experiment = "search_compression"
-    words = ["hydra/sweeper=search", "model.net.widths=[64,16,10]", "hydra.sweeper.trials=4"]
+    words = ["hydra/sweeper=search", "model.net.widths=[64,16,10]", "hydra.sweeper.trials=3"]
     done = study(tmp_path, *words, experiment=experiment).end()
     assert done.returncode == 0, done.stderr
-    assert "4 trials in" in done.stdout
+    assert "3 trials in" in done.stdout
     found = results(tmp_path)
-    assert len(found) == 4
-    assert len({result["compression"] for result in found}) == 4
+    assert len(found) == 3
+    assert len({result["compression"] for result in found}) == 3
     front = re.findall(r"^([\d.]+), (\S+): callbacks.prune.sparsity=", done.stdout, re.MULTILINE)
     points = {(r["error_validation"], r["bytes"]) for r in found}
     best = {
@@ -269,13 +259,13 @@ def test_a_search_learns_and_goes_on(tmp_path: Path) -> None:
         if not any(e <= error and b <= size and (e, b) != (error, size) for e, b in points)
     }
     assert len(front) == len(best)
-    done = study(tmp_path, *words[:-1], "hydra.sweeper.trials=6", experiment=experiment).end()
+    done = study(tmp_path, *words[:-1], "hydra.sweeper.trials=4", experiment=experiment).end()
     assert done.returncode == 0, done.stderr
-    assert "6 trials in" in done.stdout
-    assert "4 of them finished before" in done.stdout
-    assert len(results(tmp_path)) == 6
-    message = "has other settings, and error_validation, bytes as objectives: go on with the same"
-    for other in ("hydra.sweeper.objectives=[error_validation,ratio]", "budget.steps=90"):
+    assert "4 trials in" in done.stdout
+    assert "3 of them finished before" in done.stdout
+    assert len(results(tmp_path)) == 4
+    message = "a search with other settings, for the objectives error_validation, bytes: repeat"
+    for other in ("hydra.sweeper.objectives=[error_validation,ratio]", "budget.steps=30"):
         done = study(tmp_path, *words, other, experiment=experiment).end()
         assert done.returncode == 2
         assert message in done.stderr
@@ -285,7 +275,7 @@ def test_a_search_learns_and_goes_on(tmp_path: Path) -> None:
 
 def test_objectives_are_numbers_of_the_result() -> None:
     search = Search(objectives=["error_validation", "size"])
-    message = "objectives: size is no number of result.json, which has error_validation, bytes"
+    message = "objectives: size is not a number in result.json; it has error_validation, bytes"
     with pytest.raises(HydraException, match=message):
         search._values({"error_validation": 0.1, "size": "64-8-10", "bytes": 9})
 
@@ -295,9 +285,9 @@ def test_the_documented_study_of_an_own_network_runs(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "mine.py").write_text(MINE)
-    words = ["--config-dir", "configs", "experiment=mine", "seed=0", "budget.steps=30"]
+    words = ["--config-dir", "configs", "experiment=mine", "seed=0", "budget.steps=10", ALONE]
     words += ["budget.scale=1", "model.width=4,64", "compression=none,zeros80_bits4"]
-    done = Command("train", "-m", *words, "fine_tune=true", folder=tmp_path).end()
+    done = Command("train", "-m", *words, folder=tmp_path).end()
     assert done.returncode == 0, done.stderr
     sizes = [(r["size"], r["compression"]) for r in results(tmp_path)]
     ways = ("none", "80 % zeros, 4 bits")
@@ -305,32 +295,41 @@ def test_the_documented_study_of_an_own_network_runs(tmp_path: Path) -> None:
     assert all(f"{number} of 4" in done.stdout for number in range(1, 5))
 
 
-def started(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """A study as a user starts it: processes of launchers begin and end with the interpreter."""
+def results_of_small(folder: Path) -> dict[tuple[str, bool], dict[str, Any]]:
+    """Results of the smaller network, by compression and fine-tuning."""
+    found = (r for r in results(folder) if r["size"] == "64-8-10")
+    return {(r["compression"], r["fine_tune"]): r for r in found}
+
+
+def same(found: dict[Any, dict[str, Any]], expected: dict[Any, dict[str, Any]]) -> bool:
+    return all(
+        found[key][name] == expected[key][name] for key in found for name in ("error", "bytes")
+    )
+
+
+@group
+def test_jobs_run_at_the_same_time(swept: Path, tmp_path: Path) -> None:
+    # In an interpreter of its own, at whose end joblib's workers end.
     command = [str(Path(sys.executable).with_name("fitsmall")), "train", "-m"]
-    options = [word for word in words if word.startswith("--")]
-    overrides = [word for word in words if word not in options]
-    command += [*options, "experiment=train_big_then_compress", *STUDY, *overrides]
-    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder)
-
-
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_other_launchers_do_the_same(launcher: str, swept: Path, tmp_path: Path) -> None:
-    several = "hydra.launcher.n_jobs=2" if launcher == "joblib" else "hydra.launcher.timeout_min=9"
-    words = ["seed=0", "model.net.widths=[64,8,10]", "compression=bits4", "fine_tune=true,false"]
-    done = started(tmp_path, *words, f"hydra/launcher={launcher}", several)
+    command += ["experiment=train_big_then_compress", *BUDGET, "seed=0", SMALL, ALONE]
+    command += ["compression=none,bits4", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 of 2" in done.stdout
-    found, expected = (
-        {
-            (r["compression"], r["fine_tune"]): (r["error"], r["bytes"])
-            for r in results(folder)
-            if r["size"] == "64-8-10"
-        }
-        for folder in (tmp_path, swept)
-    )
+    found = results_of_small(tmp_path)
     assert len(found) == 2
-    assert found.items() <= expected.items()
+    assert same(found, results_of_small(swept))
+
+
+@group
+def test_a_job_is_submitted(swept: Path, tmp_path: Path) -> None:
+    words = ["seed=0", SMALL, ALONE, "compression=bits4", "hydra/launcher=submitit_local"]
+    done = study(tmp_path, *words, "hydra.launcher.timeout_min=9").end()
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1" in done.stdout
+    found = results_of_small(tmp_path)
+    assert len(found) == 1
+    assert same(found, results_of_small(swept))
 
 
 def test_a_cluster_gets_a_task_and_a_gpu_for_each_process() -> None:
@@ -342,6 +341,7 @@ def test_a_cluster_gets_a_task_and_a_gpu_for_each_process() -> None:
     assert (launcher.tasks_per_node, launcher.gpus_per_node, launcher.partition) == (2, 2, "p")
 
 
+@group
 @pytest.mark.parametrize(
     "launcher",
     [
@@ -356,148 +356,19 @@ def test_every_job_of_a_sweep_has_its_own_processes(
     (tmp_path / "own" / "trainer").mkdir(parents=True)
     two = "defaults: [default]\ndevices: 2\nstrategy: ddp\n"
     (tmp_path / "own" / "trainer" / "two.yaml").write_text(two)
-    words = ["--config-dir=own", f"hydra/launcher={launcher}", "trainer=two"]
-    words += ["seed=0", "model.net.widths=[64,8,10]", "compression=none,bits4", "fine_tune=true"]
-    done = started(tmp_path, *words)
+    words = ["train", "-m", "--config-dir=own", "experiment=train_big_then_compress", *BUDGET]
+    words += ["seed=0", SMALL, ALONE, "compression=none,bits4", "trainer=two"]
+    done = Command(*words, f"hydra/launcher={launcher}", folder=tmp_path).end()
     assert done.returncode == 0, done.stderr
-    alone = {
-        r["compression"]: r
-        for r in results(swept)
-        if r["size"] == "64-8-10" and r["compression"] in ("none", "4 bits")
-    }
-    found = results(tmp_path)
+    alone, found = results_of_small(swept), results_of_small(tmp_path)
     assert len(found) == 2
-    for result in found:
-        other = alone[result["compression"]]
+    for key, result in found.items():
         # Both processes together do what one does.
-        assert result["flops_per_step"] == other["flops_per_step"]
-        assert result["error"] == pytest.approx(other["error"], abs=0.1)
-        assert result["steps"] == 80
+        assert result["flops_per_step"] == alone[key]["flops_per_step"]
+        assert result["error"] == pytest.approx(alone[key]["error"], abs=0.1)
+        assert result["steps"] == 24
     # The second process of each job has worked in the folder of the job.
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {
         "dense",
         "train_big_then_compress",
     }
-
-
-@pytest.mark.parametrize(
-    ("amounts", "message"),
-    [
-        ({}, "one of flops, seconds and steps"),
-        ({"flops": 1e9, "steps": 10}, "one of flops, seconds and steps"),
-        ({"seconds": -1.0}, "positive"),
-        ({"steps": 10, "dense": 1.0}, "budget.dense"),
-        ({"steps": 10, "validations": 0}, "budget.calibration and budget.validations are 1 or"),
-    ],
-)
-def test_a_budget_is_one_amount(amounts: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Budget(**amounts)
-
-
-def test_a_budget_buys_steps() -> None:
-    pace = StepCost(flops=1e6, seconds=0.5)
-    assert Budget(steps=7).steps_at(pace) == 7
-    assert Budget(flops=2e7).steps_at(pace) == 20
-    assert Budget(seconds=30).steps_at(pace) == 60
-    with pytest.raises(ValueError, match="pays for 1 steps: one costs 1e"):
-        Budget(flops=1.5e6).steps_at(pace)
-    with pytest.raises(ValueError, match=r"can be counted: give budget.steps or budget.seconds"):
-        Budget(flops=1.5e6).steps_at(StepCost(flops=0.0, seconds=0.5))
-
-
-def shared(path: Path, made: list[str], name: str, wait: float = 0.3) -> str:
-    """What several jobs need: whoever makes it takes a while, and signs it."""
-
-    def make() -> str:
-        made.append(name)
-        time.sleep(wait)
-        write_text(path, made[0])
-        return made[0]
-
-    return make_once(path, lambda: path.read_text() if path.is_file() else None, make)
-
-
-def test_what_jobs_share_is_made_by_one_at_a_time(tmp_path: Path) -> None:
-    made: list[str] = []
-    with ThreadPoolExecutor(4) as pool:
-        found = [*pool.map(lambda name: shared(tmp_path / "shared", made, name), "abcd")]
-    assert found == 4 * made
-    assert len(made) == 1
-
-
-@pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "FITSMALL_JOB"])
-def test_further_processes_of_a_job_wait_for_the_first_of_their_own(
-    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, made = tmp_path / "shared", ["another"]
-    monkeypatch.setenv(variable, "6")
-    write_text(path.with_suffix(".begun"), process_group_id())
-    monkeypatch.setenv(variable, "7")
-    monkeypatch.setattr(rank_zero_only, "rank", 1)
-    with ThreadPoolExecutor(2) as pool:
-        second = pool.submit(shared, path, made, "second")
-        time.sleep(0.3)
-        assert made == ["another"]  # a job that has begun is none of its own
-        write_text(path.with_suffix(".begun"), process_group_id())
-        assert second.result() == "another"
-        assert made == ["another", "second"]
-        # The first has found that it was made before; the second does not make it alone.
-        assert pool.submit(shared, path, made, "second").result() == "another"
-        assert len(made) == 2
-
-
-@pytest.mark.parametrize("accumulated", [1, 4])
-def test_seconds_are_those_of_optimizer_steps(accumulated: int) -> None:
-    class Slow(BoringModel):
-        def training_step(self, batch: Any, index: int) -> Any:
-            time.sleep(0.02)
-            return super().training_step(batch, index)
-
-    watch = StepTimer()
-    trainer = pl.Trainer(
-        max_steps=6,
-        accumulate_grad_batches=accumulated,
-        callbacks=[watch],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        limit_val_batches=0,
-    )
-    trainer.fit(Slow())
-    assert len(watch.times) == 6
-    assert watch.median_seconds() >= 0.02 * accumulated
-
-
-def test_operations_are_counted_by_layer() -> None:
-    net = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.Flatten(), nn.Linear(36, 5, bias=False))
-    net[0].weight.data[0] = 0
-    net[2].weight.data[:, :18] = 0
-    images, (first, *_, last) = torch.ones(3, 2, 5, 5), net
-    convolution, linear = 2 * 3 * 9 * 4 * 18, 2 * 3 * 36 * 5
-    expected = (convolution + linear, 0.75 * convolution + 0.5 * linear)
-    assert count_operations(net, lambda: net(images)) == expected
-    # It does not matter by which way the layers are run.
-    assert count_operations(net, lambda: last(first(images).flatten(1))) == expected
-    query = torch.ones(1, 2, 10, 8, requires_grad=True)
-    with operation_counter() as counter:
-        nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
-    assert counter.get_total_flops() == 2 * (2 * 2 * 10 * 10 * 8)
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("training", [True, False])
-def test_operations_within_a_fast_kernel_are_counted(training: bool) -> None:
-    batch, steps, width, heads, hidden = 2, 10, 8, 2, 16
-    x = torch.ones(batch, steps, width)
-    layer = nn.TransformerEncoderLayer(width, heads, hidden, batch_first=True).train(training)
-    projections = 2 * batch * steps * width * 4 * width
-    attention = 2 * 2 * batch * steps * steps * width
-    perceptron = 2 * 2 * batch * steps * width * hidden
-    lstm = nn.LSTM(width, hidden, batch_first=True).train(training)
-    gates = 2 * batch * steps * (width + hidden) * 4 * hidden
-    with torch.no_grad():
-        total, needed = count_operations(layer, lambda: layer(x))
-        assert total == needed == projections + attention + perceptron
-        assert count_operations(lstm, lambda: lstm(x)) == (gates, gates)

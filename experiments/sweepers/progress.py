@@ -74,7 +74,7 @@ class Progress:
         self._thread.join()
         self._report_ended()
         self._live.stop()
-        if kind is not None and not issubclass(kind, Exception):
+        if _is_interrupt(error):
             self.console.print(
                 f"stopped with {len(self.finished)} of {len(self.jobs)} jobs finished: run the "
                 "same command to continue",
@@ -141,6 +141,16 @@ class Progress:
         left = self.seconds_left()
         rest = f"; {_duration(left)} left" if left else ""
         self.console.print(f"{count}: {line}{rest}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """True if an error began with Ctrl-C or the like.
+
+    An interrupt within OmegaConf's code may be replaced there by an error that follows from it.
+    """
+    while error is not None and isinstance(error, Exception):
+        error = error.__context__
+    return error is not None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
