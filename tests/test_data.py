@@ -21,7 +21,6 @@ from fitsmall.experiments.data.augmentation import Affine, CropFlip
 from fitsmall.experiments.data.images import Cifar10, Digits, ImageBatches, Mnist
 from fitsmall.experiments.data.sources import Split
 from fitsmall.experiments.data.text import StandardLibrary, Texts
-from fitsmall.experiments.models.transformer import Transformer
 
 
 def test_digits_are_split_without_overlap() -> None:
@@ -80,20 +79,6 @@ def test_the_standard_library_is_split_by_file() -> None:
     assert all(text in parts["test"] for text in evaluated)
     # They come from everywhere.
     assert parts["test"].index(evaluated[-1]) > 0.95 * len(parts["test"]) - 65
-
-
-def test_a_transformer_looks_back_only() -> None:
-    torch.manual_seed(0)
-    net = Transformer(width=64, depth=2).eval()
-    text = torch.randint(256, (2, 30))
-    changed = text.clone()
-    changed[:, 20:] = 0
-    assert torch.equal(net(text)[:, :20], net(changed)[:, :20])
-    assert not torch.equal(net(text)[:, 20:], net(changed)[:, 20:])
-    # Order counts.
-    assert not torch.equal(net(text.flip(1))[:, -1], net(text)[:, -1])
-    with pytest.raises(ValueError, match="width=48"):
-        Transformer(width=48)
 
 
 def test_augmentation_moves_an_image_by_whole_pixels() -> None:

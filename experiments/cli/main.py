@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
 from fitsmall.experiments.cli.completion import SCRIPTS, complete
@@ -302,8 +302,9 @@ def _is_user_error(error: Exception) -> bool:
 
 
 def _one_line(error: Exception, words: list[str]) -> str:
-    # Hydra's message names the call that failed or is empty, and its cause has the reason.
-    if isinstance(error, InstantiationException | ConfigCompositionException) and error.__cause__:
+    # Hydra's message only names the call that failed, or is empty; the cause has the reason.
+    is_vague = isinstance(error, InstantiationException) or not str(error)
+    if is_vague and error.__cause__:
         return " ".join(str(error.__cause__).split())
     message = str(error).partition("Config search path")[0]
     if words[:1] == ["train"] and (hint := suggest(message, words[1:])):

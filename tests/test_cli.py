@@ -1,0 +1,172 @@
+"""The command ``fitsmall``: help, mistakes, completion, and a new project."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from command import Command
+
+import fitsmall.configs
+from fitsmall.experiments.cli.main import main
+
+QUICK = ["trainer.max_epochs=1", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
+EXPERIMENTS = Path(fitsmall.configs.__file__).parent / "experiment"
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are set for Hydra."""
+    monkeypatch.setattr(sys, "argv", ["fitsmall"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert not exit.value.code
+    assert capsys.readouterr().out == f"fitsmall {version('fitsmall')}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inspect", "nowhere.fitsmall"], "nowhere.fitsmall"),
+        (["inspect", __file__], "is not a fitsmall file"),
+        (["train", "data=mnistt"], "data/mnistt': did you mean data=mnist? There are cifar10, "),
+        (["train", "data=zzz"], "there are cifar10, digits, mnist, stdlib"),
+        (["train", "callbacks=[prun]"], "did you mean callbacks=[prune]?"),
+        (["train", "callbacks.prune.sparsty=0.5"], "did you mean callbacks.prune.sparsity?"),
+        (["train", "trainer={max_epoch: 3}"], "add others by ++trainer.NAME=VALUE"),
+        (["train", "callbacks.rank.price=1"], "a setting of callbacks=[rank], which is not chosen"),
+        (["train", "callbacks.prune.sparsity=95", *QUICK], "a fraction in [0, 1], got 95"),
+        (["train", "callbacks=[share,prune]", *QUICK], "list GradualPruning first"),
+        (
+            ["train", "callbacks@observers=[monitor]", *QUICK],
+            "add checkpoint to callbacks@observers",
+        ),
+        (["train", "trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
+        (["train", "init=nowhere.fitsmall", *QUICK], "nowhere.fitsmall"),
+        (["train", "-m", "hydra/sweeper=search"], "nothing to search: give an interval"),
+        (
+            ["train", "-m", "experiment=search_compression", "hydra/sweeper=grids"],
+            "sparsity: a grid has values, not an interval: list values, or search with",
+        ),
+        (["train", "model=lenet5", *QUICK], "choose data=mnist"),
+        (["train", "model=resnet20", *QUICK], "images of 3 x 32 x 32, and got 1 x 8 x 8"),
+    ],
+)
+def test_mistakes_get_one_line(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    quiet = [
+        f"hydra.run.dir={tmp_path}",
+        f"hydra.sweep.dir={tmp_path}",
+        "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
+    ]
+    with pytest.raises(SystemExit) as exit:
+        main(words + quiet * (words[0] == "train"))
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert not exit.value.code
+    top = capsys.readouterr().out
+    assert all(word in top for word in ("train", "inspect", "decompress"))
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--help"])
+    assert not exit.value.code
+    below = capsys.readouterr().out
+    for part in (
+        "experiment=deep_compression",
+        "callbacks: checkpoint, ema, guard, learn, monitor",
+        "data: cifar10, digits, mnist",
+    ):
+        assert part in below
+
+
+def test_a_users_own_configuration_and_module(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "from fitsmall.experiments.models.classifier import Classifier\n"
+        "class Mine(Classifier):\n"
+        "    def __init__(self, units, optimizer):\n"
+        "        net = nn.Sequential(nn.Flatten(), nn.Linear(64, units), nn.Linear(units, 10))\n"
+        "        super().__init__(net, optimizer)\n"
+    )
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text(
+        "_target_: mine.Mine\nunits: 20\n"
+        "optimizer: {_target_: torch.optim.SGD, _partial_: true, lr: 0.1}\n"
+    )
+    words = ["train", "--config-dir", str(tmp_path), "model=mine", "model.units=25", *QUICK]
+    run = Command(*words, "reference=false", "hydra.run.dir=run", folder=tmp_path).end()
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["layers"]["net.1.weight"]["weights"] == 25 * 64
+
+
+def test_a_new_project_trains_at_once(tmp_path: Path) -> None:
+    run = Command("new", str(tmp_path / "mine")).end()
+    assert run.returncode == 0, run.stderr
+    commands = re.findall(r"^    (.*)$", run.stdout, re.MULTILINE)
+    assert commands[0] == f"cd {tmp_path / 'mine'}"
+    readme = (tmp_path / "mine" / "README.md").read_text()
+    assert commands[1] in readme
+    first, study, report = (
+        shlex.split(line, comments=True)[1:]
+        for line in re.findall(r"^    (fitsmall .*)$", readme, re.MULTILINE)
+    )
+    cpu = ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false"]
+    quick = ["trainer.max_epochs=8", "reference=false"]
+    small = ["seed=0", "model.width=4,64", "budget.steps=10", "hydra.sweeper.grids=[]"]
+    small += ["compression=none,zeros80_bits4"]
+    for words in ([*first, *cpu, *quick], [*study, *cpu, *small], report):
+        run = Command(*words, folder=tmp_path / "mine").end()
+        assert run.returncode == 0, run.stderr
+    (result,) = (tmp_path / "mine" / "runs").glob("20*/result.json")
+    assert json.loads(result.read_text())["error"] < 0.2
+    assert list((tmp_path / "mine" / "runs").glob("*/*/report/report.html"))
+    again = Command("new", str(tmp_path / "mine")).end()
+    assert again.returncode == 2
+    assert "is not empty" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "reply"),
+    [
+        ("fitsmall tr", {"train"}),
+        ("fitsmall train data=mni", {"mnist"}),
+        ("fitsmall train callbacks.prune.spars", {"callbacks.prune.sparsity="}),
+        (
+            "fitsmall train -m experiment=",
+            {path.stem for path in EXPERIMENTS.glob("*.yaml")},
+        ),
+        ("fitsmall inspect ", set()),
+    ],
+)
+def test_bash_completes(line: str, reply: set[str]) -> None:
+    """As Bash calls it, which breaks words at spaces and at equal signs."""
+    words = [w for w in re.split(r"[ ]|(=)", line) if w is not None]
+    words = [w for i, w in enumerate(words) if w or i == len(words) - 1]
+    words = words[:-1] if words[-2:] == ["=", ""] else words
+    script = (
+        f"PATH={Path(sys.executable).parent}:$PATH\n"
+        'eval "$(fitsmall completion bash)"\n'
+        f"COMP_LINE={shlex.quote(line)} COMP_POINT={len(line)}\n"
+        f"COMP_WORDS=({' '.join(map(shlex.quote, words))}) COMP_CWORD={len(words) - 1}\n"
+        '_fitsmall; printf "%s\\n" "${COMPREPLY[@]}"\n'
+    )
+    run = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True)
+    assert {*run.stdout.split()} == reply, run.stderr
