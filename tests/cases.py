@@ -1,10 +1,14 @@
-"""The methods that every guarantee is tested with: a new callback joins by being listed here."""
+"""The methods that every guarantee is tested with: a new callback joins by being listed here.
+
+``every_case`` is for what depends on a method's own choices and state, ``each_coupling`` for what
+depends on the loop around them alone, and ``every_criterion`` for what pruning gathers and saves.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from fitsmall.callbacks import (
     GradualPruning,
@@ -17,7 +21,7 @@ from fitsmall.compressors import CRITERIA, KMeans, TopK
 from fitsmall.compressors.lattice import lattice
 from training import WEIGHTS, sparsity
 
-__all__ = ["CASES", "every_case"]
+__all__ = ["BY_CRITERION", "CASES", "Case", "each_coupling", "every_case", "every_criterion"]
 
 
 @dataclass(frozen=True)
@@ -28,38 +32,50 @@ class Case:
         make: Makes the callbacks, their windows in fractions of training and over at 0.8 of it.
         sparsity: Fraction of zeros in all weights together.
         clusters: Most non-zero values in a weight.
-        bits: Of the integers in each row of a weight.
+        bits: Most bits of the integers in each row of a weight.
+        average_bits: The same on average over all weights.
     """
 
     make: Callable[[], list[Method]]
     sparsity: float = 0.0
     clusters: int | None = None
     bits: int | None = None
+    average_bits: float | None = None
 
     def check(self, module: nn.Module, *names: str) -> None:
         names = names or WEIGHTS
+        weights = [module.get_parameter(name) for name in names]
         zeros = sparsity(module, *names)
+        rounded = self.bits is not None or self.average_bits is not None
         # Rounding makes more of them.
-        least = min(zeros, self.sparsity) if self.bits else zeros
-        assert least == pytest.approx(self.sparsity, abs=2e-3)
-        for name in names:
-            weight = module.get_parameter(name)
-            if self.clusters is not None:
+        least = min(zeros, self.sparsity) if rounded else zeros
+        assert least == pytest.approx(self.sparsity, abs=1e-6)
+        if self.clusters is not None:
+            for weight in weights:
                 assert weight[weight != 0].unique().numel() <= self.clusters
-            if self.bits is not None:
-                found = lattice(weight.detach().float())
-                assert found is not None
-                assert -(2 ** (self.bits - 1)) <= int(found[1].min())
-                assert int(found[1].max()) < 2 ** (self.bits - 1)
+        if self.bits is not None:
+            assert max(map(width, weights)) <= self.bits
+        if self.average_bits is not None:
+            used = sum(width(weight) * weight.numel() for weight in weights)
+            assert used <= self.average_bits * sum(weight.numel() for weight in weights)
 
+
+def width(weight: Tensor) -> int:
+    """Bits of the integers that a weight is made of."""
+    found = lattice(weight.detach().float())
+    assert found is not None
+    return 1 + max(-int(found[1].min()) - 1, int(found[1].max())).bit_length()
+
+
+BY_CRITERION = {
+    f"pruning by {criterion}": Case(
+        lambda criterion=criterion: [GradualPruning(0.8, criterion, stop=0.6)], sparsity=0.8
+    )
+    for criterion in CRITERIA
+}
 
 CASES = {
-    **{
-        f"pruning by {criterion}": Case(
-            lambda criterion=criterion: [GradualPruning(0.8, criterion, stop=0.6)], sparsity=0.8
-        )
-        for criterion in CRITERIA
-    },
+    "pruning by gradient": BY_CRITERION["pruning by gradient"],
     "straight-through pruning": Case(
         lambda: [GradualPruning(0.8, "hessian", "lamp", stop=0.6, coupling="straight_through")],
         sparsity=0.8,
@@ -88,7 +104,7 @@ CASES = {
                 "auto", None, start=0.3, stop=0.8, average_bits=3, reallocate=True
             )
         ],
-        bits=8,
+        average_bits=3,
     ),
     "pruning, learned quantization of weights": Case(
         lambda: [
@@ -105,4 +121,18 @@ CASES = {
     ),
 }
 
+# Hard before straight-through; straight-through alone, with hooks on layers; scales that are
+# learned; proximal.
+COUPLINGS = {
+    name: CASES[name]
+    for name in (
+        "pruning, sharing",
+        "straight-through pruning, optimal sharing",
+        "pruning, learned quantization of weights",
+        "learned pruning and sharing",
+    )
+}
+
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+each_coupling = pytest.mark.parametrize("case", COUPLINGS.values(), ids=COUPLINGS.keys())
+every_criterion = pytest.mark.parametrize("case", BY_CRITERION.values(), ids=BY_CRITERION.keys())
