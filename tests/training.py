@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -94,6 +95,18 @@ def fit(root: Path, *callbacks: pl.Callback, module: Net | None = None, **kwargs
     module = module or Net()
     trainer(root, *callbacks, **kwargs).fit(module, loader())
     return module
+
+
+class ModelCheckpointAt(ModelCheckpoint):
+    """Saves after these steps, and no others."""
+
+    def __init__(self, folder: Path, *steps: int) -> None:
+        super().__init__(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step in self.steps:
+            super().on_train_batch_end(trainer, *args, **kwargs)
 
 
 class Recorder(pl.Callback):
