@@ -21,7 +21,15 @@ from fitsmall.compressors import CRITERIA, KMeans, TopK
 from fitsmall.compressors.lattice import lattice
 from training import WEIGHTS, sparsity
 
-__all__ = ["BY_CRITERION", "CASES", "Case", "each_coupling", "every_case", "every_criterion"]
+__all__ = [
+    "BY_CRITERION",
+    "CASES",
+    "COUPLINGS",
+    "Case",
+    "each_coupling",
+    "every_case",
+    "every_criterion",
+]
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,19 @@
-"""Run by two processes: train every case on them, and compare what each has in the end.
+"""What two processes run: they train every case, and write down hashes of what each has in the end.
 
-torchrun --nproc-per-node 2 tests/distributed.py ddp|fsdp FOLDER
+``test_distributed.py`` starts them and compares.
 """
 
 import hashlib
 import io
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from cases import CASES, Case
-from lightning.pytorch.callbacks import ModelCheckpoint
+from cases import BY_CRITERION, CASES, COUPLINGS, Case
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
@@ -34,9 +32,9 @@ from fitsmall.callbacks import (
 )
 from fitsmall.compressors import load, restore
 from fitsmall.compressors.training.sharding import whole
-from training import IMAGES, LABELS, Net
+from training import IMAGES, LABELS, ModelCheckpointAt, Net
 
-EVERY = CASES | {
+QUANTIZED = {
     f"pruning, quantization ({scale})": Case(
         lambda scale=scale: [
             GradualPruning(0.8, stop=0.5),
@@ -47,7 +45,11 @@ EVERY = CASES | {
     )
     for scale in ("mse", "learned")
 }
-
+EVERY = CASES | BY_CRITERION | QUANTIZED
+# All that methods save; the other cases save parts of it.
+RESUMED = {*COUPLINGS, "quantization to automatic widths", *QUANTIZED} - {
+    "pruning, learned quantization of weights"
+}
 
 RANKS = "rank learning"
 
@@ -84,7 +86,7 @@ def learn_ranks(folder: Path, strategy: Any, path: Path | None = None) -> dict[s
             CompressionMonitor(),
             RandomState(),
             file,
-            ModelCheckpoint(folder / "ranks", "{step}", every_n_train_steps=15, save_top_k=-1),
+            ModelCheckpointAt(folder / "ranks", 8, 18),
         ],
         logger=CSVLogger(folder / "ranks"),
         enable_progress_bar=False,
@@ -92,7 +94,7 @@ def learn_ranks(folder: Path, strategy: Any, path: Path | None = None) -> dict[s
     )
     module = Sharded() if isinstance(strategy, ModelParallelStrategy) else Net()
     data = ResumableLoader(TensorDataset(IMAGES[:640], LABELS[:640]), 64, shuffle=True)
-    runner.fit(module, data)
+    runner.fit(module, data, ckpt_path=path)
     assert file.path is not None
     stored = load(file.path)
     rank = ranks.ranks["body.0.weight"].rank
@@ -116,7 +118,7 @@ def train(
         callbacks.append(EMA(decay=0.9))
     more = kwargs.pop("callbacks", [])
     runner = pl.Trainer(
-        max_epochs=4,
+        max_epochs=3,
         accelerator="cpu",
         devices=2,
         strategy=strategy,
@@ -170,7 +172,7 @@ def ddp(folder: Path) -> dict[str, Any]:
     }
     ranks = learn_ranks(folder, DDPStrategy(process_group_backend="gloo"))
     assert ranks["file"] == ranks["weights"]
-    for step in (15, 30):  # before layers became two, and behind it
+    for step in (8, 18):  # before layers became two, and behind it
         saved = folder / "ranks" / f"step={step}.ckpt"
         again = learn_ranks(folder / "again", DDPStrategy(process_group_backend="gloo"), saved)
         assert again == ranks, step
@@ -178,34 +180,39 @@ def ddp(folder: Path) -> dict[str, Any]:
 
 
 def fsdp(folder: Path) -> dict[str, Any]:
-    """Train, and resume from sharded and from full checkpoints."""
-    results = {}
-    for name in EVERY:
-        for sharded in (True, False):
-            kind = "sharded" if sharded else "full"
-
-            def strategy(sharded: bool = sharded) -> ModelParallelStrategy:
-                return ModelParallelStrategy(2, 1, save_distributed_checkpoint=sharded)
-
-            saves = folder / kind / name
-            saver = ModelCheckpoint(saves, "{step}", every_n_train_steps=5, save_top_k=-1)
-            results[f"{name}, {kind}"] = train(name, saves, strategy(), callbacks=[saver])
-            for step in (5, 15) if sharded else (15,):
-                resumed = train(name, saves / "again", strategy(), saves / f"step={step}.ckpt")
-                assert resumed == results[f"{name}, {kind}"], (name, kind, step)
-    ranks = learn_ranks(folder, ModelParallelStrategy(2, 1))
-    for step in (15, 30):
+    """Parameters are shards, and so are the checkpoints or not."""
+    results = {
+        name: resumed(name, folder) if name in RESUMED else train(name, folder, sharding())
+        for name in EVERY
+    }
+    ranks = learn_ranks(folder, sharding())
+    for step in (8, 18):
         saved = folder / "ranks" / f"step={step}.ckpt"
-        assert learn_ranks(folder / "again", ModelParallelStrategy(2, 1), saved) == ranks, step
-    return {**results, f"{RANKS}, full": ranks}
+        assert learn_ranks(folder / "again", sharding(), saved) == ranks, step
+    return {**results, RANKS: ranks}
 
 
-def main() -> None:
+def sharding(sharded: bool = True) -> ModelParallelStrategy:
+    return ModelParallelStrategy(2, 1, save_distributed_checkpoint=sharded)
+
+
+def resumed(name: str, folder: Path) -> dict[str, Any]:
+    """Train a case, and resume it: from sharded checkpoints, before and in windows, and from a full
+    one, which a run has written that was resumed itself."""
+    sharded, full = folder / "sharded" / name, folder / "full" / name
+    first, second = (sharded / f"step={step}.ckpt" for step in (3, 8))
+    whole = train(name, folder, sharding(), callbacks=[ModelCheckpointAt(sharded, 3, 8)])
+    saver = ModelCheckpointAt(full, 8)
+    assert train(name, folder, sharding(sharded=False), first, callbacks=[saver]) == whole, name
+    for path in (second, full / second.name):
+        assert train(name, folder, sharding(), path) == whole, (name, path)
+    return whole
+
+
+def main(rank: int, kind: str, folder: Path, port: int) -> None:
+    """One of the two processes."""
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in environment.items()}
     torch.set_num_threads(1)
-    kind, folder = sys.argv[1], Path(sys.argv[2])
     results = {"ddp": ddp, "fsdp": fsdp}[kind](folder)
-    (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()
+    (folder / f"rank{rank}.json").write_text(json.dumps(results))

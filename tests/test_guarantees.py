@@ -156,6 +156,8 @@ def test_a_second_fit_goes_on(case: Case, tmp_path: Path) -> None:
 
 # Resume.
 
+ALL = CASES | BY_CRITERION
+
 
 class Noisy(Net):
     """A network that draws random numbers."""
@@ -214,7 +216,7 @@ def test_statistics_of_every_criterion_are_resumed(case: Case, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@every_case
+@pytest.mark.parametrize("case", ALL.values(), ids=ALL.keys())
 @pytest.mark.parametrize("averaged", [False, True])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_every_step_can_be_resumed_from(
