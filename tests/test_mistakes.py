@@ -1,15 +1,18 @@
 """Mistakes get an answer: what, where, and the remedy."""
 
-import subprocess
-import sys
+import os
+import resource
+import signal
 from collections.abc import Callable
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from cases import Case, every_case
+from cases import Case, each_coupling
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -126,7 +129,7 @@ def test_frozen_modules_have_nothing_to_compress_afterwards() -> None:
         compress(nn.Linear(3, 3).requires_grad_(False), TopK(0.5))
 
 
-@every_case
+@each_coupling
 def test_a_schedule_that_ends_after_training(case: Case, tmp_path: Path) -> None:
     methods = case.make()
     for method in methods:
@@ -137,7 +140,7 @@ def test_a_schedule_that_ends_after_training(case: Case, tmp_path: Path) -> None
         fit(tmp_path, *methods, max_epochs=1)
 
 
-@every_case
+@each_coupling
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers(case: Case, value: float, tmp_path: Path) -> None:
     class Diverge(pl.Callback):
@@ -153,7 +156,7 @@ def test_weights_that_are_no_numbers(case: Case, value: float, tmp_path: Path) -
         fit(tmp_path, Diverge(), *methods, module=Net(torch.optim.SGD))
 
 
-@every_case
+@each_coupling
 def test_weights_that_are_no_numbers_at_the_end(case: Case, tmp_path: Path) -> None:
     class Diverge(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
@@ -205,26 +208,28 @@ def test_a_folder_that_goes_away_while_training(tmp_path: Path) -> None:
     assert torch.equal(restore(Net(), checkpoint.path).head.weight, module.head.weight)
 
 
-FULL = """
-import resource, signal, sys
-sys.path.insert(0, sys.argv[1])
-from training import *
-from fitsmall.callbacks import CompressedCheckpoint, GradualPruning
-class Full(pl.Callback):
-    def on_train_end(self, *args):  # files may not grow any more
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
-fit(Path(sys.argv[2]), GradualPruning(), Full(), CompressedCheckpoint())
-"""
+def train_on_a_full_disk(folder: Path, said: Connection) -> None:
+    class Full(pl.Callback):
+        def on_train_end(self, *args: Any) -> None:  # files may not grow any more
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+
+    os.chdir(folder)
+    try:
+        fit(folder, GradualPruning(), Full(), CompressedCheckpoint())
+    except OSError as error:
+        said.send(str(error))
 
 
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     """Every folder is named, none holds half a file."""
-    command = [sys.executable, "-c", FULL, str(Path(__file__).parent), str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "File too large" in done.stderr
-    assert "free some space" in done.stderr
+    said, ours = Pipe(duplex=False)
+    process = get_context("forkserver").Process(target=train_on_a_full_disk, args=(tmp_path, ours))
+    process.start()
+    process.join()
+    message = said.recv()
+    assert "File too large" in message
+    assert "free some space" in message
     assert not list(tmp_path.glob("**/*.fitsmall*"))
 
 
@@ -285,7 +290,7 @@ def test_a_layer_without_gradients_is_pointed_out(tmp_path: Path) -> None:
         fit(tmp_path, GradualPruning(0.8, "gradient"), module=Spare())
 
 
-@every_case
+@each_coupling
 @pytest.mark.parametrize("first", [True, False])
 def test_stock_averages(case: Case, first: bool, tmp_path: Path) -> None:
     from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from cases import Case, every_case
+from cases import Case, each_coupling, every_case
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
@@ -33,7 +33,16 @@ from fitsmall.callbacks import (
 )
 from fitsmall.compressors import restore
 from fitsmall.experiments.benchmarks.soak import differences
-from training import WEIGHTS, Net, Recorder, loader, sparsity, trainer, validation
+from training import (
+    WEIGHTS,
+    ModelCheckpointAt,
+    Net,
+    Recorder,
+    loader,
+    sparsity,
+    trainer,
+    validation,
+)
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "GradualPruning": {
@@ -140,19 +149,15 @@ def test_fast_dev_run(case: Case, tmp_path: Path) -> None:
 
 LIMITS: dict[str, dict[str, Any]] = {
     "overfit_batches": {"overfit_batches": 2, "max_epochs": 20},
-    "limit_train_batches": {"limit_train_batches": 3, "max_epochs": 14},
-    "limit_val_batches": {"limit_val_batches": 0},
-    "max_steps": {"max_steps": 33, "max_epochs": -1},
-    "max_steps and max_epochs": {"max_steps": 33, "max_epochs": 9},
-    "max_time": {"max_time": "00:01:00:00"},
+    "limit_train_batches": {"limit_train_batches": 3, "max_epochs": 14, "limit_val_batches": 0},
+    "max_steps": {"max_steps": 33, "max_epochs": -1, "num_sanity_val_steps": 0},
+    "max_steps and max_epochs": {"max_steps": 33, "max_epochs": 9, "inference_mode": False},
+    "max_time": {"max_time": "00:01:00:00", "detect_anomaly": True},
     "val_check_interval": {"val_check_interval": 3},
-    "no sanity check": {"num_sanity_val_steps": 0},
-    "inference_mode": {"inference_mode": False},
-    "detect_anomaly": {"detect_anomaly": True},
 }
 
 
-@every_case
+@each_coupling
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS.keys())
 def test_limits(case: Case, limits: dict[str, Any], tmp_path: Path) -> None:
     pl.seed_everything(0)
@@ -226,31 +231,27 @@ def test_evaluating_a_checkpoint_changes_nothing(case: Case, tmp_path: Path) -> 
         pareto = ParetoCheckpoint(tmp_path / "files")
         return [*case.make(), EMA(decay=0.9), AccuracyGuard(), pareto, RandomState()]
 
-    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    saver = ModelCheckpointAt(tmp_path, 7)
     runner = trainer(tmp_path, *callbacks(), saver, enable_checkpointing=True)
     pl.seed_everything(0)
     module = Evaluated()
     runner.fit(module, loader(), validation())
+    end = copy.deepcopy(dict(module.state_dict()))
     before = copy.deepcopy([c.state_dict() for c in runner.callbacks[:-2]])
     early = tmp_path / "step=7.ckpt"
     for evaluate in (runner.validate, runner.test, runner.predict):
         evaluate(module, validation(), ckpt_path=early)
     assert not list(differences(before, [c.state_dict() for c in runner.callbacks[:-2]]))
     # Nor does a training that follows begin where the checkpoint was.
-    ends = []
-    for evaluates in (False, True):
-        pl.seed_everything(0)
-        fresh, module = trainer(tmp_path, *callbacks()), Plain()
-        if evaluates:
-            fresh.validate(Plain(), validation(), ckpt_path=early)
-            pl.seed_everything(0)
-            module = Plain()
-        fresh.fit(module, loader(), validation())
-        ends.append(copy.deepcopy(dict(module.state_dict())))
-    assert not list(differences(*ends))
+    fresh = trainer(tmp_path, *callbacks())
+    fresh.validate(Plain(), validation(), ckpt_path=early)
+    pl.seed_everything(0)
+    module = Plain()
+    fresh.fit(module, loader(), validation())
+    assert not list(differences(end, dict(module.state_dict())))
 
 
-@every_case
+@each_coupling
 @pytest.mark.parametrize("how", ["tuner", "callback"])
 def test_learning_rate_finders(case: Case, how: str, tmp_path: Path) -> None:
     class Tunable(Plain):
@@ -299,7 +300,7 @@ def test_lightning_s_own_checkpoints_and_stopping(case: Case, tmp_path: Path) ->
 # The best weights count once they are compressed.
 
 
-@every_case
+@each_coupling
 def test_the_best_is_compressed(case: Case, tmp_path: Path) -> None:
     saver = ModelCheckpointOnceCompressed(tmp_path, monitor="rising", save_top_k=1)
     stopping = EarlyStoppingOnceCompressed("rising", patience=1)
@@ -317,7 +318,7 @@ def test_the_best_is_compressed(case: Case, tmp_path: Path) -> None:
     assert runner.current_epoch == best["epoch"] + 2
 
 
-@every_case
+@each_coupling
 def test_the_pareto_set_is_kept(case: Case, tmp_path: Path) -> None:
     pareto = ParetoCheckpoint(tmp_path / "files")
     pl.seed_everything(0)
@@ -405,5 +406,5 @@ def test_guarded_runs_resume(case: Case, tmp_path: Path) -> None:
 
     saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     whole = run("whole", None, saver)
-    for epoch in (1, 2, 4):
+    for epoch in (2, 4):
         assert not list(differences(whole, run("again", tmp_path / f"epoch={epoch}.ckpt"))), epoch
