@@ -96,6 +96,16 @@ def test_iterative_pruning_stands_still_between_rounds(tmp_path: Path) -> None:
     assert levels == pytest.approx([0.3, 0.6, 0.9], abs=1e-3)
 
 
+def test_overrides_follow_the_schedule_too(tmp_path: Path) -> None:
+    recorder = Recorder("head.weight")
+    pruning = GradualPruning(
+        0.5, schedule=Iterative(3), stop=0.75, overrides={"head": 0.9}, every=1
+    )
+    fit(tmp_path, pruning, recorder)
+    levels = sorted(set(recorder.sparsities()))
+    assert levels == pytest.approx([0.3, 0.6, 0.9], abs=1e-3)
+
+
 def test_hard_pruning_never_lets_a_weight_return(tmp_path: Path) -> None:
     recorder = Recorder()
     fit(tmp_path, GradualPruning(0.9), recorder)

@@ -3,6 +3,9 @@
 import copy
 import math
 import pickle
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_guarantees import half, resumed_equals_whole
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from fitsmall.callbacks import (
     EMA,
@@ -35,7 +39,7 @@ from fitsmall.compressors import (
 from fitsmall.compressors.lattice import blocked, lattice
 from fitsmall.compressors.quantize import attach_quantizer, bounds, layout, quantize_, steps_of
 from fitsmall.experiments.benchmarks.soak import differences
-from training import IMAGES, LABELS, Adversaries, Net, fit, loader, trainer, validation
+from training import IMAGES, LABELS, Adversaries, Net, Recorder, fit, loader, trainer, validation
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -66,7 +70,7 @@ def test_steps_are_as_good_as_a_fine_search(
     rows = blocked(weight, blocks)
     low, high = bounds(bits)
     least = torch.full((len(rows), 1), torch.inf)
-    for clip in torch.linspace(0.1, 1.05, 2000):
+    for clip in torch.linspace(0.1, 1.05, 500):
         steps = rows.abs().amax(1, keepdim=True) / high * clip
         error = (rows / steps).round().clamp(low, high).mul(steps).sub(rows).square()
         least = torch.minimum(least, error.sum(1, keepdim=True))
@@ -211,6 +215,11 @@ def check(module: Net, bits: int = 4) -> None:
         assert layer.input_quantizer(IMAGES[:, : layer.in_features]).unique().numel() <= 2**bits
 
 
+@cache
+def dense_error(root: Path) -> float:
+    return error(fit(root, max_epochs=20))
+
+
 @every_scale
 def test_pruned_and_quantized_in_one_fit(scale: str, inputs: str, tmp_path: Path) -> None:
     checkpoint, monitor = CompressedCheckpoint(tmp_path), CompressionMonitor()
@@ -219,7 +228,7 @@ def test_pruned_and_quantized_in_one_fit(scale: str, inputs: str, tmp_path: Path
     check(module)
     zeros = sum(int((module.get_submodule(n).weight == 0).sum()) for n in ("body.0", "head"))
     assert zeros >= 0.8 * 2960 - 1
-    assert error(module) < error(fit(tmp_path, max_epochs=20)) + 0.03
+    assert error(module) < dense_error(tmp_path.parent) + 0.03
     assert checkpoint.path is not None
     # The plain class gets its quantizers with its weights.
     plain = restore(Net(), checkpoint.path).eval()
@@ -231,7 +240,7 @@ def test_pruned_and_quantized_in_one_fit(scale: str, inputs: str, tmp_path: Path
 def test_resumes_are_exact(scale: str, inputs: str, tmp_path: Path) -> None:
     """In the float, the observing, the quantized and the frozen phase."""
     case = Case(lambda: methods(scale, inputs, freeze_norms=0.9))
-    steps = [3, 9, 11, 13, 20, 31, 33, 37]
+    steps = [3, 9, 13, 33, 37]
     resumed_equals_whole(tmp_path, case, steps, lambda: EMA(decay=0.9), precision="bf16-mixed")
 
 
@@ -240,12 +249,62 @@ def test_resumes_are_exact(scale: str, inputs: str, tmp_path: Path) -> None:
 def test_every_precision(scale: str, inputs: str, precision: str, tmp_path: Path) -> None:
     kwargs: dict[str, Any] = {"plugins": [half()]} if precision == "16-mixed" else {}
     kwargs = kwargs or {"precision": precision}
-    module = fit(tmp_path, *methods(scale, inputs), max_epochs=8, **kwargs)
+    epochs = 8 if precision == "16-mixed" else 4  # the first steps overflow
+    module = fit(tmp_path, *methods(scale, inputs), max_epochs=epochs, **kwargs)
     for name in ("body.0", "head"):
         layer = module.get_submodule(name)
         assert lattice(layer.weight.detach().float()) is not None
         assert layer.input_quantizer.log_step.dtype == torch.float32
         assert layer.input_quantizer.active
+
+
+class Scheduled(Net):
+    """A learning rate that changes in every step."""
+
+    def __init__(self, schedule: Callable[[torch.optim.Optimizer], Any]) -> None:
+        super().__init__()
+        self.schedule = schedule
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [{"scheduler": self.schedule(optimizer), "interval": "step"}]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [lambda o: LambdaLR(o, lambda step: 0.5), lambda o: OneCycleLR(o, 0.02, 40, pct_start=0.6)],
+    ids=["half", "cycle"],
+)
+def test_learned_scales_follow_the_schedule_of_the_learning_rate(
+    schedule: Any, tmp_path: Path
+) -> None:
+    """The first step of Adam is as long as its rate, 0.003 of a scale where the schedule peaks."""
+
+    class Watch(pl.Callback):
+        fraction = 0.0
+        scales: tuple[Tensor, ...] = ()
+
+        def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step == 12:  # the first with a gradient of scales
+                (group,) = trainer.optimizers[0].param_groups
+                self.fraction = group["lr"] / group.get("max_lr", group["initial_lr"])
+
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+            self.scales += (module.head.input_quantizer.log_step.detach().clone(),)
+
+    watch = Watch()
+    quantization = QuantizationAwareTraining(4, 4, "learned", start=0.3, stop=1.0)
+    fit(tmp_path, quantization, watch, module=Scheduled(schedule))
+    moved = float((watch.scales[12] - watch.scales[11]).abs())
+    assert 0.1 < watch.fraction < 0.9
+    assert moved == pytest.approx(0.003 * watch.fraction, rel=1e-3)
+
+
+def test_a_learning_rate_of_zero_moves_neither_weights_nor_scales(tmp_path: Path) -> None:
+    recorder, module = Recorder(), Scheduled(lambda o: LambdaLR(o, lambda step: step < 20))
+    fit(tmp_path, QuantizationAwareTraining(4, 4, "learned", stop=1.0), recorder, module=module)
+    still = [torch.equal(before, after) for before, after in pairwise(recorder.seen)]
+    assert still == [False] * 19 + [True] * 20
 
 
 def test_a_skipped_step_leaves_no_trace(tmp_path: Path) -> None:
