@@ -113,7 +113,7 @@ def test_a_run_is_exported_from_the_command_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["callbacks=[quantize]", "callbacks.quantize.weight_bits=7", "reference=false"]
-    words += ["trainer.max_epochs=4", "trainer.enable_progress_bar=false", "hydra.run.dir=run"]
+    words += ["trainer.max_epochs=2", "trainer.enable_progress_bar=false", "hydra.run.dir=run"]
     main(["train", *words])
     main(["export", "run"])
     told = capsys.readouterr().out
