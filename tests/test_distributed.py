@@ -13,6 +13,7 @@ from torch.multiprocessing import start_processes
 get_context("forkserver").set_forkserver_preload(["fitsmall.callbacks"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_agree(strategy: str, tmp_path: Path) -> None:
     """Weights, latents, masks, clusters and the file have equal hashes on both; under FSDP2 also

@@ -87,6 +87,10 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Trained(case, methods, module, copier, file, root / "last.ckpt")
 
 
+one_worker = pytest.mark.xdist_group("trained")
+
+
+@one_worker
 def test_norms_and_names_are_left_alone(trained: Trained) -> None:
     module = trained.module
     trained.case.check(module)
@@ -95,6 +99,7 @@ def test_norms_and_names_are_left_alone(trained: Trained) -> None:
     assert not any(hasattr(layer, "parametrizations") for layer in module.modules())
 
 
+@one_worker
 def test_copies_in_the_middle_of_training(trained: Trained) -> None:
     for made in trained.copier.copies:
         assert torch.equal(made(IMAGES), trained.copier.expected)
@@ -103,6 +108,7 @@ def test_copies_in_the_middle_of_training(trained: Trained) -> None:
         assert not list(differences(method.choices(), copied.choices()))
 
 
+@one_worker
 def test_the_file_is_smaller_and_restores_the_plain_class(trained: Trained, tmp_path: Path) -> None:
     module, path = trained.module, trained.file.path
     assert path is not None
@@ -113,6 +119,7 @@ def test_the_file_is_smaller_and_restores_the_plain_class(trained: Trained, tmp_
     assert not list(differences(dict(module.state_dict()), dict(plain.state_dict())))
 
 
+@one_worker
 def test_checkpoints_load_into_the_plain_class(trained: Trained) -> None:
     checkpoint = torch.load(trained.checkpoint, weights_only=True)
     plain = Net()

@@ -58,6 +58,7 @@ def programs(text: str) -> list[tuple[str, str]]:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
 def test_a_tutorial_runs(
     page: Path, shell: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
