@@ -17,7 +17,6 @@ from cases import BY_CRITERION, CASES, COUPLINGS, Case
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import TensorDataset
 
 from fitsmall.callbacks import (
     EMA,
@@ -27,12 +26,11 @@ from fitsmall.callbacks import (
     QuantizationAwareTraining,
     RandomState,
     RankLearning,
-    ResumableLoader,
     plan_of,
 )
 from fitsmall.compressors import load, restore
 from fitsmall.compressors.training.sharding import whole
-from training import IMAGES, LABELS, ModelCheckpointAt, Net
+from training import IMAGES, LABELS, ModelCheckpointAt, Net, resumable
 
 QUANTIZED = {
     f"pruning, quantization ({scale})": Case(
@@ -93,7 +91,7 @@ def learn_ranks(folder: Path, strategy: Any, path: Path | None = None) -> dict[s
         enable_model_summary=False,
     )
     module = Sharded() if isinstance(strategy, ModelParallelStrategy) else Net()
-    data = ResumableLoader(TensorDataset(IMAGES[:640], LABELS[:640]), 64, shuffle=True)
+    data = resumable()
     runner.fit(module, data, ckpt_path=path)
     assert file.path is not None
     stored = load(file.path)
@@ -131,7 +129,7 @@ def train(
         **kwargs,
     )
     module = Sharded() if isinstance(strategy, ModelParallelStrategy) else Net()
-    data = ResumableLoader(TensorDataset(IMAGES[:640], LABELS[:640]), 64, shuffle=True)
+    data = resumable()
     runner.fit(module, data, ckpt_path=path)
     state = {key: whole(tensor.detach()) for key, tensor in module.state_dict().items()}
     plan = plan_of(runner)

@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from fitsmall.callbacks import (
     EMA,
@@ -28,7 +27,6 @@ from fitsmall.callbacks import (
     Method,
     ParetoCheckpoint,
     RandomState,
-    ResumableLoader,
     methods_of,
     plan_of,
 )
@@ -44,6 +42,7 @@ from training import (
     Recorder,
     fit,
     loader,
+    resumable,
     trainer,
     validation,
 )
@@ -183,7 +182,7 @@ def noisy_run(
 ) -> dict[str, Any]:
     """Train to the end, from a checkpoint or from the start, and tell all that comes of it."""
     pl.seed_everything(0)
-    data = ResumableLoader(TensorDataset(IMAGES[:640], LABELS[:640]), 64, shuffle=True)
+    data = resumable()
     callbacks = [*callbacks, CompressionMonitor(), RandomState()]
     runner = trainer(folder, *callbacks, logger=CSVLogger(folder), log_every_n_steps=1, **kwargs)
     runner.fit(Noisy(), data, validation(), ckpt_path=path, weights_only=True)
@@ -270,7 +269,7 @@ def test_a_trainer_goes_back_to_an_earlier_checkpoint(case: Case, tmp_path: Path
     saver = ModelCheckpointAt(tmp_path, 2, 17)
     runner = trainer(tmp_path, *case.make(), RandomState(), saver, enable_checkpointing=True)
     pl.seed_everything(0)
-    module, data = Net(), ResumableLoader(TensorDataset(IMAGES[:640], LABELS[:640]), 64)
+    module, data = Net(), resumable(shuffle=False)
     runner.fit(module, data)
     whole = copy.deepcopy(dict(module.state_dict()))
     for step in saver.steps:

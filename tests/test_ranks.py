@@ -25,7 +25,6 @@ from fitsmall.callbacks import (
     QuantizationAwareTraining,
     RandomState,
     RankLearning,
-    ResumableLoader,
     WeightSharing,
     plan_of,
 )
@@ -41,7 +40,7 @@ from fitsmall.compressors.lowrank import (
 )
 from fitsmall.compressors.surgery.factors import forms, weights_saved
 from fitsmall.compressors.training.optimizers import decay_, transplant_
-from training import IMAGES, LABELS, Net, fit, trainer
+from training import IMAGES, LABELS, Net, fit, resumable, trainer
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(20, 10), (5, 20)),
@@ -386,7 +385,7 @@ def test_resuming_is_exact(make: Any, tmp_path: Path) -> None:
         pl.seed_everything(0)
         module = Wide(optimizer=make)
         saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=7, save_top_k=-1)
-        data = ResumableLoader(TensorDataset(IMAGES[:640], LABELS[:640]), 64, shuffle=True)
+        data = resumable()
         callbacks = [
             RankLearning(keep_size=0.4, stop=0.5),
             GradualPruning(0.5, start=0.6, stop=0.8),

@@ -11,6 +11,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fitsmall.callbacks import ResumableLoader
+
 DIGITS = load_digits()
 IMAGES = torch.tensor(DIGITS.data, dtype=torch.float32) / 16
 LABELS = torch.tensor(DIGITS.target)
@@ -69,12 +71,26 @@ class Adversaries(Net):
         return [torch.optim.Adam(part.parameters(), lr=0.01) for part in (self.body, self.head)]
 
 
+class Batches(TensorDataset):
+    """Gives a loader a batch at once, where putting examples together takes as long as a step."""
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        return self[indices]
+
+
+TRAINING = Batches(IMAGES[:640], LABELS[:640])
+
+
 def loader(shuffle: bool = False) -> DataLoader[Any]:
-    return DataLoader(TensorDataset(IMAGES[:640], LABELS[:640]), 64, shuffle=shuffle)
+    return DataLoader(TRAINING, 64, shuffle=shuffle, collate_fn=list)
+
+
+def resumable(shuffle: bool = True) -> ResumableLoader:
+    return ResumableLoader(TRAINING, 64, shuffle=shuffle, collate_fn=list)
 
 
 def validation() -> DataLoader[Any]:
-    return DataLoader(TensorDataset(IMAGES[640:1000], LABELS[640:1000]), 360)
+    return DataLoader(Batches(IMAGES[640:1000], LABELS[640:1000]), 360, collate_fn=list)
 
 
 def trainer(root: Path, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
