@@ -9,6 +9,7 @@ import pytest
 _START = time.perf_counter()
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: not any(map(item.get_closest_marker, ("long", "xdist_group"))))
