@@ -3,7 +3,7 @@
 from fitsmall.compressors.allocation import ALLOCATIONS, Allocation
 from fitsmall.compressors.cluster import KMeans
 from fitsmall.compressors.codes import Code, Dense, Integer, Lookup, Sparse, Sum
-from fitsmall.compressors.criteria import CRITERIA
+from fitsmall.compressors.criteria import CRITERIA, STATISTICS, Criterion
 from fitsmall.compressors.dtypes import same_bits
 from fitsmall.compressors.exact import exact
 from fitsmall.compressors.file.reader import load, read
@@ -13,7 +13,7 @@ from fitsmall.compressors.lowrank import Factors, Rank, Truncate
 from fitsmall.compressors.oneshot import compress, restore
 from fitsmall.compressors.projections import Additive, Chain, Projection
 from fitsmall.compressors.prune import TopK
-from fitsmall.compressors.quantize import ActivationQuantizer, Quantize
+from fitsmall.compressors.quantize import Quantize
 from fitsmall.compressors.schedules import (
     Cosine,
     Cubic,
@@ -26,6 +26,7 @@ from fitsmall.compressors.schedules import (
 from fitsmall.compressors.select import Selection, select
 from fitsmall.compressors.structures import Block, NofM, Structure, Unstructured
 from fitsmall.compressors.surgery.factors import Factored, factorize
+from fitsmall.compressors.surgery.quantizers import ActivationQuantizer
 
 __all__ = [
     "ALLOCATIONS",

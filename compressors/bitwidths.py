@@ -1,8 +1,8 @@
-r"""Mixed precision: how many bits each weight gets, where one budget holds for all of them.
+r"""Mixed precision: the number of bits of each weight tensor, within one budget for all.
 
-Of the widths :math:`b_l` that fit into the budget those are taken by which rounding raises the loss
-least, to second order with a diagonal curvature (HAWQ, Dong et al., 2019, takes one number for a
-layer; here every weight has its own):
+The chosen widths :math:`b_l` are those that raise the loss least by rounding, among all that fit
+into the budget. The loss is estimated to second order with a diagonal curvature :math:`F`. HAWQ
+(Dong et al., 2019) has one curvature for a layer; here every single weight has its own:
 
 .. math:: \min_b \sum_l \tfrac12 \sum_i F_{li} (w_{li} - Q_{b_l}(w_l)_i)^2
           \quad\text{subject to}\quad \sum_l \mathrm{size}_l(b_l) \le \text{budget}.
@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
-from fitsmall.compressors.quantize import half, quantize_, steps_of
+from fitsmall.compressors.quantize import half, quantize_, scales_of
 
 __all__ = ["WIDTHS", "assign", "rounding_costs"]
 
@@ -22,13 +22,13 @@ WIDTHS = (2, 3, 4, 6, 8, 16)
 
 
 def rounding_costs(weight: Tensor, curvature: Tensor, blocks: Sequence[int]) -> dict[int, float]:
-    r"""What rounding adds to the loss at each width, :math:`\tfrac12 \sum_i F_i (w - Q_b(w))_i^2`.
+    r"""Return the rise of the loss at each width, :math:`\tfrac12 \sum_i F_i (w - Q_b(w))_i^2`.
 
     Args:
         weight: Tensor of weights.
         curvature: Second derivative of the loss for each weight, or a multiple of it: squared
             gradients, whose mean is the diagonal of the Fisher matrix.
-        blocks: Number of steps along each dimension.
+        blocks: Number of scales along each dimension.
 
     Example:
         >>> import torch
@@ -42,7 +42,7 @@ def rounding_costs(weight: Tensor, curvature: Tensor, blocks: Sequence[int]) -> 
         if bits == 16:
             nearest = half(weight)
         else:
-            nearest = quantize_(weight.clone(), steps_of(weight, bits, blocks), bits)
+            nearest = quantize_(weight.clone(), scales_of(weight, bits, blocks), bits)
         error = nearest.double().sub_(weight)
         costs[bits] = 0.5 * float(error.square_().mul_(curvature).sum())
     return costs
@@ -51,14 +51,14 @@ def rounding_costs(weight: Tensor, curvature: Tensor, blocks: Sequence[int]) -> 
 def assign(
     costs: Mapping[str, Mapping[int, float]], sizes: Mapping[str, Mapping[int, int]], budget: int
 ) -> dict[str, int]:
-    """The widths of least total cost among all whose sizes fit into the budget.
+    """Return the width of each tensor, with the least total cost within the budget.
 
-    The multiple-choice knapsack problem, solved to optimality as an integer program.
+    This is the multiple-choice knapsack problem, solved exactly as an integer program.
 
     Args:
-        costs: Cost of each width that a tensor may have.
-        sizes: Size of each, in any unit.
-        budget: Largest sum of sizes.
+        costs: Cost by tensor and width.
+        sizes: Size by tensor and width, in any unit.
+        budget: Largest sum of sizes, in the same unit.
 
     Raises:
         ValueError: The smallest widths are too large for the budget.
@@ -78,7 +78,7 @@ def assign(
     size = np.array([sizes[name][bits] for name, bits in options])
     unit = np.gcd.reduce(size)
     found = milp(
-        cost * (1e6 / (cost.max() or 1.0)),  # the solver's tolerances are a millionth, and absolute
+        cost * (1e6 / (cost.max() or 1.0)),  # the solver's absolute tolerances are 1e-6
         integrality=np.ones(len(options)),
         bounds=Bounds(0, 1),
         constraints=[

@@ -27,7 +27,7 @@ __all__ = [
     "DENSE",
     "FORMS",
     "Factors",
-    "Metric",
+    "LossMetric",
     "Options",
     "Rank",
     "Spectrum",
@@ -41,13 +41,16 @@ __all__ = [
 
 FORMS = ("channels", "separable")  # numbers in the file: append, never reorder
 
-# From here on a small part of the singular values is found faster by random projections
-# (Halko et al., 2011) than all of them.
+# In a matrix of more than _LARGE rows, fewer than one in _FEW singular values are found faster by
+# random projections (Halko et al., 2011).
 _LARGE, _FEW = 1024, 8
 
 
 def matrix_size(shape: Sequence[int], form: str = "channels") -> tuple[int, int]:
-    """Rows and columns of a weight of this shape as the matrix of a form.
+    """Return rows and columns of the matrix of a form, for a weight of this shape.
+
+    Raises:
+        ValueError: Such a weight is no matrix of this form.
 
     Example:
         >>> matrix_size((20, 3, 5, 4)), matrix_size((20, 3, 5, 4), "separable")
@@ -67,7 +70,7 @@ def matrix_size(shape: Sequence[int], form: str = "channels") -> tuple[int, int]
 
 
 def matrix(weight: Tensor, form: str = "channels") -> Tensor:
-    """A weight as the matrix of a form.
+    """Return a weight as the matrix of a form.
 
     Example:
         >>> weight = torch.zeros(20, 3, 5, 4)
@@ -79,7 +82,7 @@ def matrix(weight: Tensor, form: str = "channels") -> Tensor:
 
 
 def tensor(matrix: Tensor, shape: torch.Size, form: str = "channels") -> Tensor:
-    """The weight that a matrix is a form of.
+    """Return the weight of which a matrix is a form; the inverse of :func:`matrix`.
 
     Example:
         >>> weight = torch.randn(20, 3, 5, 4)
@@ -94,14 +97,16 @@ def tensor(matrix: Tensor, shape: torch.Size, form: str = "channels") -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Factors(Code):
-    """A product of two matrices, ``W = left right``, the same bits on every processor
-    (:func:`~.product.product`).
+    """A product of two matrices, ``W = left right``.
+
+    It is computed in an order that gives the same bits on every processor, see
+    :func:`~.product.product`.
 
     Args:
         left: Code of the ``m x r`` matrix.
         right: Code of the ``r x n`` matrix, of the same floating-point dtype.
         whole: Shape of the weight.
-        form: How the weight is a matrix of ``m x n``.
+        form: Form in which the weight is a matrix of ``m x n``.
 
     Raises:
         ValueError: The factors differ in dtype, or their product is not of that shape.
@@ -155,14 +160,14 @@ class Factors(Code):
 
 
 class Spectrum:
-    """Singular values of a matrix, and what it is without the smallest of them.
+    """The singular values of a matrix, and its best approximations of lower ranks.
 
     They are square roots of the eigenvalues of ``W W^T``, computed in double precision, which is
     several times faster than a singular value decomposition.
 
     Args:
         matrix: Matrix of ``m x n`` finite numbers.
-        most: Number of singular values that are wanted at most; by default all.
+        most: Largest number of singular values to compute; by default all.
 
     Raises:
         ValueError: The matrix holds NaN or infinity.
@@ -193,7 +198,7 @@ class Spectrum:
 
     @property
     def values(self) -> Tensor:
-        """Singular values, from the largest on."""
+        """Singular values in descending order."""
         return self._squares.sqrt()
 
     @property
@@ -207,8 +212,10 @@ class Spectrum:
         return float(self._wide.square().sum())
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The best approximation of a rank as a product of ``m x r`` and ``r x n``, each with the
-        square root of the singular values, so that neither learns faster than the other."""
+        """Return the best approximation of a rank as factors of ``m x r`` and ``r x n``.
+
+        Each has the square roots of the singular values, so that neither learns faster.
+        """
         basis = self._basis[:, :rank]
         root = self._squares[:rank].pow(0.25)
         left = basis * root
@@ -217,25 +224,25 @@ class Spectrum:
         return left.to(self.matrix.dtype), right.to(self.matrix.dtype)
 
 
-class Metric:
-    r"""How far apart two weights are for the loss, instead of entry by entry.
+class LossMetric:
+    r"""A distance of two weights, by how much a change from one to the other raises the loss.
 
     To second order a change ``D`` of a weight raises the loss by ``vec(D)^T H vec(D) / 2``, and the
     Hessian of a layer is about ``H = A (x) B``, a Kronecker product of a matrix of its outputs and
     one of its inputs. Both are found in gradients ``G``: ``A = E[G G^T]`` and ``B = E[G^T G]``,
     divided by the trace that they share (the preconditioner of Shampoo, Gupta et al., 2018; Morwani
-    et al., 2024). So ``D^T H D = ||A^(1/2) D B^(1/2)||^2``: what is nearest in the usual sense to
-    ``A^(1/2) W B^(1/2)`` is nearest to ``W`` in this one. For convolutions the matrices act on
-    channels, and all places of a kernel count alike.
+    et al., 2024). So ``D^T H D = ||A^(1/2) D B^(1/2)||^2``: the matrix that is nearest to
+    ``A^(1/2) W B^(1/2)`` by squared error gives the one that is nearest to ``W`` by this distance.
+    For convolutions the matrices act on channels; all positions of a kernel are treated alike.
 
     Args:
-        outputs: ``A``, of as many rows as the weight has outputs, up to a factor.
-        inputs: ``B``, of as many rows as it has inputs, up to a factor.
-        damping: Fraction of the mean eigenvalue that is added to each, since gradients never reach
-            all directions, and a weight must not become arbitrary in the others.
+        outputs: ``A`` up to a factor, of shape ``out x out``.
+        inputs: ``B`` up to a factor, of shape ``in x in``.
+        damping: Fraction of the mean eigenvalue that is added to each eigenvalue: in directions
+            without gradients the weight would otherwise be arbitrary.
 
     Example:
-        >>> metric = Metric(torch.eye(2), torch.diag(torch.tensor([9.0, 1.0])), damping=0.0)
+        >>> metric = LossMetric(torch.eye(2), torch.diag(torch.tensor([9.0, 1.0])), damping=0.0)
         >>> weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> metric.whiten(weight)
         tensor([[0.9487, 0.0000],
@@ -249,11 +256,11 @@ class Metric:
         self._outputs, self._inputs = _roots(outputs, damping), _roots(inputs, damping)
 
     def whiten(self, weight: Tensor) -> Tensor:
-        """``A^(1/2) W B^(1/2)`` in double precision: there the usual distance is the loss's."""
+        """Return ``A^(1/2) W B^(1/2)`` in double precision, whose squared error is the distance."""
         return self._apply(weight.double(), 0) * (self.trace / weight.numel()).sqrt()
 
     def unwhiten(self, weight: Tensor) -> Tensor:
-        """The weight that :meth:`whiten` made this one of."""
+        """Return the weight for which :meth:`whiten` gives this one."""
         return self._apply(weight, 1) / (self.trace / weight.numel()).sqrt()
 
     def _apply(self, weight: Tensor, which: int) -> Tensor:
@@ -263,7 +270,7 @@ class Metric:
 
 
 def _roots(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """The square root of a matrix over its mean eigenvalue, damped, and its inverse."""
+    """Return the square root of a matrix over its mean eigenvalue, damped, and its inverse."""
     wide = gram.double()
     mean = wide.diagonal().mean().clamp_min(torch.finfo(wide.dtype).tiny)
     values, basis = _eigen(wide / mean)
@@ -272,11 +279,11 @@ def _roots(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 
 def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of a symmetric matrix without negative ones, ascending, and its vectors."""
+    """Return ascending eigenvalues, and eigenvectors, of a positive semi-definite matrix."""
     try:
         values, basis = torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        # Another algorithm, slower, which converges.
+        # Slower, but it converges.
         basis, values, _ = torch.linalg.svd(gram)
         values, basis = values.flip(0), basis.flip(1)
     return values, basis
@@ -328,7 +335,7 @@ class Truncate(Projection):
 
 
 class Rank(NamedTuple):
-    """What becomes of a layer: a rank in a form; without one it stays as it is."""
+    """The rank of a layer and the form of its matrix; a rank of None keeps the layer as it is."""
 
     form: str
     rank: int | None
@@ -341,12 +348,12 @@ DENSE = Rank("channels", None)
 
 
 class Options:
-    r"""Every rank that a layer may have, with its cost and its error ``||W - W_r||^2``.
+    r"""All ranks that a layer may have, each with its cost and its error ``||W - W_r||^2``.
 
     Args:
         spectra: Spectrum of the layer's weight in each form.
         units: Cost of one rank in each form.
-        dense: Cost of the layer as it is, without an error; a rank that costs as much is no option.
+        dense: Cost of the layer as it is, with an error of 0; ranks must cost less.
 
     Example:
         >>> weight = torch.diag(torch.tensor([5.0, 4.0, 1.0, 0.0]))
@@ -372,15 +379,15 @@ class Options:
 
     @property
     def least(self) -> float:
-        """The lowest cost."""
+        """The lowest cost of all."""
         return min(self.costs)
 
     def cheapest(self, price: float) -> Rank:
-        """``min over r of price C(r) + error(r)``."""
+        """Return the rank ``r`` that minimises ``price C(r) + error(r)``."""
         return self.ranks[self._best(price)]
 
     def cost(self, price: float) -> float:
-        """The cost of that."""
+        """Return the cost of :meth:`cheapest`."""
         return self.costs[self._best(price)]
 
     def _best(self, price: float) -> int:
@@ -390,19 +397,20 @@ class Options:
 
 
 def choose_ranks(options: Mapping[str, Options], price: float) -> dict[str, Rank]:
-    r"""The ranks that minimise ``price C(r) + sum over layers of ||W - W_r||^2``.
+    r"""Return the ranks that minimise ``price C(r) + sum over layers of ||W - W_r||^2``.
 
-    In closed form, since layers do not depend on each other (Idelbayev and Carreira-Perpinan,
-    2020, who charge a layer for full rank more than it costs as it is; here it stays as it is).
+    The solution is in closed form, since each layer has its own term (Idelbayev and
+    Carreira-Perpinan, 2020). In the paper a layer of full rank costs more than the layer as it is;
+    here it stays as it is.
     """
     return {name: mine.cheapest(price) for name, mine in options.items()}
 
 
 def price_of(options: Mapping[str, Options], budget: float) -> float:
-    """The lowest price at which the ranks chosen cost no more than a budget, by bisection.
+    """Return the lowest price at which the chosen ranks fit into a budget, by bisection.
 
     Raises:
-        ValueError: Not even a rank of 1 everywhere is cheap enough.
+        ValueError: Even a rank of 1 in every layer costs more.
 
     Example:
         >>> weight = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0]))
@@ -419,7 +427,7 @@ def price_of(options: Mapping[str, Options], budget: float) -> float:
     least = sum(mine.least for mine in options.values())
     if least > budget:
         raise ValueError(f"a rank of 1 everywhere costs {least:,.0f}, above {budget:,.0f}")
-    # Beyond the largest error of a unit of cost nothing changes.
+    # At this price every layer takes its lowest cost.
     costs = [cost for mine in options.values() for cost in mine.costs if cost]
     high = 2 * max(mine.norm for mine in options.values()) / min(costs)
     high *= max(costs) / min(costs)

@@ -1,4 +1,4 @@
-"""Compression without a Trainer: project a trained module in place, and put a file back."""
+"""Compression without training: project a trained module in place, and restore a file."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -6,15 +6,18 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fitsmall.compressors.codes import Code
-from fitsmall.compressors.file.reader import MIN_LIMIT, load
+from fitsmall.compressors.file.reader import entries, load
 from fitsmall.compressors.projections import Projection
-from fitsmall.compressors.quantize import QUANTIZER, attach_quantizer
 from fitsmall.compressors.select import Selection, match, select
-from fitsmall.compressors.surgery.factors import attach_factors
+from fitsmall.compressors.surgery.kinds import surgeries
+from fitsmall.compressors.surgery.legacy import with_marks
+from fitsmall.compressors.surgery.protocol import Layout, TensorSpec, layout_of
+from fitsmall.compressors.torch_internals import require
 
-__all__ = ["attach_saved", "compress", "restore"]
+__all__ = ["compress", "restore"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -34,8 +37,8 @@ def compress(
 
     Args:
         module: Module whose weights are replaced by their projection.
-        plan: One projection for all selected parameters, or projections by pattern; of several
-            patterns that match, the last counts, and parameters without one stay as they are.
+        plan: One projection for all selected parameters, or projections by pattern of parameter
+            names. The last pattern that matches counts; parameters without one stay as they are.
         include: See :func:`~fitsmall.compressors.select`.
         exclude: See :func:`~fitsmall.compressors.select`.
 
@@ -50,7 +53,7 @@ def compress(
         (5, ['weight'])
     """
     selection = select(module, include, exclude)
-    # Nothing is waited for: what is frozen now is left out.
+    # Without training, frozen parameters stay frozen: they are left out.
     chosen = Selection(selection.chosen, selection.skipped).checked().chosen
     by_pattern = {"*": plan} if isinstance(plan, Projection) else plan
     codes = {}
@@ -66,13 +69,18 @@ def compress(
 
 
 def restore(module: Module, path: str | os.PathLike[str]) -> Module:
-    """Put the weights of a file into a module of the plain class, bit for bit, and return it.
+    """Load a file into a module of the plain class, bit for bit, and return the module.
 
-    Layers whose inputs were quantized in training get their quantizers back, and layers that became
-    two become two.
+    Layers that training changed are changed again: factored layers are replaced, and quantized
+    inputs get their quantizers. The file's directory is checked first, before memory is allocated:
+    a file that does not fit raises an error and leaves the module as it is.
+
+    Args:
+        module: Module of the class that was trained, with its original layers.
+        path: The file.
 
     Raises:
-        ValueError: The file is damaged, or holds other tensors than the module.
+        ValueError: The file is damaged, or its tensors do not fit the module.
 
     Example:
         >>> import tempfile
@@ -82,34 +90,55 @@ def restore(module: Module, path: str | os.PathLike[str]) -> Module:
         >>> torch.equal(restore(nn.Linear(2, 2), path).weight, net.weight)
         True
     """
-    expected = module.state_dict()
-    # What the module itself takes is no more than its owner can afford; twice, for names it lacks.
-    limit = 2 * sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
-    tensors = load(path, max(limit, MIN_LIMIT))
-    attach_factors(module, tensors)
-    attach_saved(module, tensors)
-    expected = module.state_dict()
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    for name, tensor in tensors.items():
-        if name not in expected:
-            problems.append(f"{name} is not in the module")
-        elif tensor.shape != expected[name].shape:
-            found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
-            problems.append(f"{name} has shape {found}, the module wants {wanted}")
-        elif tensor.dtype != expected[name].dtype:
-            problems.append(f"{name} is {tensor.dtype}, the module wants {expected[name].dtype}")
-    if problems:
-        raise ValueError(f"{path} does not fit {type(module).__name__}: {'; '.join(problems)}")
+    require("restore")
+    _, directory = entries(path)
+    held = {entry.name: TensorSpec(torch.Size(entry.shape), entry.dtype) for entry in directory}
+    plain = layout_of(_tensors_of(module))
+    stored = with_marks(held, plain, lambda mark: TensorSpec(mark.shape, mark.dtype))
+    try:
+        changes, expected = surgeries(stored), plain
+        for surgery in changes:
+            expected = surgery.expect(module, expected)
+        if problems := _differences(stored, expected):
+            raise ValueError("; ".join(problems))
+        # The directory fits the module, so that its tensors need no more memory than the module's.
+        size = sum(spec.shape.numel() * spec.dtype.itemsize for spec in held.values())
+        tensors = with_marks(load(path, limit=size), plain, lambda mark: mark)
+        for surgery in changes:
+            surgery.check_values(tensors)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit {type(module).__name__}: {error}") from error
+    for surgery in changes:
+        surgery.replay(module)
     module.load_state_dict(tensors)
     return module
 
 
-def attach_saved(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give layers the quantizers of their inputs that a state dict has."""
-    layers = dict(module.named_modules())
-    for name, bits in tensors.items():
-        layer, found, rest = name.rpartition(f"{QUANTIZER}.bits")
-        if not found or rest or (layer := layer.removesuffix(".")) not in layers:
-            continue
-        if any(True for _ in layers[layer].parameters(recurse=False)):
-            attach_quantizer(layers[layer], int(bits))
+def _differences(stored: Layout, expected: Layout) -> list[str]:
+    """Return the reasons why a file does not fit a module, one for each tensor."""
+    problems = [f"{name} is missing" for name in expected if name not in stored]
+    for name, (shape, dtype) in stored.items():
+        if name not in expected:
+            problems.append(f"{name} is not in the module")
+        elif shape != expected[name].shape:
+            wanted = tuple(expected[name].shape)
+            problems.append(f"{name} has shape {tuple(shape)}, the module wants {wanted}")
+        elif dtype != expected[name].dtype:
+            problems.append(f"{name} is {dtype}, the module wants {expected[name].dtype}")
+    return problems
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of a module that a file can be put into."""
+    tensors: dict[str, Tensor] = module.state_dict()
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} of {type(module).__name__} is a {type(value).__name__}, and a file holds "
+                "tensors alone"
+            )
+        if is_lazy(value):
+            raise ValueError(
+                f"{name} of {type(module).__name__} is not initialised: run the module once before"
+            )
+    return tensors

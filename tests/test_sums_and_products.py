@@ -168,6 +168,26 @@ def test_a_product_is_smaller_than_what_it_multiplies_to(tmp_path: Path) -> None
     assert [entry.shape for entry, _ in read(tmp_path / "sum")] == [(60, 80)]
 
 
+def test_a_code_under_several_names_is_stored_and_multiplied_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = Truncate(rank=2).encode(WEIGHT)
+    once = save(tmp_path / "once", {"a": code})
+    stored = {"a": code, "b": Sum(code, code), "c": code}
+    assert save(tmp_path / "a", {"a": code, "c": code, "d": code}) < once + 20
+    assert save(tmp_path / "a", stored) == pytest.approx(estimate(stored), abs=5)
+    products = []
+    monkeypatch.setattr(
+        "fitsmall.compressors.file.reader.product",
+        lambda left, right: products.append(left) or product(left, right),
+    )
+    found = load(tmp_path / "a")
+    assert len(products) == 3
+    assert same_bits(found["a"], code.decode())
+    found["a"].zero_()
+    assert same_bits(found["c"], code.decode())
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_products_are_added_in_order_in_double_precision(dtype: torch.dtype) -> None:
     left, right = random(3, 40, dtype=dtype), random(40, 4, seed=1, dtype=dtype)

@@ -80,12 +80,14 @@ class Payload:
         floats: All values of a dense tensor, the non-zero ones of a sparse tensor, the codebook, or
             the scales.
         parts: Payloads of the summands or factors.
+        decoded: Their sum or product, if it is computed already.
     """
 
     entry: Entry
     symbols: Symbols | None = None
     floats: Tensor = field(default_factory=lambda: torch.empty(0))
     parts: tuple["Payload", ...] = ()
+    decoded: Tensor | None = None
 
     def leaves(self) -> Iterator["Payload"]:
         """The payload itself, or those that sums and products end in."""
@@ -97,6 +99,8 @@ class Payload:
     def decode(self) -> Tensor:
         """The tensor."""
         entry = self.entry
+        if self.decoded is not None:
+            return self.decoded.clone()
         if self.parts:
             first, second = (part.decode() for part in self.parts)
             if entry.kind == "sum":
@@ -147,6 +151,8 @@ def payloads(path: str | os.PathLike[str], limit: int | None = None) -> Iterator
             except ValueError as error:
                 raise ValueError(f"{path} is damaged at tensor {entry.name!r}: {error}") from error
             if position in tied:
+                if payload.parts:
+                    payload = replace(payload, decoded=payload.decode())
                 decoded[position] = payload
             yield payload
 

@@ -10,7 +10,8 @@ import torch
 
 from fitsmall.compressors.file.coding import Symbols
 from fitsmall.compressors.file.reader import Payload, entries, payloads
-from fitsmall.compressors.surgery.factors import weights_saved
+from fitsmall.compressors.surgery.kinds import changes
+from fitsmall.compressors.surgery.protocol import Changed, TensorSpec
 
 __all__ = ["Report", "TensorReport", "inspect"]
 
@@ -81,6 +82,7 @@ class Report:
         path: The file.
         coder: Name of its coder.
         tensors: One report for each tensor; tied ones count once, under their first name.
+        changed: A row for each layer that surgery changed in training.
         overhead: Bytes of header, directory, padding and checksum.
         total: Size of the file.
     """
@@ -88,20 +90,15 @@ class Report:
     path: Path
     coder: str
     tensors: tuple[TensorReport, ...]
+    changed: tuple[Changed, ...]
     overhead: int
     total: int
 
     @property
     def bytes_dense(self) -> int:
-        """The same tensors uncompressed, with factored layers as they were before."""
-        return sum(tensor.bytes_dense for tensor in self.tensors) + self.bytes_factored
-
-    @property
-    def bytes_factored(self) -> int:
-        """How much more the layers took, uncompressed, before they were factored into two."""
-        width = {t.name: t.bytes_dense // max(1, t.weights) for t in self.tensors}
-        saved = weights_saved({tensor.name: tensor.shape for tensor in self.tensors})
-        return sum(count * width[f"{name}.reduce.weight"] for name, count in saved.items())
+        """Bytes of the same tensors uncompressed, with changed layers as they were before."""
+        saved = sum(layer.bytes_before - layer.bytes for layer in self.changed)
+        return sum(tensor.bytes_dense for tensor in self.tensors) + saved
 
     @property
     def ratio(self) -> float:
@@ -171,8 +168,11 @@ class Report:
         rule = "-" * len(lines[0])
         lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
         summary = f"{self.path.name}: {self.total:,} bytes, {self.ratio:.1f} times smaller than"
-        factored = ", with factored layers as they were before" if self.bytes_factored else ""
-        dense = f"the {self.bytes_dense:,} bytes it restores{factored}"
+        smaller = [layer for layer in self.changed if layer.bytes < layer.bytes_before]
+        before = ", with changed layers as they were" if smaller else ""
+        changed = [f"{layer.layer}: {layer.description}" for layer in self.changed]
+        lines += ["", f"changed layers: {'; '.join(changed)}"] if changed else []
+        dense = f"the {self.bytes_dense:,} bytes it restores{before}"
         return "\n".join([*lines, "", f"{summary} {dense}"])
 
 
@@ -200,8 +200,10 @@ def inspect(path: str | os.PathLike[str], limit: int | None = None) -> Report:
     reports = tuple(
         _report(payload) for payload in payloads(path, limit) if payload.entry.name not in tied
     )
+    layout = {entry.name: TensorSpec(torch.Size(entry.shape), entry.dtype) for entry in found}
     total = os.path.getsize(path)
-    return Report(Path(path), coder, reports, total - sum(r.bytes for r in reports), total)
+    overhead = total - sum(report.bytes for report in reports)
+    return Report(Path(path), coder, reports, tuple(changes(layout)), overhead, total)
 
 
 def _report(payload: Payload) -> TensorReport:

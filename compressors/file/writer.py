@@ -47,7 +47,8 @@ def save(
 
     Args:
         path: File to write; an existing one is replaced.
-        tensors: Tensors or codes by name. Tensors that share their memory are stored once.
+        tensors: Tensors or codes by name. Tensors that share their memory are stored once, as is a
+            code under several names.
         coder: ``"context"`` (smallest), ``"ans"`` (fastest to read) or ``"huffman"``.
 
     Raises:
@@ -83,21 +84,19 @@ def save(
 def estimate(tensors: Mapping[str, Tensor | Code]) -> int:
     """Bytes of the file that :func:`save` would write, without writing it.
 
-    Large tensors are estimated from a sample of their rows, see :meth:`~.codes.Code.bits`; one
-    object under several names counts once.
+    Large tensors are estimated from a sample of their rows, see :meth:`~.codes.Code.bits`.
 
     Example:
         >>> estimate({"weight": torch.zeros(1000, 1000)}) < 100
         True
     """
     entries: list[Entry] = []
-    seen: dict[int, int] = {}
-    for position, (name, value) in enumerate(tensors.items()):
-        code = exact(value) if isinstance(value, Tensor) else _storable(value)
-        first = seen.setdefault(id(value), position)
-        if first != position:
-            entries.append(Entry(name, tuple(code.shape), code.dtype, "alias", alias=first))
+    ties = _Ties()
+    for name, value in tensors.items():
+        if tied := ties.entry(name, value, len(entries)):
+            entries.append(tied)
         else:
+            code = exact(value) if isinstance(value, Tensor) else _storable(value)
             entries.append(_estimated(name, code))
     payload = sum(entry.bytes for entry in entries)
     return HEADER.size + payload + len(deflate(pack(entries))) + FOOTER.size
@@ -107,19 +106,14 @@ def _write(file: BinaryIO, tensors: Mapping[str, Tensor | Code], coder: str) -> 
     checked = _Checksummed(file)
     checked.write(HEADER.pack(MAGIC, VERSION, CODER_NAMES.index(coder)))
     entries: list[Entry] = []
-    seen: dict[tuple[object, ...], tuple[int, weakref.ref[Tensor]]] = {}
-    for position, (name, value) in enumerate(tensors.items()):
+    ties = _Ties()
+    for name, value in tensors.items():
         if not isinstance(value, Tensor | Code):
             raise TypeError(f"{name!r} is a {type(value).__name__}: only tensors can be stored")
         check_name(name)
-        if isinstance(value, Tensor) and value.numel():
-            memory = (value.data_ptr(), value.device, value.dtype, value.shape, value.stride())
-            first, owner = seen.setdefault(memory, (position, weakref.ref(value)))
-            # A new tensor in the memory of a freed one is not tied to it.
-            if first != position and owner() is not None:
-                entries.append(Entry(name, tuple(value.shape), value.dtype, "alias", alias=first))
-                continue
-            seen[memory] = (position, weakref.ref(value))
+        if tied := ties.entry(name, value, len(entries)):
+            entries.append(tied)
+            continue
         if value.dtype not in DTYPES:
             raise TypeError(f"{name!r} is {value.dtype}, which no file can hold")
         code = exact(value) if isinstance(value, Tensor) else _storable(value)
@@ -132,6 +126,27 @@ def _write(file: BinaryIO, tensors: Mapping[str, Tensor | Code], coder: str) -> 
     checked.write(directory)
     checked.write(struct.pack("<I", len(directory)))
     file.write(struct.pack("<I", checked.crc))
+
+
+class _Ties:
+    """Finds tensors and codes that are in the file already, under another name."""
+
+    def __init__(self) -> None:
+        self.seen: dict[object, tuple[int, weakref.ref[Tensor | Code]]] = {}
+
+    def entry(self, name: str, value: Tensor | Code, position: int) -> Entry | None:
+        """An entry that refers to the first one of this value, or None if this is the first."""
+        key: object = id(value)
+        if isinstance(value, Tensor):
+            if not value.numel():
+                return None
+            key = value.data_ptr(), value.device, value.dtype, value.shape, value.stride()
+        first, owner = self.seen.get(key, (position, None))
+        # A new tensor in the memory of a freed one is not tied to it.
+        if owner is None or owner() is None:
+            self.seen[key] = position, weakref.ref(value)
+            return None
+        return Entry(name, tuple(value.shape), value.dtype, "alias", alias=first)
 
 
 class _Checksummed:
@@ -179,8 +194,7 @@ def _encode(name: str, code: Code, coder: Coder) -> tuple[Entry, list[bytes | me
         blobs = [blob for _, blobs in encoded for blob in blobs]
         return _composed(name, code, [entry for entry, _ in encoded]), blobs
     leaf = _leaf(code)
-    if leaf is None:
-        raise TypeError(f"{name!r}: the file has no kind for a {type(code).__name__}")
+    assert leaf is not None  # of what _storable() returns
     kind, floats = leaf
     raw = floats.values.detach().cpu().to(floats.storage).contiguous().flatten()
     entry = Entry(name, tuple(code.shape), code.dtype, kind, floats.storage, raw.numel())

@@ -1,56 +1,46 @@
-"""Factorization: a layer of low rank becomes two smaller layers, really smaller and faster."""
+"""Factorization: a layer of low rank is replaced by two smaller layers."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.optim import Optimizer
 
-from fitsmall.compressors.lowrank import FORMS, Rank, Spectrum, matrix, tensor
+from fitsmall.compressors.lowrank import DENSE, FORMS, Rank, Spectrum, matrix, tensor
 from fitsmall.compressors.select import Selection
+from fitsmall.compressors.surgery.factorable import factorable, forms, kind_of, layer_of
+from fitsmall.compressors.surgery.moments import Successor, transplant_
+from fitsmall.compressors.surgery.protocol import Changed, Layout, Surgery, TensorSpec
+from fitsmall.compressors.surgery.quantizers import detach_quantizer
+from fitsmall.compressors.torch_internals import move_hooks, require
 
-__all__ = [
-    "Factored",
-    "attach_factors",
-    "factorable",
-    "factorize",
-    "forms",
-    "is_factor",
-    "places",
-    "replace_layer",
-    "split",
-    "unit_costs",
-    "weights_saved",
-]
-
-# What watches the inputs and outputs of a layer, which are the same for the two.
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+__all__ = ["Factored", "Factorization", "factorize", "is_factor"]
 
 
 class Factored(nn.Sequential):
-    """Two layers in the place of one: ``reduce`` has its inputs, ``expand`` its outputs and bias.
+    """Two layers in place of one: ``reduce`` takes its inputs, ``expand`` gives its outputs.
+
+    It has the attributes of the layer that it replaces, such as ``in_features`` and ``stride``. The
+    buffer ``factor_form``, the number of the form, marks a factored layer in a state dict.
 
     Args:
         reduce: Layer of ``r`` outputs, without a bias.
-        expand: Layer of ``r`` inputs.
+        expand: Layer of ``r`` inputs, with the bias.
+        form: Form in which the product of the two is a weight.
     """
 
     reduce: Any
     expand: Any
+    factor_form: Tensor
 
-    def __init__(self, reduce: nn.Module, expand: nn.Module) -> None:
+    def __init__(self, reduce: nn.Module, expand: nn.Module, form: str) -> None:
         super().__init__()
-        self.reduce, self.expand = reduce, expand
+        self.reduce, self.expand, self.form = reduce, expand, form
+        number = torch.tensor(FORMS.index(form), dtype=torch.uint8)
+        self.register_buffer("factor_form", number.to(self.expand.weight.device))
 
     @property
     def left(self) -> Tensor:
@@ -64,12 +54,9 @@ class Factored(nn.Sequential):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the one layer that computes the same, for code that asks for it."""
-        outputs, _, *below = self.expand.weight.shape
-        inputs, *across = self.reduce.weight.shape[1:]
-        form = FORMS[any(size > 1 for size in below)]
-        kernel = [a * b for a, b in zip(across, below, strict=True)]
-        return tensor(self.left @ self.right, torch.Size([outputs, inputs, *kernel]), form)
+        """The weight of the one layer that computes the same, ``U V``."""
+        shape = _product_shape(self.reduce.weight.shape, self.expand.weight.shape)
+        return tensor(self.left @ self.right, shape, self.form)
 
     @property
     def bias(self) -> Tensor | None:
@@ -78,109 +65,155 @@ class Factored(nn.Sequential):
         return bias
 
     def like_left(self, factor: Tensor) -> Tensor:
-        """An ``m x r`` matrix in the shape of the weight that holds the left factor."""
+        """Return an ``m x r`` matrix in the shape of the weight of ``expand``."""
         return tensor(factor, self.expand.weight.shape, _side(self.expand))
 
     def like_right(self, factor: Tensor) -> Tensor:
-        """An ``r x n`` matrix in the shape of the weight that holds the right factor."""
+        """Return an ``r x n`` matrix in the shape of the weight of ``reduce``."""
         return tensor(factor, self.reduce.weight.shape)
 
 
-def _side(expand: nn.Module) -> str:
-    """The form in which the second layer's weight is the left factor."""
-    return "separable" if isinstance(expand, nn.Conv2d) else "channels"
+@dataclass(frozen=True)
+class Factorization(Surgery):
+    """The replacement of layers by two of low rank.
 
-
-def forms(layer: Any) -> tuple[str, ...]:
-    """Forms in which a layer can be factored; none if it cannot.
-
-    Example:
-        >>> forms(nn.Conv2d(3, 8, 3)), forms(nn.Conv2d(3, 8, 1)), forms(nn.Embedding(9, 4))
-        (('channels', 'separable'), ('channels',), ())
-    """
-    kind = _kind(layer)
-    if kind is None or getattr(layer, "groups", 1) > 1:
-        return ()
-    flat = kind is nn.Conv2d and 1 not in layer.kernel_size
-    return FORMS if flat else FORMS[:1]
-
-
-def places(layer: Any, inputs: Tensor, outputs: Tensor) -> tuple[float, float]:
-    """At how many places a layer computes outputs, and the first of a separable pair would.
+    Args:
+        ranks: Rank and form of each layer's weight, by the weight's name; dense ones stay.
 
     Example:
-        >>> layer, images = nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.ones(1, 3, 32, 32)
-        >>> places(layer, images, layer(images))
-        (256.0, 512.0)
+        >>> net = nn.Sequential(nn.Linear(20, 10), nn.ReLU())
+        >>> Factorization({"0.weight": Rank("channels", 3)}).apply(net)
+        {'0.weight': True}
+        >>> net[0].reduce, net[0].in_features
+        (Linear(in_features=20, out_features=3, bias=False), 20)
     """
-    after: float = outputs.numel() / layer.weight.shape[0]
-    if isinstance(layer, nn.Conv2d):
-        return after, after / outputs.shape[-2] * inputs.shape[-2]
-    return after, after
+
+    ranks: Mapping[str, Rank]
+
+    kind: ClassVar[str] = "low rank"
+
+    @classmethod
+    def found(cls, layout: Layout) -> Self | None:
+        ranks = {}
+        for mark in layout:
+            layer, found, rest = mark.rpartition(f".{_MARK}")
+            factors = [layout.get(f"{layer}.{part}.weight") for part in _PARTS]
+            if not found or rest or None in factors:  # a buffer of that name, of another layer
+                continue
+            reduce, expand = (factor.shape for factor in factors if factor is not None)
+            ranks[f"{layer}.weight"] = Rank(FORMS[any(n > 1 for n in expand[2:])], reduce[0])
+        return cls(ranks) if ranks else None
+
+    @classmethod
+    def own_tensors(cls, names: Iterable[str]) -> list[str]:
+        return [name for name in names if name.endswith(f".{_MARK}")]
+
+    def expect(self, module: nn.Module, layout: Layout) -> dict[str, TensorSpec]:
+        expected = dict(layout)
+        for name, form, rank in self._low:
+            path = name.removesuffix(".weight")
+            if f"{path}.{_MARK}" in layout:  # the module has the two layers already
+                continue
+            try:
+                layer, _ = layer_of(module, name)
+            except AttributeError:
+                layer = None
+            if form not in forms(layer):
+                raise ValueError(
+                    f"{type(module).__name__} has no layer {path!r} that can be factored in the "
+                    f"form {form!r}"
+                )
+            full = min(matrix(layer.weight, form).shape)
+            if not 1 <= rank <= full:
+                raise ValueError(f"{path} can have a rank from 1 to {full}, and not {rank}")
+            dtype = expected.pop(name).dtype
+            for part, shape in zip(_PARTS, _shapes(layer.weight.shape, form, rank), strict=True):
+                expected[f"{path}.{part}.weight"] = TensorSpec(shape, dtype)
+            expected[f"{path}.{_MARK}"] = TensorSpec(torch.Size(), torch.uint8)
+            if f"{path}.bias" in expected:
+                expected[f"{path}.expand.bias"] = expected.pop(f"{path}.bias")
+        return expected
+
+    def check_values(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, form, _ in self._low:
+            mark = f"{name.removesuffix('.weight')}.{_MARK}"
+            if int(tensors[mark]) != FORMS.index(form):
+                raise ValueError(f"{mark} does not fit the shapes of the two layers")
+
+    def apply(self, module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> dict[str, bool]:
+        complete = {}
+        optimizers = list(optimizers)
+        for name, form, rank in self._low:
+            layer, _ = layer_of(module, name)
+            try:
+                pair = _split(layer, layer.weight, form, rank)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            detach_quantizer(layer)
+            weight = layer.weight
+            _swap(module, name, layer, pair)
+            successors = _successors(name, pair)
+            carried = [transplant_(own, weight, successors) for own in optimizers]
+            complete[name] = all(carried)
+        return complete
+
+    def replay(self, module: nn.Module) -> None:
+        for name, form, rank in self._low:
+            layer, _ = layer_of(module, name)
+            if not isinstance(layer, Factored):
+                _swap(module, name, layer, _empty_pair(layer, form, rank))
+
+    def stored(self, module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        low = {name.removesuffix(".weight"): (form, rank) for name, form, rank in self._low}
+        found: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            path, _, own = name.rpartition(".")
+            if path not in low:
+                found[name] = value
+            elif own == "weight":
+                form, rank = low[path]
+                pair = _split(module.get_submodule(path), value, form, rank)
+                found[f"{path}.{_MARK}"] = pair.factor_form
+                for part in _PARTS:
+                    weight = pair.get_submodule(part).weight
+                    assert isinstance(weight, Tensor)
+                    found[f"{path}.{part}.weight"] = weight.detach()
+            else:
+                found[f"{path}.expand.{own}"] = value
+        return found
+
+    def table(self, layout: Layout) -> list[Changed]:
+        rows = []
+        for name, form, rank in self._low:
+            path = name.removesuffix(".weight")
+            reduce, expand = (layout[f"{path}.{part}.weight"] for part in _PARTS)
+            width = reduce.dtype.itemsize
+            before = _product_shape(reduce.shape, expand.shape).numel()
+            now = width * (reduce.shape.numel() + expand.shape.numel()) + 1  # the mark is a byte
+            rows.append(Changed(path, f"rank {rank} ({form})", now, width * before))
+        return rows
+
+    @property
+    def _low(self) -> list[tuple[str, str, int]]:
+        """Name, form and rank of each weight that is not dense."""
+        return [(name, form, rank) for name, (form, rank) in self.ranks.items() if rank is not None]
 
 
-def unit_costs(layer: Any, after: float = 1.0, between: float = 1.0) -> dict[str, float]:
-    """What one rank of a layer costs in each form: multiply-adds, given its :func:`places`, or by
-    default weights.
+_PARTS = ("reduce", "expand")
 
-    Example:
-        >>> unit_costs(nn.Conv2d(16, 32, 3))
-        {'channels': 176.0, 'separable': 144.0}
-    """
-    costs = {}
-    for form in forms(layer):
-        rows, columns = matrix(layer.weight, form).shape
-        costs[form] = rows * after + columns * (after if form == FORMS[0] else between)
-    return costs
-
-
-def _kind(layer: Any) -> Any:
-    """The class whose computation a layer has, of those that can be factored."""
-    if isinstance(layer, NonDynamicallyQuantizableLinear):  # attention takes its weight alone
-        return None
-    # Sharded layers are of a class of their own that computes the same.
-    for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        if isinstance(layer, kind) and type(layer).forward is kind.forward:
-            return kind
-    return None
-
-
-def is_factor(module: nn.Module, name: str) -> bool:
-    """Whether a parameter is one of two factors."""
-    return isinstance(module.get_submodule(_path(_path(name))), Factored)
-
-
-def factorable(module: nn.Module, selection: Selection) -> Selection:
-    """Those of the selected weights whose layers can be factored, with a reason for each other.
-
-    Raises:
-        ValueError: None can, or a layer stands in the module more than once, or something outside
-            of the modules holds it.
-    """
-    reasons = {}
-    for name in selection.chosen:
-        layer, weight = _layer(module, name)
-        if weight != "weight" or not forms(layer):
-            reasons[name] = "no Linear layer or convolution without groups, which can be factored"
-        elif min(matrix(layer.weight, FORMS[0]).shape) < 2:
-            reasons[name] = "its rank is 1 already"
-        elif next(layer.children(), None) is not None:
-            reasons[name] = "its inputs are quantized, or its weight is computed from another"
-    found = selection.without(reasons)
-    for name in found.chosen:
-        _check_references(module, name)
-    return found
+# Name of the buffer that marks a factored layer in a state dict.
+_MARK = "factor_form"
 
 
 def factorize(module: nn.Module, ranks: Mapping[str, Rank]) -> None:
     """Replace layers by two that compute the nearest weights of the given ranks, in place.
 
     Args:
-        module: A module, or one that was trained to have low rank.
-        ranks: Form and rank for each weight, by its name; dense ones stay as they are.
+        module: Module to change.
+        ranks: Rank and form of each weight by name; dense ones stay as they are.
 
     Raises:
-        ValueError: See :func:`factorable`.
+        ValueError: See :func:`~fitsmall.compressors.surgery.factorable.factorable`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(20, 10), nn.ReLU())
@@ -191,86 +224,37 @@ def factorize(module: nn.Module, ranks: Mapping[str, Rank]) -> None:
           (expand): Linear(in_features=3, out_features=10, bias=True)
         )
     """
+    require("factorize")
     parameters = dict(module.named_parameters())
     chosen = Selection({name: parameters[name] for name, r in ranks.items() if r.rank}, {})
-    for name in factorable(module, chosen).chosen if chosen.chosen else ():
-        replace_layer(module, name, ranks[name])
+    if chosen.chosen:
+        names = factorable(module, chosen).chosen
+        Factorization({name: ranks.get(name, DENSE) for name in names}).apply(module)
 
 
-def replace_layer(module: nn.Module, name: str, rank: Rank) -> Factored:
-    """Replace the layer of one weight by two, and return them."""
-    layer, _ = _layer(module, name)
-    try:
-        pair = split(layer, layer.weight, rank)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    _swap(module, name, layer, pair)
-    return pair
+def is_factor(module: nn.Module, name: str) -> bool:
+    """Return whether a parameter is one of two factors."""
+    layer = name.rpartition(".")[0]
+    return isinstance(module.get_submodule(layer.rpartition(".")[0]), Factored)
 
 
 @torch.no_grad()
-def split(layer: nn.Module, weight: Tensor, rank: Rank) -> Factored:
-    """Two layers that compute the nearest weight of a rank, and share the bias of a layer."""
-    assert rank.rank is not None, "a dense layer stays"
-    left, right = Spectrum(matrix(weight, rank.form), rank.rank).factors(rank.rank)
-    pair = _pair(layer, rank.form, left.shape[1])
+def _split(layer: nn.Module, weight: Tensor, form: str, rank: int) -> Factored:
+    """Return two layers whose product is the nearest weight of a rank; the bias is the layer's."""
+    left, right = Spectrum(matrix(weight, form), rank).factors(rank)
+    pair = _empty_pair(layer, form, left.shape[1])
     pair.expand.weight.copy_(pair.like_left(left))
     pair.reduce.weight.copy_(pair.like_right(right))
     return pair
 
 
-def attach_factors(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Give a module of the plain class the pairs of layers that a state dict has, and return the
-    names of the weights that they replace. Their values are undefined until they are loaded."""
-    replaced = []
-    for key, reduce in tensors.items():
-        name, found, rest = key.rpartition(".reduce.weight")
-        expand = tensors.get(f"{name}.expand.weight")
-        if not found or rest or expand is None:
-            continue
-        try:
-            layer = module.get_submodule(name)
-        except AttributeError:
-            continue
-        for form in forms(layer):
-            pair = _pair(layer, form, reduce.shape[0])
-            wanted = pair.reduce.weight.shape, pair.expand.weight.shape
-            if wanted == (reduce.shape, expand.shape):
-                _swap(module, f"{name}.weight", layer, pair)
-                replaced.append(f"{name}.weight")
-                break
-    return replaced
-
-
-def weights_saved(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """How many weights more than its two factors each layer had that became two, by its name.
-
-    Args:
-        shapes: Shapes of the tensors of a state dict.
-
-    Example:
-        >>> weights_saved({"fc.reduce.weight": (3, 20), "fc.expand.weight": (10, 3)})
-        {'fc': 110}
-    """
-    saved = {}
-    for key, shape in shapes.items():
-        name, found, rest = key.rpartition(".reduce.weight")
-        if found and not rest and f"{name}.expand.weight" in shapes:
-            rank, inputs, *kernel = shape
-            outputs, _, *other = shapes[f"{name}.expand.weight"]
-            places, others = math.prod(kernel), math.prod(other)
-            dense = outputs * inputs * places * others
-            saved[name] = dense - rank * (inputs * places + outputs * others)
-    return saved
-
-
-def _pair(layer: Any, form: str, rank: int) -> Factored:
-    """Two layers of undefined weights, on the layer's device."""
+def _empty_pair(layer: Any, form: str, rank: int) -> Factored:
+    """Return two layers with undefined weights, on the device of the layer."""
     options = {"device": layer.weight.device, "dtype": layer.weight.dtype}
     bias = layer.bias is not None
     if isinstance(layer, nn.Linear):
-        reduce: nn.Module = nn.Linear(layer.in_features, rank, bias=False, **options)
-        expand: nn.Module = nn.Linear(rank, layer.out_features, bias=bias, **options)
+        reduce: Any = nn.Linear(layer.in_features, rank, bias=False, **options)
+        expand: Any = nn.Linear(rank, layer.out_features, bias=bias, **options)
     else:
         shapes = {
             "kernel_size": layer.kernel_size,
@@ -280,73 +264,82 @@ def _pair(layer: Any, form: str, rank: int) -> Factored:
         }
         dimensions = len(layer.kernel_size)
         if form == "separable":
-            # Along the height nothing, then along the width nothing.
-            across, down = _parts(shapes, 1), _parts(shapes, 0)
+            # Kernels of 1 x w, then of h x 1.
+            first, second = _along(shapes, 1), _along(shapes, 0)
         else:
-            across, down = shapes, {"kernel_size": (1,) * dimensions}
+            first, second = shapes, {"kernel_size": (1,) * dimensions}
         mode = {"padding_mode": layer.padding_mode}
-        kind = _kind(layer)
-        reduce = kind(layer.in_channels, rank, bias=False, **across, **mode, **options)
-        expand = kind(rank, layer.out_channels, bias=bias, **down, **mode, **options)
+        kind = kind_of(layer)
+        reduce = kind(layer.in_channels, rank, bias=False, **first, **mode, **options)
+        expand = kind(rank, layer.out_channels, bias=bias, **second, **mode, **options)
     if bias:
         expand.bias = layer.bias
     reduce.weight.requires_grad_(layer.weight.requires_grad)
     expand.weight.requires_grad_(layer.weight.requires_grad)
-    return Factored(reduce, expand).train(layer.training)
+    pair = Factored(reduce, expand, form).train(layer.training)
+    for name, value in vars(layer).items():
+        if not name.startswith("_"):  # in_features, stride and whatever else others may read
+            vars(pair).setdefault(name, value)
+    return pair
 
 
-def _parts(shapes: Mapping[str, Any], axis: int) -> dict[str, Any]:
-    """The part of a convolution in two dimensions that moves along one of them."""
-    nothing = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
+def _along(shapes: Mapping[str, Any], axis: int) -> dict[str, Any]:
+    """Return the settings of a convolution in two dimensions along one of them alone."""
+    neutral = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
     parts: dict[str, Any] = {}
     for key, value in shapes.items():
         if isinstance(value, str):  # "same" or "valid", of a kernel of any size
             parts[key] = value
             continue
-        parts[key] = tuple(v if a == axis else nothing[key] for a, v in enumerate(value))
+        parts[key] = tuple(v if a == axis else neutral[key] for a, v in enumerate(value))
     return parts
 
 
 def _swap(module: nn.Module, name: str, layer: nn.Module, pair: nn.Module) -> None:
-    for hooks in _HOOKS:  # the same objects, so that whoever placed a hook can remove it
-        setattr(pair, hooks, getattr(layer, hooks))
-    parent, _, child = _path(name).rpartition(".")
+    move_hooks(layer, pair)
+    parent, _, child = name.removesuffix(".weight").rpartition(".")
     setattr(module.get_submodule(parent), child, pair)
 
 
-def _path(name: str) -> str:
-    return name.rpartition(".")[0]
+def _successors(name: str, pair: Factored) -> tuple[Successor, Successor]:
+    r"""Return the factors as successors of their product ``W = U V``.
+
+    With ``G`` the gradient of the weight, those of the factors are ``G V^T`` and ``U^T G``, and so
+    are their averages. Of averages of squares ``S`` they are ``S (V^2)^T`` and ``(U^2)^T S``, as if
+    the entries of ``G`` were independent.
+    """
+    path = name.removesuffix(".weight")
+    left, right = pair.left.detach(), pair.right.detach()
+
+    def of_right(left: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda moment: pair.like_right(left.T @ matrix(moment, pair.form))
+
+    def of_left(right: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda moment: pair.like_left(matrix(moment, pair.form) @ right.T)
+
+    reduce, expand = (f"{path}.{part}.weight" for part in _PARTS)
+    return (
+        Successor(reduce, pair.reduce.weight, of_right(left), of_right(left.square())),
+        Successor(expand, pair.expand.weight, of_left(right), of_left(right.square())),
+    )
 
 
-def _layer(module: nn.Module, name: str) -> tuple[Any, str]:
-    return module.get_submodule(_path(name)), name.rpartition(".")[2]
+def _side(expand: nn.Module) -> str:
+    """Return the form in which the second layer's weight is the left factor."""
+    return "separable" if isinstance(expand, nn.Conv2d) else "channels"
 
 
-def _check_references(module: nn.Module, name: str) -> None:
-    """Refuse a layer that something else than its own place in the module would still hold."""
-    layer, _ = _layer(module, name)
-    path, weight = _path(name), layer.weight
-    if not path:
-        raise ValueError(
-            f"{type(module).__name__} is itself the layer to be factored, and cannot replace "
-            "itself: put it into a module"
-        )
-    remedy = f"it cannot be replaced; leave it out with exclude={path!r}"
-    for other, child in module.named_modules(remove_duplicate=False):
-        if child is layer and other != path:
-            raise ValueError(f"layer {path} is also {other}: {remedy}")
-        for key, parameter in child._parameters.items():
-            if parameter is weight and child is not layer:
-                raise ValueError(f"weight {name} is tied to {other}.{key}: {remedy}")
-        for key, value in vars(child).items():
-            if not key.startswith("_") and _holds(value, layer):
-                where = f"{other}.{key}" if other else key
-                raise ValueError(f"layer {path} is also held by attribute {where}: {remedy}")
+def _shapes(shape: Sequence[int], form: str, rank: int) -> tuple[torch.Size, torch.Size]:
+    """Return the shapes of the two weights of a rank, for a weight of this shape."""
+    outputs, inputs, *kernel = shape
+    if form == "separable":
+        height, width = kernel
+        return torch.Size([rank, inputs, 1, width]), torch.Size([outputs, rank, height, 1])
+    return torch.Size([rank, inputs, *kernel]), torch.Size([outputs, rank, *[1] * len(kernel)])
 
 
-def _holds(value: Any, layer: nn.Module) -> bool:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple | set):
-        return any(item is layer or item is getattr(layer, "weight", None) for item in value)
-    return value is layer or value is layer.weight
+def _product_shape(reduce: Sequence[int], expand: Sequence[int]) -> torch.Size:
+    """Return the shape of the product of two weights of these shapes."""
+    outputs, _, *below = expand
+    _, inputs, *across = reduce
+    return torch.Size([outputs, inputs, *map(math.prod, zip(across, below, strict=True))])

@@ -36,6 +36,25 @@ from fitsmall.compressors import Code, Dense, Factors, Sum, exact, inspect, load
 from fitsmall.compressors.dtypes import CODED
 from fitsmall.compressors.file import coding, reader, report, schema
 from fitsmall.compressors.file.coding import CODERS
+from fitsmall.compressors.file.reader import MIN_LIMIT, entries
+from fitsmall.compressors.file.schema import (
+    CODER_NAMES,
+    DTYPES,
+    FOOTER,
+    HEADER,
+    KINDS,
+    MAGIC,
+    MAX_DEPTH,
+    TERMS_IN_BYTE,
+    VERSION,
+    Entry,
+    deflate,
+    inflate,
+    pack,
+    unpack,
+    varint,
+)
+from fitsmall.compressors.lowrank import FORMS
 from fitsmall.experiments.cli.process_memory import peak_memory, reset_peak_memory
 
 __all__ = ["Parts", "accepts", "forge", "main", "mutate", "put_together", "seeds", "take_apart"]
