@@ -6,17 +6,20 @@ from fitsmall.callbacks.best import (
     ModelCheckpointOnceCompressed,
 )
 from fitsmall.callbacks.checkpoint import CompressedCheckpoint
+from fitsmall.callbacks.driver import plan_of, stages_of
 from fitsmall.callbacks.guard import AccuracyGuard
-from fitsmall.callbacks.method import Method, methods_of, plan_of
+from fitsmall.callbacks.loader import ResumableLoader
 from fitsmall.callbacks.monitor import CompressionMonitor
 from fitsmall.callbacks.pareto import ParetoCheckpoint
-from fitsmall.callbacks.plan import Plan
-from fitsmall.callbacks.proximal import LearningCompression
-from fitsmall.callbacks.pruning import GradualPruning
-from fitsmall.callbacks.quantization import QuantizationAwareTraining
-from fitsmall.callbacks.rank import RankLearning
-from fitsmall.callbacks.resume import RandomState, ResumableLoader
-from fitsmall.callbacks.sharing import WeightSharing
+from fitsmall.callbacks.random_state import RandomState
+from fitsmall.callbacks.stages import (
+    GradualPruning,
+    LearningCompression,
+    QuantizationAwareTraining,
+    RankLearning,
+    WeightSharing,
+)
+from fitsmall.compressors.training import Plan
 
 __all__ = [
     "EMA",
@@ -26,7 +29,6 @@ __all__ = [
     "EarlyStoppingOnceCompressed",
     "GradualPruning",
     "LearningCompression",
-    "Method",
     "ModelCheckpointOnceCompressed",
     "ParetoCheckpoint",
     "Plan",
@@ -35,6 +37,6 @@ __all__ = [
     "RankLearning",
     "ResumableLoader",
     "WeightSharing",
-    "methods_of",
     "plan_of",
+    "stages_of",
 ]

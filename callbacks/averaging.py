@@ -11,44 +11,47 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from fitsmall.callbacks.method import plan_of
-from fitsmall.compressors.quantize import QUANTIZER
+from fitsmall.callbacks.driver import drive, plan_of, stages_of
+from fitsmall.callbacks.lightning_internals import require
+from fitsmall.callbacks.rivals import ProjectedAverage
+from fitsmall.compressors.surgery.kinds import own_tensors
 
 __all__ = ["EMA"]
 
 
-class EMA(EMAWeightAveraging):
+class EMA(ProjectedAverage, EMAWeightAveraging):
     r"""Average the latent weights, ``a <- d a + (1 - d) u``, and use the projection of the average.
 
-    An average of sparse weights is not sparse, nor is one of shared weights shared. So the
-    *latents* ``u`` are averaged, and what is validated, saved in checkpoints and left when training
-    ends is ``P(a)``, projected with the masks and clusters that the weights have at that moment.
+    An average of sparse weights is not sparse, and one of shared weights is not shared. Therefore
+    the *latents* ``u`` are averaged. Validation, checkpoints and the module after training use
+    ``P(a)``, the average projected with the current masks and clusters of the weights.
 
-    It is Lightning's ``EMAWeightAveraging``, and takes its arguments: ``decay``, ``use_buffers``,
+    It is Lightning's ``EMAWeightAveraging`` and takes its arguments: ``decay``, ``use_buffers``,
     ``update_every_n_steps``, ``update_starting_at_step``, ``update_starting_at_epoch`` and
-    ``device``. Until the first update the weights themselves are validated and saved. It may stand
-    anywhere in the Trainer's list, but behind a QuantizationAwareTraining of activations.
+    ``device``. Until the first update the weights themselves are validated and saved. Its position
+    in the Trainer's list does not matter.
     """
 
-    projects = True  # what tells it from averages that undo compression
-
-    # The averages whose projections stand in the module while it is validated. There are none yet
-    # where another callback refuses the training before this one is set up.
+    # The averages by name, while their projections are in the module for a validation. A default,
+    # since on_exception may come before setup.
     _averages: Mapping[str, Tensor] = MappingProxyType({})
     _fitting = True
-    # Buffers of activations' quantizers, of the average and of the module.
-    _grids: list[tuple[Tensor, Tensor]] | None = None
+    # Settings of changed layers: pairs of the average's buffer and the module's.
+    _settings: list[tuple[Tensor, Tensor]] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        require("EMA")
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(
                 "EMA: ModelParallelStrategy shards parameters, and Lightning's averaging needs "
                 "them whole: train without EMA, or with strategy='ddp'"
             )
+        if stages_of(trainer):  # they change layers, before the average becomes a copy of these
+            drive(trainer, pl_module, stage)
         self._averages = {}
-        self._grids = None
+        self._settings = None
         self._fitting = stage == "fit"
-        if self._fitting and not trainer.global_step:  # of another training
+        if self._fitting and not trainer.global_step:  # a new training
             self._latest_update_step, self._latest_update_epoch = 0, -1
         super().setup(trainer, pl_module, stage)
 
@@ -56,11 +59,11 @@ class EMA(EMAWeightAveraging):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         super().on_train_batch_end(trainer, _Latent(pl_module), *args, **kwargs)  # type: ignore[arg-type]
-        self._follow_grids(pl_module)
+        self._copy_settings(pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_end(trainer, _Latent(pl_module))  # type: ignore[arg-type]
-        self._follow_grids(pl_module)
+        self._copy_settings(pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._fitting:
@@ -73,29 +76,29 @@ class EMA(EMAWeightAveraging):
             super().on_save_checkpoint(trainer, pl_module, checkpoint)
             averages = checkpoint["state_dict"]
             for name, projection in _projections(pl_module, averages).items():
-                # Where Lightning looks for the average before it looks into the state dict.
+                # Lightning looks for the average here first, and then in the state dict.
                 checkpoint["averaging_state"][f"module.{name}"] = averages[name]
                 averages[name] = projection
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # One that was written before the first update, or without averaging, is the weights' own.
+        # A checkpoint from before the first update, or without averaging, has only the weights.
         if self._average_model is not None and "averaging_state" in checkpoint:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        if self._averages:  # in the middle of a validation, and a checkpoint may be about to follow
+        if self._averages:  # in the middle of a validation; a checkpoint may follow
             self._swap_models(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # The module holds the average now, and Lightning would swap it with it in every validation.
+        # The module holds the average now: a validation must not swap them again.
         self._average_model = None
 
     def weights(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
-        """The state dict of what is validated: the projection of the average."""
+        """Return the state dict that is validated: the projection of the average."""
         if not self._started:
             return pl_module.state_dict()
         assert self._average_model is not None
@@ -103,17 +106,14 @@ class EMA(EMAWeightAveraging):
         return {**averages, **_projections(pl_module, averages)}
 
     @torch.no_grad()
-    def _follow_grids(self, pl_module: pl.LightningModule) -> None:
-        """Quantizers of activations are the module's own: an average of integers is none."""
-        if self._grids is None:  # sought once, since most networks have none
+    def _copy_settings(self, pl_module: pl.LightningModule) -> None:
+        """Copy the settings of changed layers, which cannot be averaged."""
+        if self._settings is None:  # once: layers do not change under averaging
             assert self._average_model is not None
             averages = dict(self._average_model.module.named_buffers())
-            self._grids = [
-                (averages[name], buffer)
-                for name, buffer in pl_module.named_buffers()
-                if f"{QUANTIZER}." in name
-            ]
-        for average, buffer in self._grids:
+            buffers = dict(pl_module.named_buffers())
+            self._settings = [(averages[name], buffers[name]) for name in own_tensors(buffers)]
+        for average, buffer in self._settings:
             average.copy_(buffer)
 
     @property
@@ -140,8 +140,7 @@ class EMA(EMAWeightAveraging):
 
 
 class _Latent:
-    """What Lightning averages of a module: its parameters, latents where there are any, and
-    buffers."""
+    """A stand-in for a module, whose parameters are latents where there are any."""
 
     def __init__(self, module: pl.LightningModule) -> None:
         plan = plan_of(module.trainer)
@@ -155,7 +154,7 @@ class _Latent:
 
 
 def _projections(module: pl.LightningModule, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Projections of averages, under all names of the parameters that methods act on."""
+    """Return the projected averages of the parameters that stages act on, by all of their names."""
     plan = plan_of(module.trainer)
     projections = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -167,7 +166,7 @@ def _projections(module: pl.LightningModule, averages: Mapping[str, Tensor]) -> 
 
 @torch.no_grad()
 def _project_(module: pl.LightningModule) -> dict[str, Tensor]:
-    """Project the averages that stand in a module, and return them as they were."""
+    """Project the averages in a module in place, and return the averages by name."""
     plan = plan_of(module.trainer)
     averages = {}
     for name, parameter in module.named_parameters():

@@ -1,17 +1,17 @@
-"""The best weights, once they are compressed: what counts before would be a dense network."""
+"""Lightning's ModelCheckpoint and EarlyStopping, which ignore weights not yet fully compressed."""
 
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from fitsmall.callbacks.method import plan_of
+from fitsmall.callbacks.driver import plan_of
 
 __all__ = ["EarlyStoppingOnceCompressed", "ModelCheckpointOnceCompressed"]
 
 
 class _OnceCompressed(pl.Callback):
-    """Hides a training from a callback until every method has reached its full strength."""
+    """Calls no hook of a callback until every stage has reached its full strength."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         if _compressed(trainer):
@@ -37,18 +37,19 @@ class _OnceCompressed(pl.Callback):
 
 
 class ModelCheckpointOnceCompressed(_OnceCompressed, ModelCheckpoint):
-    """Lightning's ModelCheckpoint, which sees nothing of the training until every method has
-    reached its full strength.
+    """Lightning's ModelCheckpoint, from the moment on when every stage is at its full strength.
 
-    A dense network has a lower error than the compressed one that it becomes: the best of all
-    epochs would come from before. It takes ModelCheckpoint's arguments; for resuming keep a plain
-    ModelCheckpoint beside it.
+    The dense network at the beginning usually has a lower error than the compressed one at the end,
+    and would be the best of all epochs. It takes ModelCheckpoint's arguments. For resuming add a
+    plain ModelCheckpoint.
     """
 
 
 class EarlyStoppingOnceCompressed(_OnceCompressed, EarlyStopping):
-    """Lightning's EarlyStopping, whose patience begins when every method has reached its full
-    strength. It takes EarlyStopping's arguments."""
+    """Lightning's EarlyStopping, from the moment on when every stage is at its full strength.
+
+    It takes EarlyStopping's arguments.
+    """
 
 
 def _compressed(trainer: pl.Trainer) -> bool:

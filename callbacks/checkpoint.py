@@ -1,4 +1,4 @@
-"""The compressed file at the end of training, proved to restore what was trained."""
+"""The compressed file at the end of training, with a proof that it restores the module."""
 
 import copy
 import os
@@ -13,37 +13,39 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 from fitsmall.callbacks.best import ModelCheckpointOnceCompressed
-from fitsmall.callbacks.method import methods_of
+from fitsmall.callbacks.driver import Driver, plan_of, stages_of
 from fitsmall.compressors.dtypes import CODED, same_bits
 from fitsmall.compressors.file.reader import load
 from fitsmall.compressors.file.report import Report, inspect
 from fitsmall.compressors.file.writer import save
 from fitsmall.compressors.oneshot import restore
+from fitsmall.compressors.torch_internals import map_tensors, require, tensors_in
+from fitsmall.compressors.training.clock import NEVER, Clock
+from fitsmall.compressors.training.messages import warn
 from fitsmall.compressors.training.sharding import whole
 
 __all__ = ["CompressedCheckpoint", "check_writable"]
 
 
 class CompressedCheckpoint(pl.Callback):
-    """Write the compressed file when training ends, read it back, compare, and print its table.
+    """A callback that writes and verifies the compressed file when training ends.
 
-    The file is compared twice: every tensor of the state dict bit for bit, and the predictions of
-    a restored copy of the module on the first batch of the last epoch.
+    The file is read back and compared twice: every tensor of the state dict bit for bit, and the
+    predictions of a restored copy of the module on the first batch of the last epoch.
 
     Args:
-        dirpath: Folder of the file; by default the logger's, else the Trainer's root.
+        dirpath: Folder of the file; by default the logger's, or ``default_root_dir`` without one.
         filename: Name of the file.
-        weights: ``"last"``, or ``"best"`` by the Trainer's ``ModelCheckpointOnceCompressed``, else
-            by its first ``ModelCheckpoint`` with a monitor.
+        weights: ``"last"``, or ``"best"``: those of the Trainer's ``ModelCheckpointOnceCompressed``
+            with a monitor, or without one of its first ``ModelCheckpoint`` with a monitor.
         coder: Coder of the index streams: ``context``, ``ans`` or ``huffman``.
 
     Attributes:
-        path: The file, once training has ended.
-        report: Its table, as :func:`~fitsmall.compressors.inspect` returns it.
+        path: The file; None before training ends.
+        report: Its report, as :func:`~fitsmall.compressors.inspect` returns it.
     """
 
     def __init__(
@@ -66,17 +68,19 @@ class CompressedCheckpoint(pl.Callback):
         self._hooks: list[RemovableHandle] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            require("CompressedCheckpoint")
         if stage != "fit" or self.weights != "best":
             return
         if _monitored(trainer) is None:
             raise MisconfigurationException(
                 "CompressedCheckpoint: the best weights need a ModelCheckpoint with a monitor in "
-                "the Trainer; add one, or write weights='last'"
+                "the Trainer: add one, or use weights='last'"
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):
             raise MisconfigurationException(
-                "CompressedCheckpoint: the best weights of a sharded training lie in several "
-                "files: write weights='last'"
+                "CompressedCheckpoint: a sharded training saves its best weights in several "
+                "files: use weights='last'"
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -89,7 +93,7 @@ class CompressedCheckpoint(pl.Callback):
                     f"CompressedCheckpoint: the state dict's {name} is a {type(value).__name__}, "
                     "and only tensors can be stored"
                 )
-        # Once for all, since a compiler would compile anew if hooks came and went.
+        # Once for the whole training: torch.compile compiles again after a change of hooks.
         for name, module in [("", pl_module), *pl_module.named_children()]:
             if any(True for _ in module.parameters()):
                 recorder = self._recorders[name] = _Recorder()
@@ -112,15 +116,18 @@ class CompressedCheckpoint(pl.Callback):
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._unhook()
 
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        self._unhook()  # also of a fit without steps
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # On every process: the folder is agreed upon, and sharded tensors are gathered from all.
+        # Both are collective operations.
         folder = self._folder(trainer)
         tensors = {name: whole(tensor) for name, tensor in pl_module.state_dict().items()}
         if trainer.is_global_zero:
             if self.weights == "best":
                 tensors = self._best(trainer) or tensors
-            for method in methods_of(trainer):
-                tensors = method.stored(tensors)
+            plan = plan_of(trainer)
+            tensors = plan.stored(tensors) if plan is not None else tensors
             _warn_of_nan(tensors)
             size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             self.path = self._save(folder, tensors, trainer)
@@ -133,25 +140,28 @@ class CompressedCheckpoint(pl.Callback):
         self.path = trainer.strategy.broadcast(self.path)
 
     def _folder(self, trainer: pl.Trainer) -> Path:
-        """Where the file goes; every process has to ask, since a logger's folder is agreed upon."""
+        """Return the folder of the file; a collective operation, as the first process decides."""
         folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
         return trainer.strategy.broadcast(folder)
 
     def _save(self, folder: Path, tensors: dict[str, Tensor], trainer: pl.Trainer) -> Path:
-        """Write the file; where that fails, beside the checkpoints, or wherever it can be written:
-        a long training is not to be lost for a full disk."""
-        beside = getattr(trainer.checkpoint_callback, "dirpath", None)
-        others = [beside, trainer.default_root_dir, Path.cwd(), tempfile.gettempdir()]
+        """Write the file and return its path.
+
+        If the folder cannot be written to, try that of the checkpoints and others: a full disk must
+        not cost a long training.
+        """
+        checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
+        others = [checkpoints, trainer.default_root_dir, Path.cwd(), tempfile.gettempdir()]
         problems = []
         for candidate in dict.fromkeys([folder, *(Path(other) for other in others if other)]):
             try:
                 candidate.mkdir(parents=True, exist_ok=True)
                 save(candidate / self.filename, tensors, self.coder)
             except OSError as error:
-                problems.append(f"{candidate} cannot be written into ({error})")
+                problems.append(f"{candidate} cannot be written to ({error})")
                 continue
             if problems:
-                pl.utilities.rank_zero_warn(
+                warn(
                     f"CompressedCheckpoint: {'; '.join(problems)}: the file is "
                     f"{candidate / self.filename}"
                 )
@@ -159,23 +169,26 @@ class CompressedCheckpoint(pl.Callback):
         raise OSError(f"CompressedCheckpoint: {'; '.join(problems)}: free some space")
 
     def _best(self, trainer: pl.Trainer) -> dict[str, Tensor] | None:
-        """The best weights, or None, with a warning, if none were ever saved."""
+        """Return the state dict of the best weights; None, with a warning, if none were saved."""
         path = getattr(_monitored(trainer), "best_model_path", "")
         if not path:
-            pl.utilities.rank_zero_warn(
-                "CompressedCheckpoint: no best weights were saved, since full strength was never "
-                "reached or nothing was validated: the file holds the last ones"
+            warn(
+                "CompressedCheckpoint: no best weights were saved, since compression never reached "
+                "full strength or nothing was validated: the file holds the last weights"
             )
             return None
-        # Whole, with the user's own hyper-parameters: this process has written the file itself.
+        # Unpickled, since it may hold the user's hyper-parameters; this training wrote it.
         checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-        for method in methods_of(trainer):
-            state = checkpoint.get("callbacks", {}).get(method.state_key)
-            if state and state["step"] - state["held"] < state["span"][1]:
-                pl.utilities.rank_zero_warn(
-                    f"the best weights are from before {type(method).__name__} reached its full "
-                    "strength: use ModelCheckpointOnceCompressed"
-                )
+        if state := checkpoint.get("callbacks", {}).get(Driver.STATE_KEY):
+            clock = Clock()
+            clock.load_state_dict(state["clock"])
+            for stage in stages_of(trainer):
+                window = clock.windows.get(stage.key, NEVER)
+                if clock.now < window.last:
+                    warn(
+                        f"the best weights are from before {type(stage).__name__} reached its "
+                        "full strength: use ModelCheckpointOnceCompressed"
+                    )
         tensors: dict[str, Tensor] = checkpoint["state_dict"]
         return tensors
 
@@ -214,33 +227,38 @@ class CompressedCheckpoint(pl.Callback):
 
 
 def _monitored(trainer: pl.Trainer) -> ModelCheckpoint | None:
-    """What tells the best weights; sorted before others if it does not count uncompressed ones."""
+    """Return the ModelCheckpoint with a monitor, by preference one that sees only compressed
+    weights."""
     saving = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    blind = [c for c in saving if isinstance(c, ModelCheckpointOnceCompressed)]
-    return next((c for c in [*blind, *saving] if c.monitor is not None), None)
+    compressed = [c for c in saving if isinstance(c, ModelCheckpointOnceCompressed)]
+    return next((c for c in [*compressed, *saving] if c.monitor is not None), None)
 
 
 def _warn_of_nan(tensors: dict[str, Tensor]) -> None:
     wrong = [name for name, t in tensors.items() if t.dtype in CODED and t.isnan().any()]
     if wrong:
-        pl.utilities.rank_zero_warn(
+        warn(
             f"CompressedCheckpoint: {', '.join(wrong)} hold NaN: training diverged, and the file "
             "is as useless as the module; lower the learning rate, or clip gradients"
         )
 
 
 def check_writable(folder: Path, asker: pl.Callback) -> None:
-    """Make a folder and find out, before training starts, whether files can be written into it.
+    """Make a folder and check, before training starts, that files can be written to it.
+
+    Args:
+        folder: The folder.
+        asker: Callback that the error names.
 
     Raises:
-        MisconfigurationException: They cannot.
+        MisconfigurationException: The folder cannot be made or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise MisconfigurationException(
-            f"{type(asker).__name__}: nothing can be written into {folder} ({error}): name another "
+            f"{type(asker).__name__}: {folder} cannot be written to ({error}): name another "
             "folder with dirpath=..."
         ) from error
 
@@ -249,7 +267,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Recorder:
-    """Keeps the inputs of the first call of a module, while it listens."""
+    """A hook that records the inputs of the first call of a module, while it listens."""
 
     def __init__(self) -> None:
         self.listening = False
@@ -258,17 +276,17 @@ class _Recorder:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
-        # Distributed strategies send training_step through a forward of their own.
+        # Distributed strategies replace the module's forward for a moment to call training_step.
         if self.listening and self.call is None and "forward" not in vars(module):
-            self.call = tree_map(_copied, (args, kwargs))
+            self.call = map_tensors(_copied, (args, kwargs))
 
 
 def _replay(module: nn.Module, call: Call) -> list[Tensor]:
-    args, kwargs = tree_map(_copied, call)
+    args, kwargs = map_tensors(_copied, call)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         output = module(*args, **kwargs)
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return tensors_in(output)
 
 
 def _verify(path: Path, tensors: dict[str, Tensor], size: int) -> None:
@@ -278,5 +296,5 @@ def _verify(path: Path, tensors: dict[str, Tensor], size: int) -> None:
         raise RuntimeError(f"{path} does not restore {', '.join(wrong)}: please report this")
 
 
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()

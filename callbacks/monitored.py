@@ -1,4 +1,4 @@
-"""A metric of the validation that callbacks decide by."""
+"""The metric that a callback monitors after each validation."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,15 +6,15 @@ from typing import Literal
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-__all__ = ["Metric"]
+__all__ = ["MonitoredMetric"]
 
 
 @dataclass(frozen=True)
-class Metric:
+class MonitoredMetric:
     """Name of a logged metric, and whether it is an error (``"min"``) or an accuracy (``"max"``).
 
     Example:
-        >>> Metric("val/accuracy", "max").loss(0.75)
+        >>> MonitoredMetric("val/accuracy", "max").loss(0.75)
         -0.75
     """
 
@@ -28,11 +28,11 @@ class Metric:
             )
 
     def loss(self, value: float) -> float:
-        """The value as what is better the smaller it is."""
+        """Return the value with the sign by which smaller is better."""
         return value if self.mode == "min" else -value
 
     def expect(self, trainer: pl.Trainer, asker: pl.Callback) -> None:
-        """Warn if nothing will be validated."""
+        """Warn if the Trainer does not validate."""
         if not trainer.enable_validation:
             pl.utilities.rank_zero_warn(
                 f"{type(asker).__name__} does nothing without a validation: give fit a validation "
@@ -40,10 +40,10 @@ class Metric:
             )
 
     def validated(self, trainer: pl.Trainer) -> float | None:
-        """What the validation logged, or None if it is not one of a training.
+        """Return the value that a validation within ``fit`` logged; None in other validations.
 
         Raises:
-            MisconfigurationException: It logged nothing of this name.
+            MisconfigurationException: The validation logged no such metric.
         """
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return None

@@ -1,4 +1,4 @@
-"""The set of compressed files that no other beats in both error and bytes."""
+"""Compressed files of one training on the Pareto front of error and bytes."""
 
 import json
 import math
@@ -10,7 +10,8 @@ import lightning.pytorch as pl
 
 from fitsmall.callbacks.averaging import EMA
 from fitsmall.callbacks.checkpoint import check_writable
-from fitsmall.callbacks.monitored import Metric
+from fitsmall.callbacks.driver import plan_of
+from fitsmall.callbacks.monitored import MonitoredMetric
 from fitsmall.compressors.file.writer import save
 from fitsmall.compressors.training.sharding import whole
 
@@ -18,22 +19,23 @@ __all__ = ["ParetoCheckpoint"]
 
 
 class ParetoCheckpoint(pl.Callback):
-    """Keep every compressed file that no other one beats in both error and bytes.
+    """A callback that keeps the compressed files on the Pareto front of error and bytes.
 
-    After each validation the weights are written as a compressed file; it stays as long as no
-    other one is at least as good in both and better in one. ``pareto.json`` in the folder lists
-    them, smallest first; what has no error, NaN, is not among them. With methods that act gradually
-    this is the curve of error against bytes of one training, each point of which ``restore`` puts
-    into a plain module.
+    After each validation the weights are written to a compressed file. A file is removed once
+    another one is at least as good in error and bytes, and better in one of them. ``pareto.json``
+    in the folder lists the files, smallest first. A validation with an error of NaN writes none.
+
+    For gradual methods this is the curve of error against bytes within one training; ``restore``
+    loads each point into a plain module.
 
     Args:
         dirpath: Folder of the files.
-        monitor: Name of the metric of the validation.
+        monitor: Name of a metric that the validation logs.
         mode: ``"min"`` if it is an error, ``"max"`` if it is an accuracy.
         coder: Coder of the index streams, see :func:`~fitsmall.compressors.save`.
 
     Attributes:
-        points: Step, bytes, metric and path of the files that are kept.
+        points: ``step``, ``bytes``, ``metric`` and ``path`` (within the folder) of each file.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class ParetoCheckpoint(pl.Callback):
         coder: str = "context",
     ) -> None:
         super().__init__()
-        self.dirpath, self.metric, self.coder = Path(dirpath), Metric(monitor, mode), coder
+        self.dirpath, self.metric, self.coder = Path(dirpath), MonitoredMetric(monitor, mode), coder
         self.points: list[dict[str, Any]] = []
         self.fitting = True
 
@@ -69,38 +71,37 @@ class ParetoCheckpoint(pl.Callback):
         tensors = {name: whole(tensor) for name, tensor in validated.items()}
         if not trainer.is_global_zero:
             return
+        plan = plan_of(trainer)
+        tensors = tensors if plan is None else plan.stored(tensors)
         path = self.dirpath / f"step{trainer.global_step}.fitsmall"
         try:
             size = save(path, tensors, self.coder)
-        except OSError as error:  # a long training is not to be lost for a full disk
+        except OSError as error:  # a full disk must not cost a long training
             pl.utilities.rank_zero_warn(
                 f"ParetoCheckpoint: {path} cannot be written ({error}): free some space"
             )
             return
         step = trainer.global_step
         point = {"step": step, "bytes": size, "metric": metric, "path": path.name}
-        rivals = [*(rival for rival in self.points if rival["path"] != path.name), point]
+        candidates = [*(p for p in self.points if p["path"] != path.name), point]
         self.points = sorted(
-            (mine for mine in rivals if not any(self._beats(rival, mine) for rival in rivals)),
-            key=lambda mine: mine["bytes"],
+            (p for p in candidates if not any(self._beats(other, p) for other in candidates)),
+            key=lambda p: p["bytes"],
         )
-        for rival in rivals:
-            if rival not in self.points:
-                (self.dirpath / rival["path"]).unlink(missing_ok=True)
+        for beaten in (p for p in candidates if p not in self.points):
+            (self.dirpath / beaten["path"]).unlink(missing_ok=True)
         text = json.dumps(self.points, indent=2) + "\n"
         (self.dirpath / "pareto.json").write_text(text)
 
     def _beats(self, first: dict[str, Any], second: dict[str, Any]) -> bool:
-        """No worse in both, and better in one; of equal ones the earlier."""
-        mine, other = (
-            (p["bytes"], self.metric.loss(p["metric"]), p["step"]) for p in (first, second)
-        )
-        return mine[0] <= other[0] and mine[1] <= other[1] and mine < other
+        """Return whether a point is no worse in both, and better in one or earlier."""
+        one, two = ((p["bytes"], self.metric.loss(p["metric"]), p["step"]) for p in (first, second))
+        return one[0] <= two[0] and one[1] <= two[1] and one < two
 
     def state_dict(self) -> dict[str, Any]:
         return {"points": self.points}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # A training that was killed later on may have removed a file that was beaten then.
+        # The training may have gone on after the checkpoint, and removed files.
         if self.fitting:
             self.points = [p for p in state_dict["points"] if (self.dirpath / p["path"]).exists()]

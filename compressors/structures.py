@@ -63,6 +63,9 @@ class Structure(ABC):
                 [ True,  True]])
     """
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     @property
     def sparsity(self) -> float | None:
         """The sparsity that the structure fixes, or None where it takes any."""

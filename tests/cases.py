@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from fitsmall.callbacks import (
     GradualPruning,
     LearningCompression,
-    Method,
     QuantizationAwareTraining,
     WeightSharing,
 )
 from fitsmall.compressors import CRITERIA, KMeans, TopK
 from fitsmall.compressors.lattice import lattice
+from fitsmall.compressors.training import Stage
 from training import WEIGHTS, sparsity
 
 __all__ = [
@@ -44,7 +44,7 @@ class Case:
         average_bits: The same on average over all weights.
     """
 
-    make: Callable[[], list[Method]]
+    make: Callable[[], list[Stage]]
     sparsity: float = 0.0
     clusters: int | None = None
     bits: int | None = None

@@ -142,7 +142,7 @@ def train(
     stored = load(file.path)
     if dist.get_rank() == 0:
         assert digest(stored) == digest(state)
-    choices = [method.choices() for method in plan.methods]
+    choices = [method.choices() for method in plan.stages]
     return {
         "weights": digest(weights),
         "latents": digest(latents),

@@ -7,7 +7,7 @@ import torch
 
 from fitsmall.compressors import Quantize, compress, save
 from fitsmall.compressors.export.onnx import export_onnx
-from fitsmall.compressors.quantize import attach_quantizer
+from fitsmall.compressors.surgery.quantizers import attach_quantizer
 from fitsmall.experiments.cli.main import main
 from fitsmall.experiments.models.networks import MLP
 

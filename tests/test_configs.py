@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from omegaconf import DictConfig
 
 import fitsmall.configs
-from fitsmall.callbacks import Method, Plan
+from fitsmall.compressors.training import Plan, Stage
 
 CONFIGS = Path(fitsmall.configs.__file__).parent
 
@@ -60,7 +60,7 @@ def test_every_experiment_composes_and_builds(
         if "_target_" in node
     ]
     assert all(isinstance(callback, Callback) for callback in callbacks)
-    methods = [callback for callback in callbacks if isinstance(callback, Method)]
+    methods = [callback for callback in callbacks if isinstance(callback, Stage)]
     if methods:
         assert "steps" in str(Plan(methods, module, horizon=1000))
     instantiate(config.data, _convert_="all")

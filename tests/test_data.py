@@ -210,7 +210,7 @@ def test_what_is_no_cifar10_is_refused_by_name(
     monkeypatch.setenv("FITSMALL_DATA", str(tmp_path))
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     write_cifar(tmp_path, images, [3, 10])
-    with pytest.raises(ValueError, match=r"train-00000.*labels from 3 to 10"):
+    with pytest.raises(ValueError, match=r"train-00000.*labels go from 3 to 10"):
         Cifar10.load()
     write_cifar(tmp_path, images[..., :28], [3, 1])
     with pytest.raises(ValueError, match=r"train-00000.*shape \(3, 32, 28\)"):

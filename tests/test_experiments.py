@@ -49,7 +49,7 @@ def test_a_picture_of_many_layers_can_be_read(tmp_path: Path) -> None:
 
 
 @group
-def test_a_run_leaves_everything_behind(sweep: Path) -> None:
+def test_a_run_leaves_all_its_files(sweep: Path) -> None:
     folder = sweep / "0"
     result = json.loads((folder / "result.json").read_text())
     assert 0 < result["error_dense"] < result["error"] < 0.5

@@ -13,7 +13,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from cases import BY_CRITERION, CASES, Case, each_coupling, every_case, every_criterion
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -24,13 +23,13 @@ from fitsmall.callbacks import (
     AccuracyGuard,
     CompressedCheckpoint,
     CompressionMonitor,
-    Method,
     ParetoCheckpoint,
     RandomState,
-    methods_of,
     plan_of,
+    stages_of,
 )
 from fitsmall.compressors import restore
+from fitsmall.compressors.training import Stage
 from fitsmall.experiments.benchmarks.soak import differences, outcome
 from training import (
     IMAGES,
@@ -69,7 +68,7 @@ class Copier(pl.Callback):
 @dataclass
 class Trained:
     case: Case
-    methods: list[Method]
+    methods: list[Stage]
     module: Net
     copier: Copier
     file: CompressedCheckpoint
@@ -335,7 +334,7 @@ def test_steps_that_the_gradient_scaler_skips(case: Case, optimizer: Any, tmp_pa
 
         def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
             if self.first is None:
-                self.first = copy.deepcopy([m.choices() for m in methods_of(trainer)])
+                self.first = copy.deepcopy([m.choices() for m in stages_of(trainer)])
 
     recorder, statistics, methods = Recorder(), Statistics(), case.make()
     precision = half()
@@ -353,8 +352,7 @@ def test_steps_that_the_gradient_scaler_skips(case: Case, optimizer: Any, tmp_pa
     # The skipped first step left nothing behind.
     assert not any(tensors for choices in statistics.first for tensors in choices.values())
     case.check(module)
-    assert methods[0].plan is not None
-    assert methods[0].plan.step == 40
+    assert methods[0].clock.steps == 40
     assert module.head.weight.dtype == torch.float32
 
 
@@ -562,7 +560,7 @@ def schedule_free(parameters: Any, lr: float) -> torch.optim.Optimizer:
 def test_optimizers_that_cannot_work_are_refused(
     case: Case, optimizer: Any, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(MisconfigurationException, match=message):
+    with pytest.raises(ValueError, match=message):
         fit(tmp_path, *case.make(), module=Net(optimizer), max_epochs=1)
 
 
@@ -573,8 +571,7 @@ def test_two_optimizers_stepped_by_hand(case: Case, precision: str, tmp_path: Pa
     plugins = [half()] if precision == "16-mixed" else None
     module = fit(tmp_path, *methods, module=Adversaries(), plugins=plugins)
     case.check(module)
-    assert methods[0].plan is not None
-    assert methods[0].plan.step == 40  # batches, not steps of either
+    assert methods[0].clock.steps == 40  # batches, not steps of either
 
 
 @every_case
@@ -602,7 +599,7 @@ def test_a_parameter_joins_while_another_optimizer_is_switched_off(
 
 @each_coupling
 def test_steps_behind_lightning_s_back_are_pointed_out(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match=r"get it from self\.optimizers\(\)"):
+    with pytest.raises(ValueError, match=r"get it from self\.optimizers\(\)"):
         fit(tmp_path, *case.make(), module=Adversaries(use_pl_optimizer=False))
 
 

@@ -1,6 +1,6 @@
 """The curves of every logger are those of metrics.csv; W&B gets axes, layers and the file on top.
 
-What W&B gets is read back from the file that it writes offline.
+The records at W&B are read from the file that it writes offline.
 """
 
 import csv

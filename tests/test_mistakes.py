@@ -22,7 +22,6 @@ from fitsmall.callbacks import (
     CompressedCheckpoint,
     CompressionMonitor,
     GradualPruning,
-    Method,
     ModelCheckpointOnceCompressed,
     ParetoCheckpoint,
     Plan,
@@ -30,6 +29,7 @@ from fitsmall.callbacks import (
     WeightSharing,
 )
 from fitsmall.compressors import TopK, compress, restore
+from fitsmall.compressors.training import Stage
 from training import Net, fit, loader, trainer, validation
 
 SETTINGS: list[tuple[Callable[[], Any], str]] = [
@@ -44,26 +44,29 @@ SETTINGS: list[tuple[Callable[[], Any], str]] = [
     (lambda: GradualPruning(stop=70), "stop=70 is no fraction of training"),
     (lambda: GradualPruning(every=0), "every=0 is no number of optimizer steps"),
     (lambda: GradualPruning(stop_step=-3), "stop_step=-3 is no number of optimizer steps"),
-    (lambda: WeightSharing(0), "at least 1 cluster"),
-    (lambda: WeightSharing(16.0), "a whole number, and got clusters=16.0"),  # type: ignore[arg-type]
+    (lambda: WeightSharing(0), "whole number of clusters from 1"),
+    (
+        lambda: WeightSharing(16.0),
+        "a whole number of clusters from 1 to 4,096, and got clusters=16.0",
+    ),  # type: ignore[arg-type]
     (lambda: WeightSharing(overrides={"fc": "9"}), "got clusters='9'"),  # type: ignore[dict-item]
     (lambda: GradualPruning("0.9"), r"a fraction in \[0, 1\], got '0.9'"),  # type: ignore[arg-type]
     (lambda: GradualPruning(start=None), "start=None is no fraction"),  # type: ignore[arg-type]
     (lambda: GradualPruning(every="9"), "every=9 is no number of optimizer steps"),  # type: ignore[arg-type]
-    (lambda: GradualPruning(schedule="cubic"), "Cubic.. does, and got 'cubic'"),  # type: ignore[arg-type]
+    (lambda: GradualPruning(schedule="cubic"), "as Cubic.. is, got 'cubic'"),  # type: ignore[arg-type]
     (lambda: WeightSharing(init="random"), "unknown init 'random', choose linear or optimal"),  # type: ignore[arg-type]
     (lambda: WeightSharing(codebook_dtype="int8"), "codebook_dtype is one of float32"),
     (lambda: WeightSharing(overrides=[("fc", 3)]), "overrides maps patterns"),  # type: ignore[arg-type]
     (lambda: CompressedCheckpoint(weights="first"), "'last' or 'best', got 'first'"),  # type: ignore[arg-type]
     (lambda: CompressionMonitor(0), "every_n_epochs is at least 1, got 0"),
-    (lambda: AccuracyGuard(tolerance=-1), "a tolerance is no less than 0, got -1"),
+    (lambda: AccuracyGuard(tolerance=-1), "a tolerance is at least 0, got -1"),
     (lambda: AccuracyGuard(mode="least"), "the mode of 'val/error' is min or max, got 'least'"),  # type: ignore[arg-type]
     (
         lambda: ParetoCheckpoint("x", mode="least"),
         "the mode of 'val/error' is min or max, got 'least'",
     ),  # type: ignore[arg-type]
     (lambda: ResumableLoader(iter([])), "has no length.*use a DataLoader"),
-    (lambda: ResumableLoader([1], generator=None), "an order of its own: give it shuffle and seed"),
+    (lambda: ResumableLoader([1], generator=None), "sets the order itself: use shuffle and seed"),
 ]
 
 
@@ -73,7 +76,7 @@ def test_settings(make: Callable[[], Any], message: str) -> None:
         make()
 
 
-PLANS: list[tuple[list[Method], str]] = [
+PLANS: list[tuple[list[Stage], str]] = [
     ([WeightSharing(), GradualPruning()], "second undoes the first: list GradualPruning first"),
     ([GradualPruning(), GradualPruning(exclude="head")], "both act on body.0.weight: leave it out"),
     (
@@ -108,7 +111,7 @@ PLANS: list[tuple[list[Method], str]] = [
 
 
 @pytest.mark.parametrize(("methods", "message"), PLANS)
-def test_plans(methods: list[Method], message: str, tmp_path: Path) -> None:
+def test_plans(methods: list[Stage], message: str, tmp_path: Path) -> None:
     """Said before training starts."""
 
     class Untouched(pl.Callback):
@@ -175,7 +178,7 @@ def test_weights_that_are_no_numbers_at_the_end(case: Case, tmp_path: Path) -> N
 def test_a_folder_that_cannot_be_written_into(kind: Any, tmp_path: Path) -> None:
     """Said before ten hours of training, not behind them."""
     (tmp_path / "file").write_text("")
-    message = r"nothing can be written into .*file/folder .*: name another folder with dirpath"
+    message = r"file/folder.* cannot be written to .*: name another folder with dirpath"
     with pytest.raises(MisconfigurationException, match=message):
         fit(tmp_path, GradualPruning(), kind(tmp_path / "file" / "folder"))
 
@@ -200,9 +203,7 @@ def test_a_folder_that_goes_away_while_training(tmp_path: Path) -> None:
             (tmp_path / "files").write_text("")
 
     checkpoint = CompressedCheckpoint(tmp_path / "files")
-    with pytest.warns(
-        UserWarning, match=r"files cannot be written into .*: the file is .*fitsmall"
-    ):
+    with pytest.warns(UserWarning, match=r"files cannot be written to .*: the file is .*fitsmall"):
         module = fit(tmp_path, GradualPruning(), Remove(), checkpoint)
     assert checkpoint.path == tmp_path / "model.fitsmall"
     assert torch.equal(restore(Net(), checkpoint.path).head.weight, module.head.weight)
@@ -270,7 +271,7 @@ def test_steps_by_hand_that_fractions_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_a_guard_of_nothing(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="no compression to hold; add a method"):
+    with pytest.raises(MisconfigurationException, match="no compression to pause; add a stage"):
         fit(tmp_path, AccuracyGuard())
 
 
@@ -286,7 +287,7 @@ def test_a_layer_without_gradients_is_pointed_out(tmp_path: Path) -> None:
             super().__init__()
             self.spare = nn.Linear(10, 10)
 
-    with pytest.warns(UserWarning, match=r"left out spare\.weight: neither gradients nor"):
+    with pytest.warns(UserWarning, match=r"left out spare\.weight: no gradients and no inputs"):
         fit(tmp_path, GradualPruning(0.8, "gradient"), module=Spare())
 
 

@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lion_pytorch import Lion
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.utils.data import TensorDataset
@@ -31,15 +32,19 @@ from fitsmall.callbacks import (
 from fitsmall.compressors import Factored, KMeans, Rank, Sum, TopK, Truncate, factorize, restore
 from fitsmall.compressors.lowrank import (
     Factors,
-    Metric,
+    LossMetric,
     Options,
     Spectrum,
     choose_ranks,
     matrix,
     price_of,
 )
-from fitsmall.compressors.surgery.factors import forms, weights_saved
-from fitsmall.compressors.training.optimizers import decay_, transplant_
+from fitsmall.compressors.surgery.factorable import forms
+from fitsmall.compressors.surgery.factors import Factorization
+from fitsmall.compressors.surgery.kinds import changes
+from fitsmall.compressors.surgery.protocol import layout_of
+from fitsmall.compressors.training.product_decay import decay_products_, decays_weights_directly
+from fitsmall.experiments.benchmarks.soak import differences
 from training import IMAGES, LABELS, Net, fit, resumable, trainer
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -187,7 +192,7 @@ def test_the_metric_is_a_quadratic_form_of_the_loss() -> None:
     outputs, inputs = random(5, 50), random(4, 50, seed=1)
     a, b = outputs @ outputs.T, inputs @ inputs.T
     b *= a.trace() / b.trace()  # gradients have one sum of squares
-    metric, change = Metric(a, b, damping=0.0), random(5, 4, 3, 3, seed=2)
+    metric, change = LossMetric(a, b, damping=0.0), random(5, 4, 3, 3, seed=2)
     expected = sum(
         torch.trace(a @ change[:, :, i, j] @ b @ change[:, :, i, j].T)
         for i in range(3)
@@ -215,9 +220,12 @@ def test_two_layers_compute_what_one_did(make: Any, shape: Any) -> None:
         torch.testing.assert_close(net(images), plain(images))
         torch.testing.assert_close(net[0].weight, plain[0].weight)
         assert net[0].bias is net[0].expand.bias
-        shapes = {name: tensor.shape for name, tensor in net.state_dict().items()}
-        factors = sum(p.numel() for p in net.parameters() if p.dim() > 1)
-        assert weights_saved(shapes) == {"0": plain[0].weight.numel() - factors}
+        (row,) = changes(layout_of(net.state_dict()))
+        factors = sum(p.nbytes for p in net.parameters() if p.dim() > 1)
+        dense = plain[0].weight.nbytes
+        assert (row.layer, row.bytes, row.bytes_before) == ("0", factors + 1, dense)
+        for name in ("in_features", "in_channels", "stride", "kernel_size"):
+            assert getattr(net[0], name, None) == getattr(plain[0], name, None)
         for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
             assert torch.equal(copied(images), net(images))
 
@@ -275,7 +283,7 @@ def test_what_cannot_be_factored_is_left_out_with_a_reason() -> None:
     }
     for name in ("embedding.weight", "grouped.weight"):
         assert "can be factored" in callback.selection.skipped[name]
-    with pytest.raises(ValueError, match="cannot replace itself"):
+    with pytest.raises(ValueError, match="itself the layer to be factored"):
         callback.attach(nn.Linear(6, 6))
 
 
@@ -307,25 +315,31 @@ def test_training_ends_in_factors_that_a_file_restores(tmp_path: Path) -> None:
     assert torch.equal(restored(IMAGES), module(IMAGES))
     assert file.report is not None
     assert file.report.bytes_dense == 4 * total + 2 * 60 * 4 + 8  # and batch-norm's averages
-    metrics = ranks.plan.module.trainer.callback_metrics  # type: ignore[union-attr]
+    metrics = module.trainer.callback_metrics
     assert metrics["compression/rank/body.0.weight"] == ranks.ranks["body.0.weight"].rank
     assert metrics["compression/ratio"] > 2
     assert metrics["compression/size"] <= 0.4
 
 
-def test_nothing_jumps_when_layers_become_two(tmp_path: Path) -> None:
-    class Watch(pl.Callback):
-        def __init__(self) -> None:
-            self.outputs: list[Tensor] = []
+def test_nothing_jumps_when_layers_become_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs: list[Tensor] = []
+    apply = Factorization.apply
 
-        def on_train_batch_end(self, _: Any, module: pl.LightningModule, *args: Any) -> None:
-            self.outputs.append(module.eval()(IMAGES).detach())
-            module.train()
+    def watched(self: Factorization, module: nn.Module, *args: Any) -> dict[str, bool]:
+        module.eval()
+        outputs.append(module(IMAGES).detach())
+        done = apply(self, module, *args)
+        outputs.append(module(IMAGES).detach())
+        module.train()
+        return done
 
-    before, after = Watch(), Watch()
-    fit(tmp_path, before, RankLearning(keep_size=0.4, stop_step=20), after, module=Wide())
-    assert not torch.equal(before.outputs[19], after.outputs[19])
-    torch.testing.assert_close(before.outputs[19], after.outputs[19], atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(Factorization, "apply", watched)
+    fit(tmp_path, RankLearning(keep_size=0.4, stop_step=20), module=Wide())
+    before, after = outputs
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW"])
@@ -339,9 +353,9 @@ def test_moments_go_over(optimizer: str) -> None:
         opt.zero_grad()
         net(torch.randn(5, 8)).square().sum().backward()
         opt.step()
-    weight, state = net[0].weight, copy.deepcopy(opt.state[net[0].weight])
-    factorize(net, {"0.weight": Rank("channels", 2)})
-    assert transplant_(opt, weight, "channels", net[0])
+    state = copy.deepcopy(opt.state[net[0].weight])
+    surgery = Factorization({"0.weight": Rank("channels", 2)})
+    assert surgery.apply(net, [opt]) == {"0.weight": True}
     assert [len(group["params"]) for group in opt.param_groups] == [3]
     assert opt.param_groups[0]["param_names"] == ["0.reduce.weight", "0.expand.weight", "0.bias"]
     key = "momentum_buffer" if optimizer == "SGD" else "exp_avg"
@@ -365,7 +379,7 @@ def test_weight_decay_acts_on_the_product() -> None:
     before = [p.detach().clone() for p in pair.parameters()]
     for parameter in pair.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    decay_(sgd, [pair])
+    decay_products_(sgd, [pair])
     sgd.step()
     for parameter, old, gradient in zip(pair.parameters(), before, expected, strict=True):
         torch.testing.assert_close(old - parameter, gradient)
@@ -373,10 +387,52 @@ def test_weight_decay_acts_on_the_product() -> None:
         parameter.grad = torch.zeros_like(parameter)
     # Shrinking by the optimizer itself comes behind, and is the same to first order.
     adam = torch.optim.AdamW(pair.parameters(), lr=1e-3, weight_decay=0.01)
-    decay_(adam, [pair])
+    decay_products_(adam, [pair])
     adam.step()
     for parameter, old, gradient in zip(pair.parameters(), before, expected, strict=True):
         torch.testing.assert_close(old - parameter, 1e-3 * gradient, atol=1e-9, rtol=1e-3)
+
+
+class Renamed(torch.optim.Adam):
+    """A user's own class, which adds decay to the gradient as Adam does."""
+
+
+class Own(torch.optim.AdamW):
+    """A user's own class, with a constructor of its own, which shrinks weights as AdamW does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda net: torch.optim.SGD(net.parameters(), momentum=0.9), False),
+        (lambda net: torch.optim.Adam(net.parameters()), False),
+        (lambda net: Renamed(net.parameters()), False),
+        (lambda net: torch.optim.RAdam(net.parameters()), False),
+        (lambda net: torch.optim.NAdam(net.parameters()), False),
+        (lambda net: torch.optim.Adagrad(net.parameters()), False),
+        (lambda net: torch.optim.Adamax(net.parameters()), False),
+        (lambda net: torch.optim.RMSprop(net.parameters()), False),
+        (lambda net: torch.optim.Adadelta(net.parameters()), False),
+        (lambda net: torch.optim.AdamW(net.parameters()), True),
+        (lambda net: torch.optim.AdamW(net.parameters(), amsgrad=True, fused=True), True),
+        (lambda net: torch.optim.Adam(net.parameters(), decoupled_weight_decay=True), True),
+        (lambda net: torch.optim.RAdam(net.parameters(), decoupled_weight_decay=True), True),
+        (lambda net: torch.optim.NAdam(net.parameters(), decoupled_weight_decay=True), True),
+        (lambda net: Own(net), True),
+        (lambda net: Lion(net.parameters()), True),
+    ],
+)
+def test_the_kind_of_decay_is_found_by_behaviour(make: Any, expected: bool) -> None:
+    net = nn.Linear(3, 2)
+    optimizer = make(net)
+    torch.optim.lr_scheduler.ConstantLR(optimizer)  # it wraps the step
+    optimizer.register_step_post_hook(lambda *_: pytest.fail("a hook of the real optimizer"))
+    before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    assert decays_weights_directly(optimizer, optimizer.param_groups[0]) is expected
+    assert not list(differences(before, (net.state_dict(), optimizer.state_dict())))
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD])
@@ -470,17 +526,17 @@ def test_a_second_fit_keeps_the_factors(tmp_path: Path) -> None:
         (lambda: RankLearning(keep_size=40), r"keep_size is a fraction in \(0, 1\), got 40"),
         (lambda: RankLearning(price=0.0), "a price is above 0"),
         (lambda: RankLearning(price=1.0, cost="time"), "unknown cost 'time'"),  # type: ignore[arg-type]
-        (lambda: LearningCompression(0.9), "a projection is"),  # type: ignore[arg-type]
-        (lambda: LearningCompression({}), "a projection is"),
+        (lambda: LearningCompression(0.9), "projection is a Projection"),  # type: ignore[arg-type]
+        (lambda: LearningCompression({}), "projection is a Projection"),
     ],
 )
 def test_mistakes_in_arguments(make: Any, message: str) -> None:
-    with pytest.raises(MisconfigurationException, match=message):
+    with pytest.raises(ValueError, match=message):
         make()
 
 
 def test_a_budget_beyond_reach_says_what_can_be_had(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match=r"a rank of 1 in every layer leaves 0\.0"):
+    with pytest.raises(ValueError, match=r"a rank of 1 in every layer leaves 0\.0"):
         fit(tmp_path, RankLearning(keep_size=0.01), module=Wide())
 
 
@@ -491,11 +547,11 @@ def test_a_price_too_high_leaves_rank_1_and_says_so(tmp_path: Path) -> None:
 
 
 def test_methods_that_begin_too_early_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match=r"with start_step=20, or leave"):
+    with pytest.raises(ValueError, match=r"with start_step=20, or leave"):
         fit(tmp_path, RankLearning(keep_size=0.4), GradualPruning(0.5), module=Wide())
-    with pytest.raises(MisconfigurationException, match="list RankLearning first"):
+    with pytest.raises(ValueError, match="list RankLearning first"):
         fit(tmp_path, GradualPruning(0.5, start=0.9), RankLearning(keep_size=0.4), module=Wide())
-    with pytest.raises(MisconfigurationException, match="about to rebuild"):
+    with pytest.raises(MisconfigurationException, match="whose layers RankLearning replaces"):
         fit(tmp_path, RankLearning(keep_size=0.4), EMA(decay=0.9), module=Wide())
 
 

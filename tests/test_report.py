@@ -1,4 +1,4 @@
-"""What a study says of runs whose numbers are known, and the page that shows it."""
+"""The analysis of runs whose numbers are known, and the report that shows it."""
 
 import csv
 import json
@@ -133,18 +133,18 @@ def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     assert ("several seeds, with intervals: 1", False) in checklist(study)
 
 
-def test_between_few_networks_there_are_other_amounts(tmp_path: Path) -> None:
+def test_between_few_networks_there_are_other_limits(tmp_path: Path) -> None:
     write(tmp_path, larger_is_better)
     results = read_results(tmp_path)
     few = Study(r for r in results if r["size"] in ("tiny", "large", "huge")).claims()
     assert [claim.bytes for claim in few] == [1_000, 8_000, 64_000, 128_000, 256_000]
-    # Of 8,000 bytes no network as it is is a rival: that of 1,000 would be an easy one.
+    # No dense network has 8,000 bytes, and that of 1,000 would be too easy a rival.
     assert [claim.dense is None for claim in few] == [False, True, False, True, False]
     near = {"tiny": 1_000, "small": 1_002}
     for result in results:
         result["bytes"] = near.get(result["size"], 0)
     close = [r for r in results if r["size"] in near and r["compression"] == "none"]
-    assert Study(close).amounts() == [1_000, 1_001, 1_002]
+    assert Study(close).byte_limits() == [1_000, 1_001, 1_002]
 
 
 def test_a_run_that_diverged_is_left_out_and_listed(tmp_path: Path) -> None:
@@ -160,15 +160,11 @@ def test_a_run_that_diverged_is_left_out_and_listed(tmp_path: Path) -> None:
 
 
 def test_other_settings_are_not_taken_for_the_same(runs: Path) -> None:
-    assert (
-        len(Study(read_results(runs) + read_results(runs)).points) == 20
-    )  # found twice, it is one run
-    other = read_results(runs)[0] | {
-        "fingerprint": "of another learning rate",
-        "folder": "elsewhere",
-    }
-    with pytest.raises(ValueError, match=r"elsewhere are of one size, .* hydra.sweep.dir"):
-        Study([*read_results(runs), other])
+    results = read_results(runs)
+    assert len(Study(results + results).points) == 20  # a run that is found twice is one run
+    other = results[0] | {"fingerprint": "of another learning rate", "folder": "elsewhere"}
+    with pytest.raises(ValueError, match=r"elsewhere have the same size, .* hydra.sweep.dir"):
+        Study([*results, other])
 
 
 def test_without_a_dense_network_there_is_a_report(
@@ -190,7 +186,7 @@ def test_differences_are_paired_by_seed() -> None:
     assert compare(one, {7: 0.5}) is None
 
 
-def test_losses_and_steps_are_by_size(runs: Path) -> None:
+def test_costs_and_steps_are_by_size(runs: Path) -> None:
     study = Study(read_results(runs))
     found = compression_costs(study.points, "tuned")["80 % zeros, 4 bits"]
     assert found.keys() == SIZES.keys()
@@ -202,10 +198,10 @@ def test_losses_and_steps_are_by_size(runs: Path) -> None:
 
 
 def test_large_networks_need_fewer_steps(runs: Path) -> None:
-    (sheet,) = (
+    (table,) = (
         s for s in study_tables(Study(read_results(runs))) if s.title.startswith("Steps to")
     )
-    last = dict(zip(sheet.head, sheet.rows[-1], strict=True))
+    last = dict(zip(table.head, table.rows[-1], strict=True))
     assert (last["size"], last["steps"]) == ("huge", "25")
     assert last["fewer than tiny by"] == "75 ± 0 holds"
 
@@ -216,11 +212,11 @@ def test_the_length_of_training_has_a_verdict(runs: Path) -> None:
         return error - 0.0004 * (compression == "8 bits" and size == "huge") + 0.1
 
     write(runs / "short", longer_costs_more, flops=2.5e8)
-    (sheet,) = (
+    (table,) = (
         s for s in study_tables(Study(read_results(runs))) if s.title.startswith("Does the cost")
     )
-    found = {row[0]: row[1:] for row in sheet.rows}
-    assert sheet.head[1:3] == ["dense, 0.25", "dense"]
+    found = {row[0]: row[1:] for row in table.rows}
+    assert table.head[1:3] == ["dense, 0.25", "dense"]
     costs = found["huge: 8 bits"][2:]
     assert costs == ["0.01 ± 0.00", "0.05 ± 0.00", "0.04 ± 0.00 costs more"]
     assert len(found) == len(SIZES)
@@ -278,7 +274,7 @@ def test_a_report_is_complete(runs: Path, capsys: pytest.CaptureFixture[str]) ->
                 write(folder / "a", larger_is_better),
                 write(folder / "b", larger_is_better, metric="bits_per_byte"),
             ),
-            "runs measure different things: bits_per_byte, error",
+            "runs have different metrics: bits_per_byte, error",
         ),
     ],
 )

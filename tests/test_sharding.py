@@ -218,7 +218,7 @@ def test_input_norms_are_averaged_over_the_processes_that_saw_inputs() -> None:
         module = Layers()
         weights = {f"{name}.weight": layer.weight for name, layer in module.named_children()}
         statistics = Statistics(["input_norm"])
-        statistics.attach(module, weights)
+        statistics.attach(module, weights, weights)
         statistics.hook()
         module.shared(torch.tensor([[1.0, 0.0]] if rank else [[7.0, 3.0]]))
         if rank == 0:
@@ -240,7 +240,7 @@ def test_input_norms_are_averaged_over_the_processes_that_saw_inputs() -> None:
         # Each process saves and gets back its own.
         statistics._own["shared.weight"]["input_norm"] += rank
         again = Statistics(["input_norm"])
-        again.attach(module, weights)
+        again.attach(module, weights, weights)
         again.load_state_dict(statistics.state_dict(), weights)
         own = again.of("shared.weight", module.shared.weight)["input_norm"]
         torch.testing.assert_close(own, expected["shared.weight"] + rank)

@@ -15,6 +15,7 @@ from fitsmall.callbacks import (
     GradualPruning,
     Plan,
     WeightSharing,
+    plan_of,
 )
 from fitsmall.compressors import CRITERIA
 from training import WEIGHTS, Adversaries, Idle, Net, Recorder, fit, loader, sparsity, trainer
@@ -23,7 +24,7 @@ from training import WEIGHTS, Adversaries, Idle, Net, Recorder, fit, loader, spa
 def test_max_steps_counts_every_optimizer_and_windows_follow(tmp_path: Path) -> None:
     pruning = GradualPruning(0.8, stop=0.5)
     fit(tmp_path, pruning, module=Adversaries(), max_steps=40, max_epochs=-1)
-    assert pruning.span == (0, 10)
+    assert pruning.window == (0, 10)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -45,7 +46,8 @@ def test_movement_is_the_sum_that_it_is_said_to_be(tmp_path: Path) -> None:
 
     pruning, check = GradualPruning(0.5, criterion="movement"), Sum()
     fit(tmp_path, check, pruning, module=Net(torch.optim.SGD), max_epochs=2)
-    torch.testing.assert_close(pruning.statistics["head.weight"]["movement"], check.total)
+    movement = pruning.choices()["statistics"]["head.weight"]["movement"]
+    torch.testing.assert_close(movement, check.total)
 
 
 def test_parameters_in_no_optimizer_are_named_and_not_counted(tmp_path: Path) -> None:
@@ -99,7 +101,7 @@ def test_a_dense_run_is_resumed_into_compression(tmp_path: Path) -> None:
     path = checkpointed(tmp_path, max_epochs=4)
     pruning, module = GradualPruning(0.8, start=0.5, stop=0.8), Net()
     trainer(tmp_path, pruning, max_epochs=8).fit(module, loader(), ckpt_path=path)
-    assert pruning.span == (40, 64)
+    assert pruning.window == (40, 64)
     assert sparsity(module, *WEIGHTS) == pytest.approx(0.8, abs=2e-3)
 
 
@@ -109,15 +111,17 @@ def test_latents_stay_when_training_ends(tmp_path: Path) -> None:
     class Latest(pl.Callback):
         weight = latent = torch.empty(0)
 
-        def on_train_epoch_end(self, _: Any, pl_module: pl.LightningModule) -> None:
-            assert sharing.plan is not None
+        def on_train_epoch_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
+            plan = plan_of(trainer)
+            assert plan is not None
             self.weight = pl_module.get_parameter("head.weight").detach().clone()
-            self.latent = sharing.plan.latents()["head.weight"].clone()
+            self.latent = plan.latents()["head.weight"].clone()
 
     latest = Latest()
     module = fit(tmp_path, sharing, latest)
-    assert sharing.plan is not None
-    assert torch.equal(sharing.plan.latents()["head.weight"], latest.latent)
+    plan = plan_of(module.trainer)
+    assert plan is not None
+    assert torch.equal(plan.latents()["head.weight"], latest.latent)
     assert torch.equal(module.head.weight, latest.weight)
     assert latest.latent.unique().numel() > 300
 

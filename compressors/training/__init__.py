@@ -1,1 +1,23 @@
 """Compression during training, for any loop: pure torch, without Lightning."""
+
+from fitsmall.compressors.training.clock import Clock, Window
+from fitsmall.compressors.training.plan import Plan
+from fitsmall.compressors.training.proximal import LearningCompression, Proximal
+from fitsmall.compressors.training.pruning import GradualPruning
+from fitsmall.compressors.training.quantization import QuantizationAwareTraining
+from fitsmall.compressors.training.ranks import RankLearning
+from fitsmall.compressors.training.sharing import WeightSharing
+from fitsmall.compressors.training.stage import Stage
+
+__all__ = [
+    "Clock",
+    "GradualPruning",
+    "LearningCompression",
+    "Plan",
+    "Proximal",
+    "QuantizationAwareTraining",
+    "RankLearning",
+    "Stage",
+    "WeightSharing",
+    "Window",
+]

@@ -1,40 +1,42 @@
-"""Widths that training finds: how much the loss would rise is gathered, and a budget shared out."""
+"""Automatic bits: training measures the cost of rounding, and a budget is spent by it."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fitsmall.compressors.bitwidths import WIDTHS, assign, rounding_costs
 from fitsmall.compressors.training.sharding import gather, shard
 
-__all__ = ["Widths"]
+__all__ = ["BitwidthSearch"]
 
 
-class Widths:
-    r"""The bits of every weight, out of 2, 3, 4, 6, 8 and 16, within one budget.
+class BitwidthSearch:
+    r"""A search for the bits of every weight tensor, out of 2, 3, 4, 6, 8 and 16, in one budget.
 
-    Sensitivities are the diagonal of the empirical Fisher matrix, means of squared gradients over
-    steps. Gradients of batches are small where those of examples cancel, everywhere alike: costs
-    are as good as sums over examples for comparing layers, and no prediction of the loss itself.
+    Sensitivities are the diagonal of the empirical Fisher matrix: means of squared gradients over
+    steps. In the gradient of a batch those of its examples partly cancel, in all layers alike, so
+    that costs compare layers but do not predict the loss itself.
 
     Args:
-        average_bits: Bits of a weight on average, over all that are quantized.
-        max_bytes: Bytes of all that the module saves: integers and their steps before entropy
-            coding, which only makes them smaller, and everything else as it is.
+        average_bits: Average number of bits of a quantized weight.
+        max_bytes: Bytes of the whole state dict, with quantized weights as integers and scales,
+            before entropy coding.
+
+    Raises:
+        ValueError: None or both are given, or the average is not between 2 and 16.
     """
 
     def __init__(self, average_bits: float | None, max_bytes: int | None) -> None:
         if (average_bits is None) == (max_bytes is None):
-            raise MisconfigurationException(
+            raise ValueError(
                 "QuantizationAwareTraining: weight_bits='auto' needs one budget, average_bits or "
                 "max_bytes"
             )
         if average_bits is not None and not WIDTHS[0] <= average_bits <= WIDTHS[-1]:
-            raise MisconfigurationException(
+            raise ValueError(
                 f"QuantizationAwareTraining: average_bits={average_bits} is not between 2 and 16"
             )
         self.average_bits, self.max_bytes = average_bits, max_bytes
@@ -50,35 +52,35 @@ class Widths:
         return f"{self.max_bytes:,} bytes"
 
     def reset(self) -> None:
-        """Forget what was gathered and chosen."""
+        """Forget gradients and choices."""
         self.fisher: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.sensitivities: dict[str, float] = {}
         self.costs: dict[str, dict[int, float]] = {}
         self.chosen: dict[str, int] = {}
-        self.again = False
+        self.reallocated = False
 
     def attach(
         self, module: nn.Module, blocks: Mapping[str, tuple[int, ...]], fixed: Mapping[str, int]
     ) -> None:
-        """Work out what each width of each weight takes.
+        """Compute the size of each weight at each width.
 
         Args:
             module: Module whose weights they are.
-            blocks: Number of steps along each dimension, by name.
-            fixed: Widths that stay as they are.
+            blocks: Number of scales along each dimension, by name.
+            fixed: Widths of the weights that have an override.
 
         Raises:
-            MisconfigurationException: Not even the smallest widths fit into the budget.
+            ValueError: Not even the smallest widths fit into the budget.
         """
         self.weights = {name: module.get_parameter(name) for name in blocks}
         self.blocks = dict(blocks)
         self.sizes = {}
         for name, weight in self.weights.items():
-            steps = 0 if self.average_bits is not None else 32 * math.prod(blocks[name])
+            scales = 0 if self.average_bits is not None else 32 * math.prod(blocks[name])
             widths = (fixed[name],) if name in fixed else WIDTHS
             self.sizes[name] = {
-                bits: bits * weight.numel() + steps * (bits < 16) for bits in widths
+                bits: bits * weight.numel() + scales * (bits < 16) for bits in widths
             }
         stored = module.state_dict().keys() - blocks.keys()
         tensors = [*module.named_parameters(), *module.named_buffers()]
@@ -87,16 +89,17 @@ class Widths:
         if smallest > self._total():
             if self.average_bits is not None:
                 least = smallest / sum(weight.numel() for weight in self.weights.values())
-                reach = f"average_bits={self.average_bits:g}, and {least:.2f}"
+                budget = f"average_bits={self.average_bits:g} is below {least:.2f}"
             else:
-                reach = f"max_bytes={self.max_bytes:,}, and {smallest // 8 + self.rest + 1:,}"
-            raise MisconfigurationException(
-                f"QuantizationAwareTraining: {reach} is the least there is with 2 bits wherever "
-                "overrides say nothing else: raise it, or lower those"
+                bound = smallest // 8 + self.rest + 1
+                budget = f"max_bytes={self.max_bytes:,} is below {bound:,}"
+            raise ValueError(
+                f"QuantizationAwareTraining: {budget}, which 2 bits take wherever no override "
+                "applies: raise the budget, or lower the overrides"
             )
 
     def observe(self, name: str, gradient: Tensor) -> None:
-        """Take in the gradient of one step, of this process's part of a weight."""
+        """Add the gradient of one step to the sensitivity of this process's part of a weight."""
         square = gradient.float().square()
         self.counts[name] = self.counts.get(name, 0) + 1
         if name in self.fisher:
@@ -104,15 +107,15 @@ class Widths:
         else:
             self.fisher[name] = square
 
-    def weigh(self, name: str, weight: Tensor) -> None:
-        """Turn what was gathered into the cost of each width, and forget it."""
+    def measure(self, name: str, weight: Tensor) -> None:
+        """Compute the cost of each width from the collected gradients; forget these."""
         fisher = gather(self.fisher.pop(name), self.weights[name])
         del self.counts[name]
         self.sensitivities[name] = float(fisher.mean())
         self.costs[name] = rounding_costs(weight.float(), fisher, self.blocks[name])
 
     def solve(self) -> list[str]:
-        """Choose the widths of all weights that were weighed; returns those that changed."""
+        """Choose the widths of all weights with known costs, and return the names that changed."""
         costs = self._costs()
         before = self.chosen
         chosen = assign(costs, self.sizes, self._budget())
@@ -120,7 +123,7 @@ class Widths:
         return [name for name, bits in self.chosen.items() if before.get(name) != bits]
 
     def table(self) -> str:
-        """What was chosen, and by what."""
+        """Return the table of chosen widths, with sensitivities and costs."""
         costs = self._costs()
         width = {name: self.chosen.get(name, next(iter(costs[name]))) for name in costs}
         rows = [("weight", "weights", "bits", "sensitivity", "cost", "bytes")]
@@ -155,27 +158,27 @@ class Widths:
         return "\n  ".join([head, *lines])
 
     def state(self) -> dict[str, Any]:
-        """All of it, for the checkpoint."""
+        """Return gradients, costs and choices, for a checkpoint."""
         return {
             "fisher": {name: gather(f, self.weights[name]) for name, f in self.fisher.items()},
             "counts": self.counts,
             "sensitivities": self.sensitivities,
             "costs": self.costs,
             "widths": self.chosen,
-            "again": self.again,
+            "again": self.reallocated,
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state` returned."""
+        """Take over the state that :meth:`state` returned."""
         self.fisher = {
             name: shard(fisher.to(self.weights[name].device), self.weights[name])
             for name, fisher in state["fisher"].items()
         }
         self.counts, self.sensitivities = state["counts"], state["sensitivities"]
-        self.costs, self.chosen, self.again = state["costs"], state["widths"], state["again"]
+        self.costs, self.chosen, self.reallocated = state["costs"], state["widths"], state["again"]
 
     def _costs(self) -> dict[str, dict[int, float]]:
-        """Costs of what was weighed, and none of what has a given width."""
+        """Return the costs of the weights that were measured, and 0 for fixed widths."""
         return {
             name: self.costs.get(name, dict.fromkeys(sizes, 0.0))
             for name, sizes in self.sizes.items()
@@ -183,7 +186,7 @@ class Widths:
         }
 
     def _budget(self) -> int:
-        """Bits for all that has a given width or was weighed; the rest waits with the least."""
+        """Return the bits for weights of known costs, if all others take the smallest width."""
         waiting = self.sizes.keys() - self._costs()
         return self._total() - sum(min(self.sizes[name].values()) for name in waiting)
 

@@ -1,8 +1,8 @@
-"""Weights to their centroids and back: what weight sharing computes in every training step.
+"""Centroids: the means of clusters, and the move of weights to them, in a step of weight sharing.
 
-On the CPU each of the two is one compiled pass over the weights; elsewhere torch does it. Sums are
-in double precision and in a fixed order, so that a resumed run, and every other process, gets the
-same centroids to the last bit.
+On the CPU each of the two is one compiled pass over the weights; on other devices torch does it.
+Sums are in double precision and in a fixed order, so that a resumed run and every process get the
+same centroids bit for bit.
 """
 
 import numba
@@ -15,21 +15,21 @@ __all__ = ["move_", "precision", "sums"]
 
 # Independent accumulators: an addition need not wait for the one before it.
 _LANES = 4
-# Entries of the matrix by which torch sums at a time.
+# Largest number of entries of the matrix of memberships.
 _BLOCK = 2**24
 
 
 def precision(device: torch.device) -> torch.dtype:
-    """What sums are taken in: double, where the device has it."""
+    """Return the dtype of sums: double where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def sums(weights: Tensor, positions: Tensor, index: Tensor, clusters: int) -> Tensor:
-    r"""Sum of the weights of every cluster, ``s_j = sum over i with a_i = j of w_i``.
+    r"""Sum the weights of every cluster, ``s_j = sum over i with a_i = j of w_i``.
 
     Args:
         weights: Vector of weights.
-        positions: Where in it the weights that are in a cluster stand; empty if all are.
+        positions: Positions of the weights that are in a cluster; empty if all are.
         index: Cluster ``a_i`` of each of these.
         clusters: Number of clusters.
 
@@ -49,6 +49,13 @@ def move_(
     weights: Tensor, positions: Tensor, index: Tensor, codebook: Tensor, strength: float
 ) -> None:
     r"""Move weights towards their centroids, ``w_i <- w_i + strength (c_{a_i} - w_i)``.
+
+    Args:
+        weights: Vector of weights.
+        positions: Positions of the weights that are in a cluster; empty if all are.
+        index: Cluster ``a_i`` of each of these.
+        codebook: Centroids ``c``.
+        strength: In [0, 1].
 
     Example:
         >>> weights, everywhere = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([], dtype=int)
@@ -72,8 +79,10 @@ def move_(
 
 
 def _product(weights: Tensor, positions: Tensor, index: Tensor, clusters: int) -> Tensor:
-    """Sums as a product with the matrix of memberships: a GPU adds in any order what goes to one
-    place, but multiplies in the same one each time."""
+    """Return sums as a product with the matrix of memberships.
+
+    On a GPU scattered additions have no fixed order, but a product has.
+    """
     values = weights if len(index) == len(weights) else weights[positions.long()]
     rows = max(1, _BLOCK // max(1, clusters))
     double = precision(weights.device)
@@ -89,7 +98,7 @@ def _compiled(weights: Tensor) -> bool:
 
 
 def _arrays(weights: Tensor, positions: Tensor, index: Tensor) -> tuple[NDArray[np.generic], ...]:
-    # Signed indexes would be looked at for negative ones.
+    # For signed indexes numba checks whether they are negative.
     unsigned = index.numpy().view(f"u{index.element_size()}")
     return weights.detach().numpy(), positions.numpy(), unsigned
 

@@ -1,91 +1,95 @@
-"""Optimizers and factors: what is known of a weight goes over to the two factors of it."""
-
-from collections.abc import Iterable
-from typing import Any
+"""Optimizers: which of them a projection can follow, and the numbers that stages need of them."""
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from fitsmall.compressors.lowrank import matrix
-from fitsmall.compressors.surgery.factors import Factored
+from fitsmall.compressors.torch_internals import unscales_gradients
+from fitsmall.compressors.training.sharding import local, whole
 
-__all__ = ["decay_", "transplant_"]
+__all__ = [
+    "all_finite",
+    "gradient_of",
+    "gradient_scale",
+    "hooks_not_called",
+    "learning_rate_fraction",
+    "refuse",
+    "unwrapped",
+]
 
-# What optimizers keep: averages of gradients, and of their squares.
-_LINEAR = ("exp_avg", "momentum_buffer")
-_SQUARE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 
-# Optimizers that add the weight, times its decay, to the gradient; others shrink the weight itself.
-_COUPLED = ("SGD", "Adam", "Adagrad", "Adamax", "NAdam", "RAdam", "RMSprop", "ASGD", "Adadelta")
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer inside a wrapper such as Lightning Fabric's, or the optimizer itself."""
+    inner = getattr(optimizer, "optimizer", None)
+    return inner if isinstance(inner, Optimizer) else optimizer
 
 
-@torch.no_grad()
-def transplant_(optimizer: Optimizer, weight: nn.Parameter, form: str, pair: Factored) -> bool:
-    r"""Let an optimizer hold two factors in the place of their product ``W = U V``.
+def refuse(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose steps a projection cannot follow.
 
-    With ``G`` the gradient of the weight, those of the factors are ``G V^T`` and ``U^T G``, and so
-    are their averages. Of averages of squares ``S`` they are ``S (V^2)^T`` and ``(U^2)^T S``, as if
-    the entries of ``G`` were independent.
-
-    Returns:
-        Whether all that the optimizer knew of the weight went over; state of other kinds is lost.
+    Raises:
+        ValueError: The optimizer computes the loss at weights of its own, or swaps weights.
     """
-    reduce, expand = pair.reduce.weight, pair.expand.weight
-    for group in optimizer.param_groups:
-        for place in [n for n, parameter in enumerate(group["params"]) if parameter is weight]:
-            group["params"][place : place + 1] = [reduce, expand]
-            if names := group.get("param_names"):
-                path = names[place].rpartition(".")[0]
-                names[place : place + 1] = [f"{path}.reduce.weight", f"{path}.expand.weight"]
-    state: dict[str, Any] = optimizer.state.pop(weight, {})
-    moments = {k for k, v in state.items() if isinstance(v, Tensor) and v.shape == weight.shape}
-    if not state or not moments <= {*_LINEAR, *_SQUARE}:
-        return not state
-    left, right = pair.left, pair.right
-    of_left = {key: _copied(value) for key, value in state.items() if key not in moments}
-    of_right = {key: _copied(value) for key, value in state.items() if key not in moments}
-    for key in moments:
-        moment = matrix(state[key], form)
-        u, v = (left.square(), right.square()) if key in _SQUARE else (left, right)
-        of_left[key] = pair.like_left(moment @ v.T).contiguous()
-        of_right[key] = pair.like_right(u.T @ moment).contiguous()
-    optimizer.state[expand], optimizer.state[reduce] = of_left, of_right
-    return True
+    name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(  # noqa: TRY004  a mistake of settings
+            f"{name} searches along a line, computing the loss at weights that are not compressed: "
+            "use SGD, Adam or another optimizer that computes it once in a step"
+        )
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise ValueError(  # noqa: TRY004
+            f"{name} swaps the weights for averages of its own, which are not compressed: use the "
+            "optimizer that it is based on, with fitsmall.callbacks.EMA for the average"
+        )
 
 
-@torch.no_grad()
-def decay_(optimizer: Optimizer, pairs: Iterable[Factored], scale: float = 1.0) -> None:
-    r"""Let weight decay act on products of factors, instead of on each factor.
+def hooks_not_called(optimizer: Optimizer) -> ValueError:
+    """Return the error for an optimizer that does not call its step hooks."""
+    return ValueError(
+        f"{type(optimizer).__name__} does not call the hooks of its step, so that no projection "
+        "can follow it: use an optimizer that derives from torch's Optimizer and calls its "
+        "__init__; in a loop of your own, step it after plan.restore_"
+    )
 
-    The gradient of ``||U V||^2 / 2`` is ``U V V^T`` and ``U^T U V``, and the optimizer itself will
-    add ``U`` and ``V``: the difference goes to the gradients before its step, or to the factors
-    where the optimizer shrinks those.
 
-    Args:
-        optimizer: Optimizer that is about to step.
-        pairs: Layers that became two.
-        scale: What the gradients are multiplied by at this moment.
+def all_finite(optimizer: Optimizer) -> bool:
+    """Return whether all gradients are finite; a gradient scaler skips the step if they are not."""
+    gradients = [
+        parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
+    finite = [whole(gradient.isfinite().all()) for gradient in gradients]
+    return bool(torch.stack(finite).all()) if finite else True
+
+
+def gradient_scale(optimizer: Optimizer, scaler: GradScaler | None) -> float:
+    """Return the factor by which gradients are still scaled just before a step."""
+    # Fused optimizers take scaled gradients and unscale them in their step.
+    scaled = scaler is not None and unscales_gradients(optimizer)
+    return float(scaler.get_scale()) if scaler is not None and scaled else 1.0
+
+
+def learning_rate_fraction(optimizer: Optimizer) -> float:
+    """Return the learning rate as a fraction of the largest that its schedule has.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.4)
+        >>> schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.25)
+        >>> learning_rate_fraction(optimizer)
+        0.25
     """
-    groups = {p: g for g in optimizer.param_groups if g.get("weight_decay") for p in g["params"]}
-    coupled = type(optimizer).__name__ in _COUPLED
-    for pair in pairs:
-        if pair.expand.weight not in groups and pair.reduce.weight not in groups:
-            continue
-        left, right = pair.left, pair.right
-        for parameter, product in (
-            (pair.expand.weight, pair.like_left(left @ (right @ right.T))),
-            (pair.reduce.weight, pair.like_right((left.T @ left) @ right)),
-        ):
-            if parameter not in groups or parameter.grad is None:
-                continue
-            group, decay = groups[parameter], groups[parameter]["weight_decay"]
-            difference = product - parameter
-            if coupled and not group.get("decoupled_weight_decay"):
-                parameter.grad.add_(difference, alpha=scale * decay)
-            else:
-                parameter.sub_(difference, alpha=float(group["lr"]) * decay)
+    group = optimizer.param_groups[0]
+    largest = max(float(group.get(name, 0.0)) for name in ("lr", "initial_lr", "max_lr"))
+    return float(group["lr"]) / largest if largest else 1.0
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def gradient_of(parameter: nn.Parameter, scale: float) -> Tensor | None:
+    """Return this process's part of a parameter's gradient, divided by a scale."""
+    if parameter.grad is None:
+        return None
+    gradient = local(parameter.grad)
+    gradient = gradient.to_dense() if gradient.is_sparse else gradient
+    return gradient if scale == 1.0 else gradient / scale

@@ -1,7 +1,8 @@
-"""Sharded parameters: the part of a tensor that this process holds, and the whole of it.
+"""Sharded parameters: the part of a tensor on this process, and the whole tensor.
 
-FSDP2 turns parameters into DTensors. Methods choose (masks, clusters) from whole tensors, the same
-on every process, and act on local ones. Of a plain tensor all functions return it as it is.
+FSDP2 turns parameters into DTensors. Stages choose (masks, clusters) from whole tensors, the same
+on every process, and project local parts. All functions return a tensor that is not sharded as it
+is.
 """
 
 import torch
@@ -9,30 +10,40 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["gather", "local", "processes", "reduce_", "shard", "stack", "unstack", "whole"]
+__all__ = [
+    "gather",
+    "local",
+    "processes",
+    "reduce_",
+    "shard",
+    "shared_seed",
+    "stack",
+    "unstack",
+    "whole",
+]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, in the same memory."""
+    """Return this process's part of a tensor, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; every process has to take part."""
+    """Return the whole tensor; a collective operation."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The part of a whole tensor that belongs to this process's part of a parameter."""
+    """Return the part of a whole tensor that belongs to this process's part of a parameter."""
     if not isinstance(parameter, DTensor):
         return tensor
     mesh, placements = parameter.device_mesh, parameter.placements
-    # Every process has the whole: nothing needs to be sent.
+    # Every process has the whole tensor, so nothing needs to be sent.
     return distribute_tensor(tensor, mesh, placements, src_data_rank=None).to_local()
 
 
 def gather(part: Tensor, parameter: Tensor) -> Tensor:
-    """The whole of a tensor that :func:`shard` cut; every process has to take part."""
+    """Return the whole tensor of which :func:`shard` made parts; a collective operation."""
     if not isinstance(parameter, DTensor):
         return part
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -41,7 +52,7 @@ def gather(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def reduce_(sums: Tensor, parameter: Tensor) -> Tensor:
-    """Add up, in place, what each process summed over its part of a parameter."""
+    """Sum in place, over all processes, what each computed from its part of a parameter."""
     if isinstance(parameter, DTensor):
         for dimension, placement in enumerate(parameter.placements):
             if placement.is_shard():
@@ -50,14 +61,14 @@ def reduce_(sums: Tensor, parameter: Tensor) -> Tensor:
 
 
 def processes() -> tuple[int, int]:
-    """This process's rank, and how many there are."""
+    """Return this process's rank, and the number of processes."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def stack(tensor: Tensor) -> Tensor:
-    """What every process has of its own, one behind the other."""
+    """Return the tensors of all processes along a new first dimension."""
     _, world = processes()
     if world == 1:
         return tensor[None]
@@ -67,6 +78,14 @@ def stack(tensor: Tensor) -> Tensor:
 
 
 def unstack(parts: Tensor) -> Tensor | None:
-    """This process's part of what :func:`stack` gathered, if there were as many processes."""
+    """Return this process's entry of a stack, or None if it is of another number of processes."""
     rank, world = processes()
     return parts[rank] if len(parts) == world else None
+
+
+def shared_seed() -> int:
+    """Return the seed of the first process's random numbers; a collective operation."""
+    seeds = [torch.initial_seed()]
+    if processes()[1] > 1:
+        dist.broadcast_object_list(seeds, src=0)
+    return seeds[0]

@@ -32,7 +32,8 @@ from fitsmall.compressors.lowrank import (
     matrix,
     price_of,
 )
-from fitsmall.compressors.surgery.factors import factorize, places, unit_costs
+from fitsmall.compressors.surgery.factorable import places, unit_costs
+from fitsmall.compressors.surgery.factors import factorize
 from fitsmall.experiments.cli.bench import median_seconds
 from fitsmall.experiments.models.networks import ResNet, ResNet18
 from fitsmall.experiments.models.operations import operation_counter

@@ -33,7 +33,8 @@ from fitsmall.compressors.responses import (
     smallest,
     whitened,
 )
-from fitsmall.compressors.surgery.factors import Factored, forms
+from fitsmall.compressors.surgery.factorable import forms
+from fitsmall.compressors.surgery.factors import Factored
 from fitsmall.experiments.run.plot_style import GRID, set_title, style_axes
 
 __all__ = ["LayerResponses", "rank_table", "record_responses"]

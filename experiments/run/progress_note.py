@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from fitsmall.callbacks import Method
+from fitsmall.compressors.training import Stage
 from fitsmall.experiments.run.folder import write_json
 
 __all__ = ["ProgressNote"]
@@ -39,7 +39,7 @@ class ProgressNote(pl.Callback):
         self.write_time = now
         step, steps = trainer.global_step, trainer.estimated_stepping_batches
         seconds_per_step = (now - self.start_time) / max(1, step - self.start_step)
-        compresses = any(isinstance(callback, Method) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        compresses = any(isinstance(callback, Stage) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         note = {
             "phase": "compressing" if compresses else "training",
             "step": step,

@@ -1,40 +1,39 @@
-"""Learning-compression: training pulls weights towards their projection, ever more strongly."""
+"""Learning-compression: training pulls weights towards their projection, more and more strongly."""
 
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from fitsmall.callbacks.method import Method
 from fitsmall.compressors.allocation import Lazy
 from fitsmall.compressors.projections import Projection
 from fitsmall.compressors.schedules import Exponential, Schedule
 from fitsmall.compressors.select import match
 from fitsmall.compressors.training.sharding import gather, shard
+from fitsmall.compressors.training.stage import Stage
 
 __all__ = ["LearningCompression", "Proximal"]
 
 
-class Proximal(Method):
+class Proximal(Stage):
     r"""Minimise the loss subject to ``w = projection(w)``, by the LC algorithm.
 
     Carreira-Perpinan and Idelbayev (2017, 2018). The augmented Lagrangian of
-    ``min L(w) subject to w = P(w)`` is met in turns. In every optimizer step the loss moves the
-    weights, and a proximal step pulls them back,
+    ``min L(w) subject to w = P(w)`` is minimised by alternation. In every optimizer step the loss
+    moves the weights, and a proximal step pulls them back,
 
         w <- (1 - rho) w + rho (P + l / mu),     rho = eta mu / (1 + eta mu),
 
-    and every ``every`` steps come the projection and the multipliers,
+    and every ``every`` steps the projection and the multipliers are updated,
 
         P <- projection(w - l / mu),     l <- l - mu (w - P).
 
     ``rho``, the strength of the pull, grows from almost 0 to 1 through the window. From its end on
-    weights are projected after every step, which takes time with projections that search. The pull
-    is a step of its own, behind the optimizer's: as a penalty in the loss it would be clipped with
-    the gradients, and diverge where ``mu`` is large.
+    weights are projected after every step, which is slow for projections that search. The pull is a
+    step of its own, after the optimizer's: a penalty in the loss would be clipped with the
+    gradients, and would diverge for large ``mu``.
 
     Args:
         schedule: ``rho`` as a function of progress through the window; 1 at its end.
@@ -47,7 +46,7 @@ class Proximal(Method):
         exclude: Patterns of parameter names to leave out.
     """
 
-    times = 50
+    num_updates = 50
 
     def __init__(
         self,
@@ -65,28 +64,25 @@ class Proximal(Method):
         self.reset()
 
     @property
-    def straight_through(self) -> bool:
-        return False
-
-    @property
-    def manner(self) -> str:
+    def coupling(self) -> str:
         return "proximal"
 
     def strength(self, progress: float) -> float:
         return 1.0 if progress >= 1 else self.schedule(progress)
 
     def reset(self) -> None:
-        # The targets ``P + l / mu``, and ``l / mu``; of this process's part of a weight.
+        # ``P + l / mu``, ``l / mu`` and ``eta mu``; tensors are this process's part of a weight.
         self.targets: dict[str, Tensor] = {}
         self.multipliers: dict[str, Tensor] = {}
         self.penalty = 0.0
 
-    def holds(self, name: str) -> bool:
+    def has_choice(self, name: str) -> bool:
         return name in self.targets or math.isinf(self.penalty)
 
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
-        penalty = strength / (1 - strength) if strength < 1 else math.inf  # eta mu
-        ratio, self.penalty = self.penalty / penalty, penalty
+        penalty = strength / (1 - strength) if strength < 1 else math.inf
+        ratio = self.penalty / penalty if penalty else 0.0
+        self.penalty = penalty
         parameters = self.selection.chosen
 
         def shifted(name: str) -> Tensor:
@@ -95,7 +91,7 @@ class Proximal(Method):
                 return weights[name]
             return weights[name] - ratio * gather(scaled, parameters[name])
 
-        self.prepare(Lazy(weights, shifted))
+        self.choose_projections(Lazy(weights, shifted))
         if math.isinf(penalty):
             self.targets, self.multipliers = {}, {}
             return
@@ -106,12 +102,12 @@ class Proximal(Method):
             self.multipliers[name] = shard(multiplier, parameters[name])
             self.targets[name] = shard(projected + multiplier, parameters[name])
 
-    def prepare(self, weights: Mapping[str, Tensor]) -> None:
-        """Choose anew what :meth:`nearest` depends on, from all weights together."""
+    def choose_projections(self, weights: Mapping[str, Tensor]) -> None:
+        """Choose what :meth:`nearest` depends on, such as ranks, from all weights together."""
 
     @abstractmethod
     def nearest(self, name: str, weight: Tensor) -> Tensor:
-        """The projection of a weight."""
+        """Return the projection of a weight."""
 
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
         if math.isinf(self.penalty):
@@ -122,17 +118,18 @@ class Proximal(Method):
             except ValueError:
                 if whole.isfinite().all():
                     raise
-                return  # training diverged, which is said at its end
+                return  # training diverged; a warning follows at its end
             weight.copy_(shard(projected, parameter))
         elif name in self.targets:
             weight.lerp_(self.targets[name], strength)
 
     def choices(self) -> dict[str, Any]:
-        chosen = self.selection.chosen
         return {
             "penalty": self.penalty,
             **{
-                kind: {name: gather(tensor, chosen[name]) for name, tensor in tensors.items()}
+                kind: {
+                    name: gather(tensor, self.parameters[name]) for name, tensor in tensors.items()
+                }
                 for kind, tensors in (("targets", self.targets), ("multipliers", self.multipliers))
             },
         }
@@ -154,21 +151,22 @@ class LearningCompression(Proximal):
     """Pull weights to any projection, by the LC algorithm: see :class:`Proximal`.
 
     Args:
-        projection: One for all selected parameters, as ``TopK(0.9) | KMeans(16)``, or projections
-            by pattern; parameters that no pattern matches are left out.
+        projection: One projection for all selected parameters, such as ``TopK(0.9) | KMeans(16)``,
+            or projections by pattern of parameter names; parameters without one are left out.
         schedule: ``rho`` as a function of progress through the window; 1 at its end.
         start: Fraction of training at which the pull begins.
         stop: Fraction of training at which weights become their projection.
         start_step: The same in optimizer steps, instead of ``start``.
         stop_step: The same in optimizer steps, instead of ``stop``.
-        every: Steps between projections; by default 50 are spread over the window.
+        every: Steps between projections; by default the window has 50.
         include: Patterns of parameter names that replace the default, the weights of Linear,
             Conv, Embedding and attention layers.
         exclude: Patterns of parameter names to leave out.
 
     Example:
-        >>> from fitsmall.callbacks import Plan
+        >>> from torch import nn
         >>> from fitsmall.compressors import TopK
+        >>> from fitsmall.compressors.training import Plan
         >>> print(Plan([LearningCompression(TopK(0.9))], nn.Linear(20, 10), horizon=1000))
         Compression plan
           LearningCompression: TopK(sparsity=0.9), proximal, steps 0 to 1,000
@@ -176,7 +174,7 @@ class LearningCompression(Proximal):
           left out (not the weight of a Linear, Conv, Embedding or attention layer): bias
     """
 
-    place = 0
+    order = 0
 
     def __init__(
         self,
@@ -196,9 +194,9 @@ class LearningCompression(Proximal):
             isinstance(own, Projection) for own in by_pattern.values()
         )
         if not by_pattern or not known:
-            raise MisconfigurationException(
-                "LearningCompression: a projection is TopK(0.9), KMeans(16) or another of "
-                f"fitsmall.compressors, or several by pattern, and got {projection!r}"
+            raise ValueError(
+                "LearningCompression: projection is a Projection of fitsmall.compressors, such as "
+                f"TopK(0.9), or a mapping from patterns to projections, and got {projection!r}"
             )
         self.by_pattern = dict(by_pattern)
         self.projections: dict[str, Projection] = {}

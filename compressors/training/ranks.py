@@ -1,24 +1,19 @@
-"""Rank learning: training finds how many dimensions each layer needs, and ends in real factors."""
+"""Rank learning: training finds the rank of each layer, and replaces the layer by two factors."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from fitsmall.callbacks.plan import gradient_scale
-from fitsmall.callbacks.proximal import Proximal
 from fitsmall.compressors.lowrank import (
     DENSE,
-    Metric,
+    LossMetric,
     Options,
     Rank,
     Spectrum,
@@ -27,26 +22,21 @@ from fitsmall.compressors.lowrank import (
     matrix,
     price_of,
 )
-from fitsmall.compressors.quantize import detach_quantizer
 from fitsmall.compressors.schedules import Schedule
 from fitsmall.compressors.select import Selection, select
-from fitsmall.compressors.surgery.factors import (
-    Factored,
-    attach_factors,
-    factorable,
-    forms,
-    is_factor,
-    places,
-    replace_layer,
-    split,
-    unit_costs,
-)
-from fitsmall.compressors.training.optimizers import decay_, transplant_
-from fitsmall.compressors.training.sharding import gather
+from fitsmall.compressors.surgery.factorable import factorable, forms, places, unit_costs
+from fitsmall.compressors.surgery.factors import Factored, Factorization, is_factor
+from fitsmall.compressors.surgery.protocol import Surgery
+from fitsmall.compressors.torch_internals import require
+from fitsmall.compressors.training.messages import inform, warn
+from fitsmall.compressors.training.product_decay import decay_products_
+from fitsmall.compressors.training.proximal import Proximal
+from fitsmall.compressors.training.sharding import gather, processes
+from fitsmall.compressors.training.stage import Stage
 
 __all__ = ["RankLearning"]
 
-# Gradients that are looked at between two choices.
+# Number of gradients that are observed between two choices of ranks.
 _SAMPLES = 10
 
 # Layers whose multiply-adds are counted.
@@ -54,44 +44,45 @@ _COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class RankLearning(Proximal):
-    r"""Find the rank of every layer during training, and make two smaller layers of it.
+    r"""Learn the rank of every layer during training, and replace the layer by two smaller ones.
 
     Idelbayev and Carreira-Perpinan, "Low-rank compression of neural nets: learning the rank of each
-    layer" (CVPR 2020), inside of one training. From ``start`` to ``stop`` weights are pulled to
-    their best approximations of low rank, ever more strongly, as
-    :class:`~fitsmall.callbacks.proximal.Proximal` does it. Ranks are chosen anew every time: with
+    layer" (CVPR 2020), within one training. From ``start`` to ``stop`` weights are pulled towards
+    their best approximations of low rank, more and more strongly, see
+    :class:`~fitsmall.compressors.training.Proximal`. At every choice the ranks are found again from
     the singular values of all layers,
 
         min over ranks  price C(r) + sum over layers of ||W - W_r||^2,
 
-    where the price is the one that meets the budget, and the norm the one in which a change of a
-    weight counts by what it does to the loss, see :class:`~fitsmall.compressors.lowrank.Metric`.
+    where the price is the one that meets the budget, and the norm measures by how much a change of
+    the weight raises the loss, see :class:`~fitsmall.compressors.lowrank.LossMetric`.
 
-    At ``stop`` each layer that is cheaper that way becomes two, ``reduce`` and ``expand``, which
-    train on as any layers do: the optimizer goes on with the moments that it had, and weight decay
-    acts on their product. A layer that is cheaper as it is stays. Convolutions are matrices in two
-    forms, see :mod:`fitsmall.compressors.lowrank`, and the cheaper one is taken.
+    At ``stop`` each layer for which that is cheaper is replaced by two, ``reduce`` and ``expand``.
+    These train like any other layers: the optimizer continues with their share of its moments, and
+    weight decay acts on their product. The other layers stay. A convolution is a matrix in one of
+    two forms, see :mod:`fitsmall.compressors.lowrank`; the better one is chosen.
 
-    List it before other methods: what begins at its ``stop`` or later acts on the factors.
+    List it before other methods. Those that begin at its ``stop`` or later act on the factors.
 
     Args:
-        keep_flops: Fraction of the multiply-adds of all Linear and convolution layers that is left.
-        keep_size: Fraction of the module's parameters that is left.
-        price: Instead of a budget: the error, as a fraction of ``sum of ||W||^2``, that is worth
-            all of the cost.
-        cost: What a price is for, ``"size"`` or ``"flops"``.
+        keep_flops: Budget: fraction of the multiply-adds of all Linear and convolution layers.
+        keep_size: Budget: fraction of the module's parameters.
+        price: Price of the whole cost, instead of a budget: an error as a fraction of
+            ``sum of ||W||^2``.
+        cost: Cost that the price is paid for, ``"size"`` or ``"flops"``.
         schedule: Strength of the pull as a function of progress through the window.
         start: Fraction of training at which the pull begins.
-        stop: Fraction of training at which layers become two.
+        stop: Fraction of training at which layers are replaced.
         start_step: The same in optimizer steps, instead of ``start``.
         stop_step: The same in optimizer steps, instead of ``stop``.
-        every: Steps between choices of ranks; by default 50 are spread over the window.
+        every: Steps between choices of ranks; by default the window has 50.
         include: Patterns of parameter names that replace the default, the weights of Linear
             layers and convolutions without groups.
         exclude: Patterns of parameter names to leave out.
 
     Example:
-        >>> from fitsmall.callbacks import Plan
+        >>> from torch import nn
+        >>> from fitsmall.compressors.training import Plan
         >>> net = nn.Sequential(nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 10))
         >>> print(Plan([RankLearning(keep_size=0.3)], net, horizon=1000))
         Compression plan
@@ -100,7 +91,7 @@ class RankLearning(Proximal):
           left out (not the weight of a Linear, Conv, Embedding or attention layer): 0.bias, 2.bias
     """
 
-    place = -1
+    order = -1
 
     def __init__(
         self,
@@ -121,21 +112,17 @@ class RankLearning(Proximal):
         choices = {"keep_flops": keep_flops, "keep_size": keep_size, "price": price}
         given = {name: value for name, value in choices.items() if value is not None}
         if len(given) != 1:
-            raise MisconfigurationException(
+            raise ValueError(
                 "RankLearning: give one of keep_flops, keep_size and price, and got "
                 f"{', '.join(given) or 'none'}; keep_flops=0.5 leaves half of the multiply-adds"
             )
         ((name, value),) = given.items()
         if name == "price" and not (value > 0 and math.isfinite(value)):
-            raise MisconfigurationException(f"RankLearning: a price is above 0, got {value}")
+            raise ValueError(f"RankLearning: a price is above 0, got {value}")
         if name != "price" and not 0 < value < 1:
-            raise MisconfigurationException(
-                f"RankLearning: {name} is a fraction in (0, 1), got {value}"
-            )
+            raise ValueError(f"RankLearning: {name} is a fraction in (0, 1), got {value}")
         if cost not in ("size", "flops"):
-            raise MisconfigurationException(
-                f"RankLearning: unknown cost {cost!r}, choose size or flops"
-            )
+            raise ValueError(f"RankLearning: unknown cost {cost!r}, choose size or flops")
         self.keep = None if name == "price" else value
         self.price = price
         self.cost = cost if name == "price" else name.removeprefix("keep_")
@@ -155,7 +142,7 @@ class RankLearning(Proximal):
         found = {f"rank/{name}": float(rank.rank or 0) for name, rank in self.ranks.items()}
         return found | self.left
 
-    # What has a rank.
+    # Selection.
 
     def attach(self, module: nn.Module) -> None:
         selection = select(module, self.include, self.exclude)
@@ -165,11 +152,12 @@ class RankLearning(Proximal):
             self.selection = Selection({}, {**selection.skipped, **others, **factors})
         else:
             self.selection = factorable(module, selection)
+        self.parameters = dict(module.named_parameters())
         self.layers = {
             name: layer for name, layer in module.named_modules() if isinstance(layer, _COUNTED)
         }
         self.pairs = [layer for layer in module.modules() if isinstance(layer, Factored)]
-        self.parameters = sum(parameter.numel() for parameter in module.parameters())
+        self.num_parameters = sum(parameter.numel() for parameter in module.parameters())
 
     def hook(self) -> None:
         if self.chosen_at is None:
@@ -189,33 +177,31 @@ class RankLearning(Proximal):
         self.left: dict[str, float] = {}
         # Averages of ``G G^T`` and ``G^T G``, with ``G`` the gradient of a weight.
         self.grams: dict[str, tuple[Tensor, Tensor]] = {}
-        self._metrics: dict[str, Metric] = {}
-        # By layer: places at which it computes outputs, and at which the first layer of a
-        # separable pair would.
+        self._metrics: dict[str, LossMetric] = {}
+        # By layer: positions at which it computes outputs, and at which the first layer of a
+        # separable pair would, summed over forward passes.
         self.positions: dict[str, tuple[float, float]] = {}
 
     # Ranks.
 
-    def holds(self, name: str) -> bool:
+    def has_choice(self, name: str) -> bool:
         return name in self.ranks
 
     @property
-    def settled(self) -> bool:
+    def is_final(self) -> bool:
         """Whether ranks are final."""
-        chosen, span = self.chosen_at, self.span
-        return chosen is not None and span is not None and chosen >= span[1]
+        return self.chosen_at is not None and self.chosen_at >= self.window.last
 
     @property
-    def observes(self) -> bool:
-        return not self.settled
+    def needs_gradients(self) -> bool:
+        return not self.is_final
 
     def observe(
         self, name: str, weight: Tensor, gradient: Tensor | None, state: Mapping[str, Any]
     ) -> None:
-        assert self.plan is not None
-        first, last = self.plan.windows[self]
-        between = max(1, (self.every or (last - first) // self.times) // _SAMPLES)
-        if gradient is None or (name in self.grams and self.plan.step % between):
+        first, last = self.window
+        between = max(1, (self.every or (last - first) // self.num_updates) // _SAMPLES)
+        if gradient is None or (name in self.grams and self.clock.steps % between):
             return
         whole = gather(gradient, self.selection.chosen[name]).float()
         rows, columns = whole.flatten(1), whole.transpose(0, 1).flatten(1)
@@ -225,13 +211,15 @@ class RankLearning(Proximal):
         for average, gram in zip(self.grams[name], grams, strict=True):
             average.lerp_(gram, 1 / _SAMPLES)
 
-    def ready(self, name: str) -> bool:
+    def is_ready(self, name: str) -> bool:
         return name in self.grams
 
-    def prepare(self, weights: Mapping[str, Tensor]) -> None:
+    def choose_projections(self, weights: Mapping[str, Tensor]) -> None:
+        if self._meters:
+            self._add_up_positions()
         self.unhook()
         self._metrics = {}
-        ready = [name for name in weights if self.ready(name)]
+        ready = [name for name in weights if self.is_ready(name)]
         options = {
             name: Options(
                 {
@@ -246,6 +234,20 @@ class RankLearning(Proximal):
         self.ranks = choose_ranks(options, self._price(options))
         self.left = {kind: self._left(kind) for kind in ("size", "flops")}
 
+    def _add_up_positions(self) -> None:
+        """Add up the positions that all processes have counted, so that all choose alike."""
+        if processes()[1] == 1:
+            return
+        device = next(iter(self.parameters.values())).device
+        counts = [self.positions.get(name, (0.0, 0.0)) for name in self.layers]
+        totals = torch.tensor(counts, dtype=torch.float32, device=device)
+        dist.all_reduce(totals)
+        self.positions.update(
+            (name, (after, between))
+            for name, (after, between) in zip(self.layers, totals.tolist(), strict=True)
+            if after
+        )
+
     def nearest(self, name: str, weight: Tensor) -> Tensor:
         form, rank = self.ranks.get(name, DENSE)
         if rank is None:
@@ -258,17 +260,17 @@ class RankLearning(Proximal):
         if self.ranks.get(name, DENSE).rank is not None:  # dense ones are not pulled
             super().project_(name, weight, strength)
 
-    def _metric(self, name: str) -> Metric:
+    def _metric(self, name: str) -> LossMetric:
         if name not in self._metrics:
-            self._metrics[name] = Metric(*self.grams[name])
+            self._metrics[name] = LossMetric(*self.grams[name])
         return self._metrics[name]
 
     def _price(self, options: Mapping[str, Options]) -> float:
         total = self._total(self.cost)
         if not total:
-            raise MisconfigurationException(
-                "RankLearning: no Linear or convolution layer was seen at work, and multiply-adds "
-                "are unknown: give keep_size instead of keep_flops"
+            raise ValueError(
+                "RankLearning: no Linear or convolution layer was called in training, and "
+                "multiply-adds are unknown: give keep_size instead of keep_flops"
             )
         if self.price is not None:
             return self.price * sum(mine.norm for mine in options.values()) / total
@@ -278,7 +280,7 @@ class RankLearning(Proximal):
             return price_of(options, self.keep * total - others)
         except ValueError as error:
             least = (others + sum(mine.least for mine in options.values())) / total
-            raise MisconfigurationException(
+            raise ValueError(
                 f"RankLearning: keep_{self.cost}={self.keep:g} cannot be reached, since a rank of "
                 f"1 in every layer leaves {least:.3f}: ask for more than that, or act on more "
                 "layers"
@@ -291,17 +293,17 @@ class RankLearning(Proximal):
         return (1.0, 1.0) if kind == "size" else self.positions.get(name, (0.0, 0.0))
 
     def _dense(self, name: str, kind: str) -> float:
-        """Cost of a layer as it is."""
+        """Return the cost of a layer as it is."""
         after, _ = self._places(name.rpartition(".")[0], kind)
         return float(after * self._layer(name).weight.numel())
 
     def _units(self, name: str, kind: str) -> dict[str, float]:
-        """Cost of a rank of a layer, by form."""
+        """Return the cost of one rank of a layer, by form."""
         return unit_costs(self._layer(name), *self._places(name.rpartition(".")[0], kind))
 
     def _total(self, kind: str) -> float:
         if kind == "size":
-            return self.parameters
+            return self.num_parameters
         return float(
             sum(
                 after * self.layers[name].weight.numel()
@@ -320,106 +322,69 @@ class RankLearning(Proximal):
 
     # Factors.
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging) and stage == "fit":
-                raise MisconfigurationException(
-                    f"{type(callback).__name__} averages a network that RankLearning is about to "
-                    "rebuild: average in a training of its own, behind this one"
+    def check(self, others: Sequence[Stage]) -> None:
+        require("RankLearning")
+        end = self.window.last
+        for other in others:
+            shared = self.selection.chosen.keys() & other.selection.chosen.keys()
+            if other is not self and shared and other.window.first < end:
+                raise ValueError(
+                    f"{type(other).__name__} begins at step {other.window.first:,} with "
+                    f"{min(shared)}, which RankLearning replaces by two factors at step {end:,}: "
+                    f"let it begin then, with start_step={end}, or leave the weight out of one of "
+                    "them"
                 )
 
-    def before_reading(self, module: nn.Module, state: dict[str, Any]) -> None:
-        attach_factors(module, state)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        assert self.plan is not None
-        end = self.plan.windows[self][1]
-        for method, (first, _) in self.plan.windows.items():
-            shared = self.selection.chosen.keys() & method.selection.chosen.keys()
-            if method is not self and shared and first < end:
-                raise MisconfigurationException(
-                    f"{type(method).__name__} begins at step {first:,} with {min(shared)}, which "
-                    f"RankLearning replaces by two factors at step {end:,}: let it begin then, "
-                    f"with start_step={end}, or leave the weight out of one of them"
-                )
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    def before_update(
+        self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], gradient_scale: float
     ) -> None:
-        super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self.done:
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            decay_(optimizer, self.pairs, gradient_scale(optimizer, scaler))
+            decay_products_(optimizer, self.pairs, gradient_scale)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
-        if self.settled and not self.done:
-            self._factorize(trainer, pl_module)
+    @property
+    def replaces_layers(self) -> bool:
+        return True
 
-    def _factorize(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Make two layers of each that has a rank, and let all that holds its weight hold them."""
-        assert self.plan is not None
-        chosen = self.selection.chosen
-        made = ", ".join(f"{name} {rank}" for name, rank in self.ranks.items())
-        left = (
-            f"with {self.left['size']:.1%} of the parameters and {self.left['flops']:.1%} of the "
-            f"multiply-adds left: {made}"
-        )
-        if any(isinstance(parameter, DTensor) for parameter in chosen.values()):
-            if self.plan.clock == self.chosen_at:
-                rank_zero_info(
-                    "RankLearning: sharded weights have their ranks, and keep their shapes as long "
-                    "as this training goes on; the file of CompressedCheckpoint will hold two "
-                    f"layers for each, and restore() makes them, {left}"
-                )
-            return
+    def surgery(self) -> Surgery | None:
+        if not self.is_final or self.done:
+            return None
+        return Factorization(self.ranks)
+
+    @property
+    def surgery_waits(self) -> bool:
+        # A sharded weight cannot be replaced: each process has only a part of it.
+        return any(isinstance(parameter, DTensor) for parameter in self.selection.chosen.values())
+
+    def operated(self, complete: Mapping[str, bool]) -> None:
         self.done = True
-        for name, rank in self.ranks.items():
-            if rank.rank is None:
-                continue
-            weight = chosen[name]
-            detach_quantizer(self._layer(name))
-            pair = replace_layer(module, name, rank)
-            for optimizer in trainer.optimizers:
-                if not transplant_(optimizer, weight, rank.form, pair):
-                    rank_zero_warn(
-                        f"RankLearning: what {type(optimizer).__name__} knew of {name} is of no "
-                        "kind that its factors could take over: it begins anew with them"
-                    )
-        self.plan.reselect()
-        if isinstance(trainer.strategy, DDPStrategy):
-            trainer.strategy.model = trainer.strategy._setup_model(module)
-            trainer.strategy._register_ddp_hooks()
-        rank_zero_info(f"RankLearning: layers became two at step {self.plan.step:,}, {left}")
+        lost = [name for name, whole in complete.items() if not whole]
+        if lost:
+            warn(
+                f"RankLearning: the optimizer's state of {', '.join(lost)} is of a kind that "
+                "cannot be carried over to factors: the optimizer starts without a state for these"
+            )
+        inform(f"RankLearning: layers became two at step {self.clock.steps:,}, {self._summary()}")
         if ones := [name for name, rank in self.ranks.items() if rank.rank == 1]:
-            rank_zero_warn(
+            warn(
                 f"RankLearning: {', '.join(ones)} keep a rank of 1, the lowest: lower the price, "
                 "raise the budget, or leave them out with exclude=[...]"
             )
 
-    def stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        # What is not sharded became two layers in training.
-        whole = {
-            name.removesuffix(".weight"): self.ranks[name]
-            for name in self.selection.chosen
-            if self.settled and self.ranks[name].rank is not None
-        }
-        found: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
-            path, _, kind = name.rpartition(".")
-            if path not in whole:
-                found[name] = tensor
-            elif kind == "weight":
-                pair = split(self.layers[path], tensor, whole[path])
-                found[f"{path}.reduce.weight"] = pair.reduce.weight.detach()
-                found[f"{path}.expand.weight"] = pair.expand.weight.detach()
-            else:
-                found[f"{path}.expand.{kind}"] = tensor
-        return found
+    def finish(self) -> list[str]:
+        if self.surgery() and self.surgery_waits:
+            inform(
+                "RankLearning: sharded weights are projected to their ranks and keep their shapes "
+                "in this training; the file of CompressedCheckpoint holds two layers for each, "
+                f"which restore() creates, {self._summary()}"
+            )
+        return []
+
+    def _summary(self) -> str:
+        made = ", ".join(f"{name} {rank}" for name, rank in self.ranks.items())
+        return (
+            f"with {self.left['size']:.1%} of the parameters and {self.left['flops']:.1%} of the "
+            f"multiply-adds left: {made}"
+        )
 
     def choices(self) -> dict[str, Any]:
         ranks = {name: [rank.form, rank.rank] for name, rank in self.ranks.items()}
@@ -433,10 +398,7 @@ class RankLearning(Proximal):
         self.ranks = {name: Rank(form, rank) for name, (form, rank) in choices["ranks"].items()}
         self.positions = {name: (a, b) for name, (a, b) in choices["positions"].items()}
         self.left, self.done = choices["left"], choices["done"]
-        if self.done:
-            assert self.plan is not None
-            self.plan.select()
-        else:
+        if not self.done:
             super().load_choices(choices, module)
             devices = {name: parameter.device for name, parameter in module.named_parameters()}
             self.grams = {
@@ -446,7 +408,7 @@ class RankLearning(Proximal):
 
 
 class _Meter:
-    """Counts the places at which a layer computes outputs while it trains."""
+    """A hook that counts the positions at which a layer computes outputs in training."""
 
     def __init__(self, positions: dict[str, tuple[float, float]], name: str) -> None:
         self.positions, self.name = positions, name

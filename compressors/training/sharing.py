@@ -1,28 +1,27 @@
-"""Weight sharing: few distinct values per tensor, trained while training goes on."""
+"""Weight sharing: few distinct values per tensor, trained by their gradients."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from fitsmall.callbacks.method import Method
 from fitsmall.compressors.cluster import KMeans, assign, linear
 from fitsmall.compressors.schedules import LinearRamp, Schedule
 from fitsmall.compressors.select import match
 from fitsmall.compressors.training.centroids import move_, precision, sums
 from fitsmall.compressors.training.sharding import gather, local, reduce_, shard
+from fitsmall.compressors.training.stage import Stage
 
 __all__ = ["WeightSharing"]
 
-# Index of a weight that is zero, and in no cluster.
+# Index of a weight that is zero and in no cluster.
 _ZERO = -1
-# Weights that are assigned at a time.
+# Weights assigned to clusters at a time.
 _BLOCK = 2**20
 
 
-class WeightSharing(Method):
+class WeightSharing(Stage):
     r"""Let the non-zero weights of each tensor share ``k`` values, trained by their gradients.
 
     Deep Compression's trained quantization (Han et al., 2016). Every weight keeps a latent value
@@ -35,35 +34,35 @@ class WeightSharing(Method):
 
     Weights move to their centroids gradually, ``w = u + s (c - u)`` with the strength ``s`` on the
     schedule, full at the end of the window; ``schedule=OneShot()`` clusters at once, as the paper
-    does, from which a LeNet-300-100 on MNIST recovers as well. Every ``every`` steps of the window
-    the latents are assigned anew. Zeros stay zero and are no cluster, so pruning comes first. First
-    and last layers share too, as in the paper, which uses 32 to 256 clusters;
+    does; a LeNet-300-100 on MNIST recovers from that as well. Every ``every`` steps of the window
+    the latents are assigned again. Zeros stay zero and are no cluster, so pruning comes first.
+    First and last layers share too, as in the paper, which uses 32 to 256 clusters;
     ``overrides={"conv1": 64}`` gives a layer its own number.
 
     Args:
-        clusters: Number ``k`` of distinct non-zero values per tensor; any number, not only powers
-            of two, since the file's coding makes bits fractional.
+        clusters: Number ``k`` of distinct non-zero values per tensor; it need not be a power of
+            two, since the file codes indexes with fractions of bits.
         init: ``"linear"``: the first centroids are evenly spaced over the weights' range, the
-            paper's choice, which serves the few large weights; later assignments start from the
-            trained centroids. ``"optimal"``: exact k-means of the latents at every assignment.
+            paper's choice, which is good for the few large weights; later assignments start from
+            the trained centroids. ``"optimal"``: exact k-means of the latents at every assignment.
         codebook_dtype: Float type that centroids are rounded to, as in
             :class:`~fitsmall.compressors.KMeans`.
-        schedule: Strength as a function of progress through the window; ``OneShot()`` clusters
-            at once.
+        schedule: Strength as a function of progress through the window.
         start: Fraction of training after which sharing begins.
         stop: Fraction of training after which weights equal their centroids and assignments stay
             fixed, while centroids go on training.
         start_step: The same in optimizer steps, instead of ``start``.
         stop_step: The same in optimizer steps, instead of ``stop``.
-        every: Steps between assignments; by default 100 are spread over the window.
+        every: Steps between assignments; by default the window has 100.
         include: Patterns of parameter names that replace the default, the weights of Linear,
             Conv, Embedding and attention layers. ``include="*.bias"`` in a second instance shares
             the biases too.
         exclude: Patterns of parameter names to leave out.
-        overrides: Number of clusters for parameters by pattern.
+        overrides: Numbers of clusters by pattern of parameter names.
 
     Example:
-        >>> from fitsmall.callbacks import GradualPruning, Plan
+        >>> from torch import nn
+        >>> from fitsmall.compressors.training import GradualPruning, Plan
         >>> net = nn.Sequential(nn.Linear(20, 10))
         >>> print(Plan([GradualPruning(0.9), WeightSharing(8)], net, horizon=1000))
         Compression plan
@@ -74,7 +73,7 @@ class WeightSharing(Method):
           left out (not the weight of a Linear, Conv, Embedding or attention layer): 0.bias
     """
 
-    place = 1
+    order = 1
 
     def __init__(
         self,
@@ -93,14 +92,12 @@ class WeightSharing(Method):
     ) -> None:
         super().__init__(start, stop, start_step, stop_step, every, include, exclude)
         if init not in ("linear", "optimal"):
-            raise MisconfigurationException(
-                f"WeightSharing: unknown init {init!r}, choose linear or optimal"
-            )
+            raise ValueError(f"WeightSharing: unknown init {init!r}, choose linear or optimal")
         self.clusters, self.init, self.codebook_dtype = clusters, init, codebook_dtype
         self.schedule = self._schedule(schedule, LinearRamp())
         self.overrides = self._overrides(overrides)
         for count in (clusters, *self.overrides.values()):
-            KMeans(count, codebook_dtype)  # raises for what no codebook can be
+            KMeans(count, codebook_dtype)  # checks both
         self.clusterings: dict[str, dict[str, Tensor]] = {}
 
     def describe(self) -> str:
@@ -125,7 +122,7 @@ class WeightSharing(Method):
     def reset(self) -> None:
         self.clusterings = {}
 
-    def holds(self, name: str) -> bool:
+    def has_choice(self, name: str) -> bool:
         return name in self.clusterings
 
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
@@ -148,12 +145,12 @@ class WeightSharing(Method):
                 nearest = assign(block, codebook).masked_fill_(block == 0, _ZERO)
                 counts += torch.bincount(nearest - _ZERO, minlength=1 + len(codebook))[1:]
                 clusters.copy_(nearest)
-            exact = precision(flat.device)
+            dtype = precision(flat.device)
             self.clusterings[name] = {
                 **self._layout(name, index),
-                # A cluster that lost its last weight stays where it was.
-                "rest": torch.where(counts > 0, 0, codebook).to(exact),
-                "counts": counts.clamp_min(1).to(exact),
+                # The centroid of an empty cluster stays where it is: its mean is rest / 1.
+                "rest": torch.where(counts > 0, 0, codebook).to(dtype),
+                "counts": counts.clamp_min(1).to(dtype),
                 "codebook": codebook,
             }
 
@@ -182,13 +179,13 @@ class WeightSharing(Method):
             self.clusterings[name] = clustering | self._layout(name, clustering["index"])
 
     def _project_(self, name: str, weight: Tensor, strength: float) -> Tensor:
-        """Move weights to the means of their clusters, which are returned."""
+        """Move weights towards the means of their clusters, and return these means."""
         clustering = self.clusterings[name]
         positions, index = clustering["positions"], clustering["index"]
         flat = weight.contiguous().view(-1)
         totals = sums(flat, positions, index, len(clustering["counts"]))
-        shared = reduce_(totals, self.selection.chosen[name])
-        means = torch.addcdiv(clustering["rest"], shared, clustering["counts"])
+        totals = reduce_(totals, self.selection.chosen[name])
+        means = torch.addcdiv(clustering["rest"], totals, clustering["counts"])
         codebook = means.to(getattr(torch, self.codebook_dtype)).to(weight.dtype)
         move_(flat, positions, index, codebook, strength)
         if not weight.is_contiguous():
@@ -196,21 +193,25 @@ class WeightSharing(Method):
         return codebook
 
     def _layout(self, name: str, index: Tensor) -> dict[str, Tensor]:
-        """This process's part of a whole index: positions that are in a cluster, and which; no
-        positions where all are."""
-        parameter = self.selection.chosen[name]
+        """Return this process's part of a whole index.
+
+        Returns:
+            ``positions`` of the weights that are in a cluster, empty if all are; and ``index``, the
+            cluster of each of them.
+        """
+        parameter = self.parameters[name]
         part = shard(index.view(parameter.shape), parameter)
         flat = part.flatten()
-        narrow = torch.uint8 if int(index.max()) < 256 else torch.int16
-        short = torch.int32 if flat.numel() < 2**31 else torch.int64
+        cluster = torch.uint8 if int(index.max()) < 256 else torch.int16
+        position = torch.int32 if flat.numel() < 2**31 else torch.int64
         if bool((flat != _ZERO).all()):
-            return {"positions": flat.new_empty(0, dtype=short), "index": flat.to(narrow)}
+            return {"positions": flat.new_empty(0, dtype=position), "index": flat.to(cluster)}
         positions = (flat != _ZERO).nonzero().squeeze(1)
-        return {"positions": positions.to(short), "index": flat[positions].to(narrow)}
+        return {"positions": positions.to(position), "index": flat[positions].to(cluster)}
 
     def _index(self, name: str) -> Tensor:
-        """The whole index, shaped like the weight."""
-        parameter = self.selection.chosen[name]
+        """Return the whole index, in the shape of the weight."""
+        parameter = self.parameters[name]
         positions, index = (self.clusterings[name][key] for key in ("positions", "index"))
         part = torch.full_like(local(parameter), _ZERO, dtype=torch.int16).contiguous()
         flat = part.view(-1)
@@ -218,5 +219,5 @@ class WeightSharing(Method):
             flat.copy_(index)
         else:
             flat[positions.long()] = index.to(flat.dtype)
-        # 16-bit integers cannot be sent by every backend.
+        # Not every backend can send 16-bit integers.
         return gather(part.int(), parameter).short()

@@ -1,0 +1,32 @@
+"""The stages of compression as callbacks of a Trainer, with the same arguments."""
+
+from fitsmall.callbacks.driver import StageCallback
+from fitsmall.compressors import training
+
+__all__ = [
+    "GradualPruning",
+    "LearningCompression",
+    "QuantizationAwareTraining",
+    "RankLearning",
+    "WeightSharing",
+]
+
+
+class GradualPruning(StageCallback, training.GradualPruning):
+    __doc__ = training.GradualPruning.__doc__
+
+
+class WeightSharing(StageCallback, training.WeightSharing):
+    __doc__ = training.WeightSharing.__doc__
+
+
+class QuantizationAwareTraining(StageCallback, training.QuantizationAwareTraining):
+    __doc__ = training.QuantizationAwareTraining.__doc__
+
+
+class RankLearning(StageCallback, training.RankLearning):
+    __doc__ = training.RankLearning.__doc__
+
+
+class LearningCompression(StageCallback, training.LearningCompression):
+    __doc__ = training.LearningCompression.__doc__

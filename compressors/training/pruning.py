@@ -1,0 +1,298 @@
+"""Gradual pruning: more and more weights become zero during training."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fitsmall.compressors.allocation import Allocation, SetScores, as_allocation
+from fitsmall.compressors.criteria import Criterion, as_criterion
+from fitsmall.compressors.dtypes import INTEGERS
+from fitsmall.compressors.prune import kept
+from fitsmall.compressors.schedules import Cubic, Schedule
+from fitsmall.compressors.select import match
+from fitsmall.compressors.structures import Structure, Unstructured, as_structure
+from fitsmall.compressors.training.sharding import gather, local, shard
+from fitsmall.compressors.training.stage import Stage
+from fitsmall.compressors.training.statistics import Statistics
+
+__all__ = ["GradualPruning"]
+
+_SPARSITY = 0.95
+
+
+class GradualPruning(Stage):
+    r"""Set more and more weights to zero: sparsity ``s(t) = sparsity * schedule(t)``.
+
+    Zhu and Gupta (2017). Every ``every`` steps the weights with the smallest scores are chosen
+    again, exactly as many as the schedule asks for, and stay zero until the next choice. All layers
+    are pruned, also the first and the last, as in Han et al. (2015): with the default global
+    threshold small and important layers keep more weights. Gale et al. (2019) keep the first
+    convolution dense and prune the last layer less: ``exclude="conv1"``, ``overrides={"fc": 0.8}``.
+
+    Args:
+        sparsity: Final fraction of zeros, over all selected parameters together; by default 0.95,
+            or the sparsity that the structure fixes.
+        criterion: Score of a weight, the largest of which survive: a name (``magnitude``,
+            ``gradient``, ``activation``, ``hessian``, ``adam``, ``movement`` or ``random``), a
+            function ``(weight, statistics) -> score``, or a
+            :class:`~fitsmall.compressors.Criterion` of a function and the statistics that it needs;
+            see :mod:`fitsmall.compressors.criteria`.
+        allocation: How the sparsity is spread over tensors: a name (``global``, ``uniform``,
+            ``erk`` or ``lamp``), or a function ``(scores by name, sparsity) -> number of kept sets
+            by name``; by default ``global``. See :mod:`fitsmall.compressors.allocation`.
+        schedule: Strength as a function of progress through the window.
+        start: Fraction of training at which pruning begins.
+        stop: Fraction of training at which the final sparsity is reached.
+        start_step: The same in optimizer steps, instead of ``start``.
+        stop_step: The same in optimizer steps, instead of ``stop``.
+        every: Steps between choices; by default the window has 100 choices.
+        coupling: ``"hard"``: pruned weights stay zero for good. ``"straight_through"``: the
+            optimizer moves a dense latent weight by the gradient at the pruned one, so that
+            weights can return (dynamic pruning with feedback, Lin et al., 2020; SR-STE, Zhou et
+            al., 2021, with ``structure=NofM(2, 4)`` and ``pruned_decay=2e-4``).
+        include: Patterns of parameter names that replace the default, the weights of Linear,
+            Conv, Embedding and attention layers.
+        exclude: Patterns of parameter names to leave out.
+        overrides: Sparsities by pattern of parameter names; ``sparsity`` is then that of all other
+            parameters together.
+        structure: Sets of weights that are pruned together: ``Unstructured()``, the default,
+            ``NofM(2, 4)``, ``Block(4, 4)``, or one of your own; see
+            :mod:`fitsmall.compressors.structures`.
+        pruned_decay: Weight decay on the latents of pruned weights alone, ``g <- g + d (1 - m) u``,
+            so that fewer of them return to be pruned again; with ``coupling="straight_through"``.
+
+    Example:
+        >>> from torch import nn
+        >>> from fitsmall.compressors.training import Plan
+        >>> print(Plan([GradualPruning(0.9, stop=0.5)], nn.Linear(20, 10), horizon=1000))
+        Compression plan
+          GradualPruning: sparsity 0.9 (global magnitude), hard, steps 0 to 500
+            1 tensors, 200 weights: weight
+          left out (not the weight of a Linear, Conv, Embedding or attention layer): bias
+    """
+
+    order = 0
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        criterion: str | Criterion | Callable[..., Tensor] = "magnitude",
+        allocation: str | Allocation | Callable[..., Mapping[str, int]] | None = None,
+        schedule: Schedule | None = None,
+        start: float = 0.0,
+        stop: float = 0.7,
+        start_step: int | None = None,
+        stop_step: int | None = None,
+        every: int | None = None,
+        coupling: Literal["hard", "straight_through"] = "hard",
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+        overrides: Mapping[str, float] | None = None,
+        structure: Structure | None = None,
+        pruned_decay: float = 0.0,
+    ) -> None:
+        super().__init__(start, stop, start_step, stop_step, every, include, exclude)
+        self.structure = as_structure(structure) if structure is not None else Unstructured()
+        self.overrides = self._overrides(overrides)
+        for fraction in (sparsity, *self.overrides.values()):
+            if fraction is not None:
+                _check_fraction(fraction)
+        fixed = self.structure.sparsity
+        if fixed is not None:
+            self._check_fixed(fixed, sparsity, allocation)
+            self.sparsity, allocation = fixed, "uniform"
+        else:
+            self.sparsity = _SPARSITY if sparsity is None else sparsity
+        if coupling not in ("hard", "straight_through"):
+            raise ValueError(
+                f"GradualPruning: unknown coupling {coupling!r}, choose hard or straight_through"
+            )
+        if pruned_decay and coupling == "hard":
+            raise ValueError(
+                "GradualPruning: pruned_decay acts on the latents of pruned weights, which only "
+                "coupling='straight_through' keeps"
+            )
+        if not pruned_decay >= 0:
+            raise ValueError(f"GradualPruning: pruned_decay is at least 0, got {pruned_decay}")
+        self.schedule = self._schedule(schedule, Cubic())
+        self.criterion = as_criterion(criterion)
+        self.allocation = as_allocation("global" if allocation is None else allocation)
+        self.pruned_decay = pruned_decay
+        self._coupling = coupling
+        self.statistics = Statistics(self.criterion.statistics)
+        # Of this process's part of each weight: all bits set where it is kept, none where pruned.
+        self.masks: dict[str, Tensor] = {}
+
+    def _check_fixed(self, fixed: float, sparsity: float | None, allocation: object) -> None:
+        """Refuse settings that the structure determines by itself."""
+        for name, refused in (
+            ("sparsity", sparsity is not None and abs(sparsity - fixed) > 1e-9),
+            ("overrides", bool(self.overrides)),
+            ("allocation", allocation not in (None, "uniform")),
+        ):
+            if refused:
+                raise ValueError(
+                    f"GradualPruning: {self.structure} fixes a sparsity of {fixed:g} in every "
+                    f"tensor: leave out {name}"
+                )
+
+    @property
+    def coupling(self) -> str:
+        return self._coupling
+
+    def describe(self) -> str:
+        how = [f"{self.criterion}"]
+        if self.structure.sparsity is None:
+            how.insert(0, f"{self.allocation}")
+        if self.structure != Unstructured():
+            how.append(f"of {self.structure}")
+        own = f", {len(self.overrides)} overrides" if self.overrides else ""
+        return f"sparsity {self.sparsity:g} ({' '.join(how)}{own})"
+
+    def strength(self, progress: float) -> float:
+        return self.schedule(progress)
+
+    # Selection.
+
+    def attach(self, module: nn.Module) -> None:
+        super().attach(module)
+        reasons = {
+            name: f"{self.structure}: {reason}"
+            for name, parameter in self.selection.chosen.items()
+            if (reason := self.structure.refusal(parameter.shape))
+        }
+        self.selection = self.selection.without(reasons)
+        chosen = self.selection.chosen
+        own = match(self.overrides, list(chosen))
+        for name, keep in self._final(own).items():
+            target = own.get(name, self.sparsity)
+            # A sparsity of exactly 1 switches a layer off on purpose.
+            if not keep and target < 1:
+                raise ValueError(
+                    f"GradualPruning: a sparsity of {target:g} leaves none of the "
+                    f"{chosen[name].numel():,} weights of {name}: lower it, exclude the parameter, "
+                    f"or give it its own with overrides={{{name!r}: ...}}"
+                )
+        self.statistics.attach(module, chosen, self.parameters)
+
+    def _final(self, own: Mapping[str, float]) -> dict[str, int]:
+        """Return how many sets each tensor keeps in the end, where that depends on no scores."""
+        chosen = self.selection.chosen
+        final = {name: kept(self._num_sets(name), fraction) for name, fraction in own.items()}
+        shapes = {name: chosen[name].shape for name in chosen if name not in own}
+        if self.allocation.by_shape:
+            final |= self.allocation(SetScores(self.structure, shapes), self.sparsity)
+        elif shapes and not kept(sum(map(self._num_sets, shapes)), self.sparsity):
+            final |= dict.fromkeys(shapes, 0)
+        return final
+
+    def _num_sets(self, name: str) -> int:
+        return self.structure.num_sets(self.selection.chosen[name].shape)
+
+    def hook(self) -> None:
+        self.statistics.hook()
+
+    def unhook(self) -> None:
+        self.statistics.unhook()
+
+    # Statistics.
+
+    def begin(self, horizon: float) -> None:
+        self.statistics.begin()
+
+    @property
+    def needs_gradients(self) -> bool:
+        return self.statistics.of_gradients
+
+    def observe(
+        self, name: str, weight: Tensor, gradient: Tensor | None, state: Mapping[str, Any]
+    ) -> None:
+        self.statistics.observe(name, weight, gradient, state)
+
+    def discard(self, names: Collection[str]) -> None:
+        self.statistics.discard(names)
+
+    def is_ready(self, name: str) -> bool:
+        return self.statistics.is_ready(name)
+
+    def before_update(
+        self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], gradient_scale: float
+    ) -> None:
+        for name in self.masks.keys() & parameters.keys() if self.pruned_decay else ():
+            latent = local(parameters[name].detach())
+            gradient = parameters[name].grad
+            if gradient is not None:
+                pruned = latent.masked_fill(self.masks[name] != 0, 0.0)
+                local(gradient).add_(pruned, alpha=self.pruned_decay * gradient_scale)
+
+    # Masks.
+
+    def has_choice(self, name: str) -> bool:
+        return name in self.masks
+
+    def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
+        self.statistics.synchronize()
+        # A weight without statistics waits for the next choice.
+        ready = [name for name in weights if self.statistics.has_all(name)]
+        own = match(self.overrides, list(self.selection.chosen))
+        shapes = {name: weights[name].shape for name in ready if name not in own}
+        scores = SetScores(self.structure, shapes, lambda name: self._score(name, weights[name]))
+        keep = self.allocation(scores, self.sparsity * strength)
+        for name in ready:
+            if name in own:
+                keep[name] = kept(self._num_sets(name), own[name] * strength)
+            mask = self.structure.mask(self._score(name, weights[name]), keep[name])
+            self.masks[name] = _bits(shard(mask, self.selection.chosen[name]))
+
+    def project_(self, name: str, weight: Tensor, strength: float) -> None:
+        # On the bits, since a product with 0 would make -0 of negative weights.
+        mask = self.masks.get(name)
+        if mask is not None:
+            weight.view(INTEGERS[weight.dtype.itemsize]).bitwise_and_(mask)
+
+    def _score(self, name: str, weight: Tensor) -> Tensor:
+        score = self.criterion(weight, self.statistics.of(name, weight))
+        if name in self.masks and self.coupling == "hard":
+            # With hard coupling a pruned weight never returns, even if an update moved it.
+            mask = gather(self.masks[name], self.selection.chosen[name])
+            score = score.masked_fill(mask == 0, -torch.inf)
+        return score
+
+    # State.
+
+    def reset(self) -> None:
+        self.masks = {}
+        self.statistics.reset()
+
+    def choices(self) -> dict[str, Any]:
+        masks = {
+            name: gather(mask, self.parameters[name]) != 0 for name, mask in self.masks.items()
+        }
+        return {"masks": masks, **self.statistics.state_dict()}
+
+    def load_choices(self, choices: dict[str, Any], module: nn.Module) -> None:
+        parameters = dict(module.named_parameters())
+        self.masks = {
+            name: _bits(shard(mask.to(parameters[name].device), parameters[name]))
+            for name, mask in choices["masks"].items()
+        }
+        self.statistics.load_state_dict(choices, parameters)
+
+
+def _check_fraction(fraction: Any) -> None:
+    if isinstance(fraction, int | float) and 0.0 <= fraction <= 1.0:
+        return
+    percent = ""
+    if isinstance(fraction, int | float) and 1 < fraction <= 100:
+        percent = f": for {fraction:g} % write {fraction / 100:g}"
+    raise ValueError(
+        f"GradualPruning: a sparsity is a fraction in [0, 1], got {fraction!r}{percent}"
+    )
+
+
+def _bits(mask: Tensor) -> Tensor:
+    """Return -1, which sets all bits of an integer of any width, for true, and 0 for false."""
+    return mask.to(torch.int8).neg_()
