@@ -13,7 +13,7 @@ from fitsmall.callbacks import QuantizationAwareTraining
 from fitsmall.compressors import Quantize, compress
 from fitsmall.compressors.export.engines import ENGINES, session
 from fitsmall.compressors.export.onnx import Agreement, Export, export_onnx
-from fitsmall.compressors.quantize import attach_quantizer
+from fitsmall.compressors.surgery.quantizers import attach_quantizer
 from fitsmall.experiments.cli.main import main
 from fitsmall.experiments.models.networks import ResNet
 from training import IMAGES, Net, fit
@@ -130,7 +130,7 @@ def test_mistakes(tmp_path: Path) -> None:
     ):
         export_onnx(Net(), tmp_path / "net.onnx", IMAGES)
     module: Any = fit(tmp_path, QuantizationAwareTraining(start=0.0), max_epochs=1)
-    with pytest.raises(ValueError, match="opset 9 has no steps for each channel: choose 13 or"):
+    with pytest.raises(ValueError, match="opset 9 has no scales for each channel: choose 13 or"):
         export_onnx(module, tmp_path / "net.onnx", IMAGES, opset=9)
 
 
@@ -140,7 +140,7 @@ def test_a_file_that_disagrees_is_not_written(
     module = fit(tmp_path, QuantizationAwareTraining(), max_epochs=4)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "fitsmall.compressors.export.onnx._fold", lambda layer, _: layer.bias.add_(9.0)
+            "fitsmall.compressors.export.folding._fold", lambda layer, _: layer.bias.add_(9.0)
         )
         with pytest.raises(ValueError, match="was not written, since folding batch-norm"):
             export_onnx(module, tmp_path / "net.onnx", IMAGES)

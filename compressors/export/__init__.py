@@ -1,1 +1,1 @@
-"""Hand-over to engines: the integer network, ONNX, and what runs it."""
+"""Export to inference engines: the integer network, ONNX, and engines that run it."""

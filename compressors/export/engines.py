@@ -1,4 +1,4 @@
-"""Engines that run an exported file, on the CPU and in float32 wherever it has no integers."""
+"""Engines that run an ONNX file on the CPU."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -15,25 +15,25 @@ Run = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 def session(engine: str, path: str | os.PathLike[str], threads: int, exact: bool = True) -> Run:
-    """What runs a file of ONNX in an engine, from inputs to outputs, in the file's order.
+    """Load an ONNX file into an engine, and return a function from inputs to outputs.
 
     Args:
         engine: One of :data:`ENGINES`.
         path: The file.
-        threads: Threads that compute.
-        exact: Whether floats stay float32; otherwise OpenVINO may round them to bfloat16, as it
-            does by default where the processor has instructions for it.
+        threads: Number of threads.
+        exact: Whether floats stay float32; otherwise OpenVINO rounds them to bfloat16 if the
+            processor has instructions for it, which is its default.
 
     Raises:
         ImportError: The engine is not installed.
-        ValueError: It cannot read the file, its opset or an operator.
+        ValueError: The engine cannot read the file, its opset or an operator.
     """
     make, extra = ENGINES[engine]
     try:
         return make(os.fspath(path), threads, exact)
     except ImportError as error:
         raise ImportError(f"{engine} is missing: {install_command(extra)}") from error
-    except Exception as error:  # each engine raises its own
+    except Exception as error:  # each engine has its own classes
         raise ValueError(f"{engine} cannot read {path}: {error}") from error
 
 
@@ -67,7 +67,7 @@ def _openvino(path: str, threads: int, exact: bool) -> Run:
     return run
 
 
-# Each with the extra of fitsmall that installs it.
+# By name: the function that loads a file, and the extra of fitsmall that installs the engine.
 ENGINES: dict[str, tuple[Callable[[str, int, bool], Run], str]] = {
     "onnxruntime": (_onnxruntime, "onnx"),
     "OpenVINO": (_openvino, "openvino"),

@@ -1,10 +1,4 @@
-"""Export: a quantized network as ONNX with integer weights, for engines that compute in integers.
-
-Weights become int8 constants with a DequantizeLinear behind them, inputs of layers pass a
-QuantizeLinear and a DequantizeLinear; engines fuse these with the layer between them. Batch-norm is
-folded into the steps of the layer before it, which is exact: a channel's integers stay what they
-are, or are negated.
-"""
+"""Export of a quantized network as ONNX, with integer weights and inputs."""
 
 import copy
 import logging
@@ -12,37 +6,36 @@ import math
 import os
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fitsmall.compressors.export.engines import ENGINES, session
+from fitsmall.compressors.export.folding import fold_norms_
+from fitsmall.compressors.export.integer import (
+    LAYERS,
+    OPSET,
+    add_biases_after_,
+    float_copy,
+    to_integers_,
+)
 from fitsmall.compressors.extras import install_command
-from fitsmall.compressors.lattice import blocked, lattice, unblocked
-from fitsmall.compressors.quantize import QUANTIZER, TRANSPOSED, detach_quantizer, layout
+from fitsmall.compressors.torch_internals import require, tensors_in
 
 __all__ = ["Agreement", "Export", "export_onnx", "unquantized", "write_onnx"]
-
-# The oldest that has a DequantizeLinear for each channel.
-OPSET = 13
-
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well an engine's outputs agree with those of the module in float32.
+    """The agreement of an engine's outputs with those of the module in float32.
 
     Args:
         difference: Largest difference of an output, relative to the largest output.
-        equal: Fraction of examples with equal predictions, the largest output of each.
+        equal: Fraction of examples with equal predictions (the index of the largest output).
 
     Example:
         >>> print(Agreement(difference=0.0131, equal=0.995))
@@ -61,14 +54,14 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Export:
-    """What was exported, and how well it agrees with the module in float32.
+    """An exported file, and its agreement with the module in float32.
 
     Args:
         path: The ONNX file.
         bytes: Its size.
-        integer: Layers that have integer weights and quantized inputs.
-        floating: Other layers with weights, which stay as they are.
-        agreement: That of each engine which is installed.
+        integer: Names of layers with integer weights and quantized inputs.
+        floating: Names of other layers with weights, which stay in float32.
+        agreement: Agreement of each installed engine, by name.
     """
 
     path: Path
@@ -78,7 +71,11 @@ class Export:
     agreement: dict[str, Agreement]
 
     def table(self, examples: int) -> str:
-        """What stands in the file, in a few lines."""
+        """Return a description of the file in a few lines.
+
+        Args:
+            examples: Number of examples that were compared.
+        """
         floating = f"; in float: {', '.join(self.floating)}" if self.floating else ""
         lines = [
             f"{self.path}: {self.bytes:,} bytes",
@@ -100,51 +97,52 @@ def export_onnx(
     examples: Tensor | tuple[Tensor, ...],
     opset: int = 18,
 ) -> Export:
-    """Write a quantized module as ONNX, run it, and compare it with the module in float32.
+    """Write a quantized module as ONNX, and verify that its outputs agree with the module's.
 
-    It is run in onnxruntime, and in OpenVINO where that is installed.
+    The file is run in onnxruntime, and in OpenVINO if that is installed.
 
     Args:
         module: Module that was trained with
             :class:`~fitsmall.callbacks.QuantizationAwareTraining`, or restored from its file.
-        path: File to write. It appears only if it agrees.
+        path: File to write. It is created only if the outputs agree.
         examples: Real inputs, a tensor for each argument of the forward, with examples in the
-            first dimension; the file takes any number of them.
-        opset: Version of ONNX's operators.
+            first dimension; the file accepts any number of examples.
+        opset: Version of ONNX's operators, 13 or above.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing.
         ValueError: No layer is quantized, the opset is too old, an engine cannot read the file, or
             its outputs differ from the module's.
     """
+    require("export_onnx")
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
         raise ImportError(f"exporting needs {install_command('onnx')}") from error
     if opset < OPSET:
-        raise ValueError(f"opset {opset} has no steps for each channel: choose {OPSET} or above")
+        raise ValueError(f"opset {opset} has no scales for each channel: choose {OPSET} or above")
     inputs = examples if isinstance(examples, tuple) else (examples,)
     inputs = tuple(x.detach().cpu() for x in inputs)
     quantized = copy.deepcopy(module).cpu().float().eval()
-    expected = [y for y in tree_leaves(quantized(*inputs)) if isinstance(y, Tensor)]
-    integer = _integers(quantized)
+    expected = tensors_in(quantized(*inputs))
+    integer = to_integers_(quantized)
     if not integer:
         raise ValueError(
             f"{type(module).__name__} has no layer with integer weights and quantized inputs to "
             "export: train it with QuantizationAwareTraining past its start, with activation_bits, "
             "or restore a file that was"
         )
-    floats = [y for y in tree_leaves(_plain(quantized)(*inputs)) if isinstance(y, Tensor)]
-    _fold_norms(quantized, inputs)
-    folded = [y for y in tree_leaves(_plain(quantized)(*inputs)) if isinstance(y, Tensor)]
+    floats = tensors_in(float_copy(quantized)(*inputs))
+    fold_norms_(quantized, inputs)
+    folded = tensors_in(float_copy(quantized)(*inputs))
     if not _compared(floats, folded).difference < _EXACT:
         raise ValueError(
             f"{path} was not written, since folding batch-norm into the layers before it changed "
             "the outputs: please report this"
         )
-    layers = {name for name, layer in quantized.named_modules() if isinstance(layer, _LAYERS)}
-    _part_biases(quantized)
+    layers = {name for name, layer in quantized.named_modules() if isinstance(layer, LAYERS)}
+    add_biases_after_(quantized)
     path = Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "made.onnx"
@@ -153,7 +151,7 @@ def export_onnx(
         for engine in ENGINES:
             try:
                 run = session(engine, made, torch.get_num_threads())
-            except ImportError:  # the table says so
+            except ImportError:  # Export.table says so
                 continue
             agreement[engine] = found = _compared(expected, run(inputs))
             if not (found.difference < _TOLERANCE and found.equal >= _AGREEMENT):
@@ -196,7 +194,7 @@ def write_onnx(
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the exporter's remarks on its own classes, and on packages that are not there."""
+    """Silence the exporter's remarks on its own classes, and on packages that are not installed."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -211,25 +209,24 @@ def _quietly() -> Iterator[None]:
 
 @torch.no_grad()
 def unquantized(module: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
-    """The float32 network beside the one that :func:`export_onnx` writes.
+    """Return a float32 network to compare the speed of :func:`export_onnx`'s file with.
 
-    Its weights have the same values and its batch-norms are folded as well, but no input is
-    rounded.
+    Its weights have the same values and its batch-norms are folded too, but inputs are not rounded.
 
     Args:
         module: Quantized module; it stays as it is.
         inputs: A tensor for each argument of the forward, with examples in the first dimension.
     """
     quantized = copy.deepcopy(module).cpu().float().eval()
-    _integers(quantized)
-    _fold_norms(quantized, inputs)
-    return _plain(quantized)
+    to_integers_(quantized)
+    fold_norms_(quantized, inputs)
+    return float_copy(quantized)
 
 
-# A sum in another order may round to the next level of a grid, and that to more behind it.
+# Sums in another order may round an input to the next level, and change later layers by more.
 _TOLERANCE, _AGREEMENT = 0.2, 0.99
 
-# Folding is exact but for the rounding of floats.
+# Folding is exact up to rounding errors.
 _EXACT = 1e-3
 
 
@@ -244,142 +241,3 @@ def _compared(expected: list[Tensor], found: list[Tensor]) -> Agreement:
             same = mine.flatten(1).argmax(1) == theirs.flatten(1).argmax(1)
             equal = min(equal, float(same.float().mean()))
     return Agreement(difference, equal)
-
-
-def _integers(module: nn.Module) -> list[str]:
-    """Replace weights that stand on grids, of layers with quantized inputs, by integers."""
-    names = []
-    for name, layer in module.named_modules():
-        quantizer = getattr(layer, QUANTIZER, None)
-        if not isinstance(layer, _LAYERS) or quantizer is None or not quantizer.active:
-            continue
-        blocks = layout(layer.weight.shape, "channel", int(isinstance(layer, TRANSPOSED)))
-        found = lattice(blocked(layer.weight, blocks))
-        if found is None:
-            continue
-        steps, integers = found
-        shape = layer.weight.shape
-        del layer.weight
-        layer.register_buffer("steps", torch.where(steps > 0, steps, 1.0))
-        layer.register_buffer("integers", unblocked(integers, blocks, shape).contiguous())
-        step, zero = quantizer.log_step.exp(), quantizer.zero_point
-        layer.register_buffer("input_step", step.clone())
-        layer.register_buffer("input_zero", zero.round().to(torch.uint8))
-        # Fewer bits are a part of a grid of 8 bits with the same steps.
-        clip = float(-zero * step), float((quantizer.high - zero) * step)
-        layer.clip = clip if quantizer.high < 255 else None  # type: ignore[assignment]
-        layer.largest = quantizer.high * int(integers.abs().max())
-        detach_quantizer(layer)
-        layer.register_forward_pre_hook(_dequantize, with_kwargs=True)
-        names.append(name)
-    return names
-
-
-def _dequantize(
-    layer: Any, inputs: tuple[Any, ...], named: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give a layer the weight and the input that ONNX's operators make of integers."""
-    symbolic: Any = torch.onnx.ops.symbolic
-    axis = int(isinstance(layer, TRANSPOSED))
-    weight, x = layer.integers, inputs[0] if inputs else named.pop("input")
-    layer.weight = symbolic(
-        "DequantizeLinear",
-        (weight, layer.steps),
-        attrs={"axis": axis},
-        dtype=torch.float32,
-        shape=weight.shape,
-        version=OPSET,
-    )
-    if layer.clip is not None:
-        x = x.clamp(*layer.clip)
-    grid = layer.input_step, layer.input_zero
-    kinds = (("QuantizeLinear", torch.uint8), ("DequantizeLinear", torch.float32))
-    for operator, dtype in kinds:
-        x = symbolic(operator, (x, *grid), dtype=dtype, shape=x.shape, version=OPSET)
-    return (x, *inputs[1:]), named
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    """A copy without the operators of quantization, which only ONNX knows."""
-    plain = copy.deepcopy(module)
-    layer: Any
-    for layer in plain.modules():
-        if hasattr(layer, "integers"):
-            layer._forward_pre_hooks.clear()
-            along = [1] * layer.integers.dim()
-            along[int(isinstance(layer, TRANSPOSED))] = -1
-            layer.weight = nn.Parameter(layer.integers * layer.steps.view(along))
-            del layer.integers, layer.steps, layer.input_step, layer.input_zero
-    return plain
-
-
-def _fold_norms(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Fold each batch-norm into the layer before it, if nothing else reads that layer's output."""
-    for layer, norm in _followed_by_norms(module, inputs):
-        before, after = module.get_submodule(layer), module.get_submodule(norm)
-        _fold(before, after)
-        parent, _, child = norm.rpartition(".")
-        setattr(module.get_submodule(parent), child, nn.Identity())
-
-
-def _fold(layer: Any, norm: Any) -> None:
-    """``norm(layer(x))`` as a layer: ``q s -> (q sign f) (s |f|)`` with ``f = gamma / sigma``."""
-    factor = (norm.running_var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        factor = factor * norm.weight
-    bias = -norm.running_mean if layer.bias is None else layer.bias - norm.running_mean
-    shift = 0.0 if norm.bias is None else norm.bias
-    axis = int(isinstance(layer, TRANSPOSED))
-    along = [1] * layer.integers.dim()
-    along[axis] = -1
-    layer.integers = layer.integers * factor.sign().to(torch.int8).view(along)
-    layer.steps = torch.where(factor == 0, 1.0, layer.steps * factor.abs())
-    layer.bias = nn.Parameter(bias * factor + shift)
-
-
-# A largest product of integers below which one unit of it is coarse: 32,385 is that of 8 bits.
-_COARSE = 2**13
-
-
-def _part_biases(module: nn.Module) -> None:
-    """Let biases be added behind layers of few bits.
-
-    Within a layer onnxruntime rounds them to units of its products, the step of the weights times
-    that of the inputs, to compute with integers.
-    """
-    layer: Any
-    for layer in module.modules():
-        if getattr(layer, "largest", _COARSE) >= _COARSE or layer.bias is None:
-            continue
-        spatial = [1] * (layer.integers.dim() - 2)
-        layer.register_buffer("offset", layer.bias.detach().view(-1, *spatial))
-        layer.bias = None
-        layer.register_forward_hook(_add_bias)
-
-
-def _add_bias(layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    shifted: Tensor = output + layer.offset
-    return shifted
-
-
-def _followed_by_norms(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[str, str]]:
-    """Names of integer layers and of the batch-norms that alone read them."""
-    layers = dict(module.named_modules())
-    graph = torch.export.export(_plain(module), inputs, strict=False)
-    of = {**graph.graph_signature.inputs_to_parameters, **graph.graph_signature.inputs_to_buffers}
-    norms = [n for n in graph.graph.nodes if n.target is torch.ops.aten.batch_norm.default]
-    calls = Counter(of.get(getattr(norm.args[3], "name", ""), "") for norm in norms)
-    readers = Counter(source.name for node in graph.graph.nodes for source in node.all_input_nodes)
-    pairs = []
-    for norm in norms:
-        source, mean = norm.args[0], of.get(getattr(norm.args[3], "name", ""), "")
-        weight = source.args[1] if source.op == "call_function" and len(source.args) > 1 else None
-        name = of.get(getattr(weight, "name", ""), "").removesuffix(".weight")
-        before = layers.get(name)
-        # Batch-norm normalises the second dimension, and a Linear makes the last.
-        second = not isinstance(before, nn.Linear) or source.meta["val"].dim() == 2
-        grouped = isinstance(before, TRANSPOSED) and before.groups > 1
-        once = readers[getattr(weight, "name", "")] == 1 == len(source.users) and calls[mean] == 1
-        if hasattr(before, "integers") and mean and once and second and not grouped:
-            pairs.append((name, mean.removesuffix(".running_mean")))
-    return pairs
