@@ -13,8 +13,8 @@ from fitsmall.compressors.projections import Projection
 
 __all__ = ["KMeans", "assign", "linear"]
 
-# Up to this many distinct values the optimum is found over the values themselves, above it over
-# the same number of equal bins: the error of a bin is far below that of a cluster.
+# Up to this many distinct values k-means is exact; above, values are grouped into as many equal
+# bins, whose error is far below that of a cluster.
 BINS = 4096
 
 CODEBOOK_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -22,11 +22,11 @@ CODEBOOK_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True)
 class KMeans(Projection):
-    r"""Nearest tensor with at most ``k`` distinct values: ``min sum_i (w_i - c_{a_i})^2``.
+    r"""Nearest tensor with at most ``k`` distinct non-zero values: ``min sum_i (w_i - c_{a_i})^2``.
 
-    Solved to the global optimum by dynamic programming over the sorted values, exactly up to
-    4,096 distinct values and over 4,096 bins above (Wang and Song, 2011, "Ckmeans.1d.dp"). Exact
-    zeros stay zero and are no cluster, so that pruned weights cost no codebook entry.
+    Dynamic programming over the sorted values finds the global optimum (Wang and Song, 2011,
+    "Ckmeans.1d.dp"), exactly for up to 4,096 distinct values, and over 4,096 bins for more. Zeros
+    stay zero and are not in a cluster, so that pruned weights need no entry of the codebook.
 
     Args:
         clusters: Number ``k`` of distinct non-zero values, 1 to 4,096; any number, not only
@@ -48,7 +48,7 @@ class KMeans(Projection):
     def __post_init__(self) -> None:
         if not isinstance(self.clusters, int) or not 1 <= self.clusters <= BINS:
             raise ValueError(
-                f"KMeans needs at least 1 cluster and at most {BINS}, a whole number, and got "
+                f"KMeans needs a whole number of clusters from 1 to {BINS:,}, and got "
                 f"clusters={self.clusters!r}"
             )
         if self.codebook_dtype not in CODEBOOK_DTYPES:
@@ -68,7 +68,11 @@ class KMeans(Projection):
         return Sparse(mask, Lookup(Dense(codebook), index))
 
     def centroids(self, values: Tensor) -> Tensor:
-        """The optimal codebook of some values: at most ``k`` of them, ascending."""
+        """Return the optimal codebook of values: at most ``k`` centroids, ascending.
+
+        Raises:
+            ValueError: A centroid overflows or underflows the codebook's dtype.
+        """
         exact = _centroids(values.flatten(), self.clusters)
         rounded = exact.to(getattr(torch, self.codebook_dtype)).to(values.dtype)
         if not (rounded.isfinite() & (rounded != 0)).all():
@@ -81,10 +85,10 @@ class KMeans(Projection):
 
 
 def linear(values: Tensor, clusters: int) -> Tensor:
-    """Centroids evenly spaced from the least to the largest value.
+    """Return centroids that are evenly spaced from the smallest to the largest value.
 
-    The initialisation that Han et al. (2016) found best: large weights are rare and matter, and
-    a density-based start leaves them without a centroid near by.
+    Han et al. (2016) found this initialisation best: large weights are few but important, and an
+    initialisation by density leaves them without a centroid nearby.
 
     Example:
         >>> linear(torch.tensor([-1.0, 0.2, 2.0]), clusters=4)
@@ -96,7 +100,11 @@ def linear(values: Tensor, clusters: int) -> Tensor:
 
 
 def assign(values: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the centroid nearest to each value; the codebook ascends.
+    """Return the index of the centroid nearest to each value.
+
+    Args:
+        values: Tensor of values.
+        codebook: Ascending centroids.
 
     Example:
         >>> assign(torch.tensor([0.4, 0.6, 9.0]), torch.tensor([0.0, 1.0, 2.0]))
@@ -112,9 +120,9 @@ def assign(values: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _centroids(values: Tensor, clusters: int) -> Tensor:
-    """Ascending optimal centroids, at most ``clusters``."""
-    # What was clustered before must come back untouched; the first values tell most other
-    # tensors apart without sorting all of them.
+    """Return at most ``clusters`` optimal centroids, ascending."""
+    # A tensor that is clustered already must not change. For most others the first values show that
+    # they are not, without sorting all of them.
     if values[:BINS].unique().numel() <= clusters:
         levels: Tensor = values.unique()
         if levels.numel() <= clusters:
@@ -127,9 +135,9 @@ def _centroids(values: Tensor, clusters: int) -> Tensor:
 
 
 def _histogram(values: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Points and how many values stand there: the distinct values, or else the means of bins."""
+    """Return numbers of values and their points: distinct values, or means of bins if too many."""
     points = counts = None
-    if values[: 4 * BINS].unique().numel() <= BINS:  # else there is no need to sort them all
+    if values[: 4 * BINS].unique().numel() <= BINS:  # otherwise all need not be sorted
         points, counts = values.unique(return_counts=True)
     if points is None or counts is None or points.numel() > BINS:
         low, high = values.min(), values.max()

@@ -1,8 +1,8 @@
-r"""Ranks of a trained layer by what it answers, instead of by its weights alone.
+r"""Ranks of a trained layer by its responses, and not only by its weights.
 
-A layer's responses are ``y = W x + b``, through the batch-norm behind it where there is one. With a
-rank-``r`` matrix ``M`` the layer of weight ``M W`` answers ``M y + c``: whatever the inputs look
-like, all that matters is a matrix of the outputs' size. Three criteria find it:
+A layer's responses are ``y = W x + b``, after the batch-norm that follows it, if there is one. With
+a matrix ``M`` of rank ``r``, a layer of weight ``M W`` responds with ``M y + c``, so that only a
+matrix of ``m x m`` for ``m`` outputs has to be found. Three criteria find it:
 
 =============  =====================================  ============================================
 criterion      minimises                              found by
@@ -21,15 +21,16 @@ from torch import Tensor
 
 __all__ = ["Map", "error", "plain", "rectified", "relu_singular_values", "smallest", "whitened"]
 
-# Zhang et al.: the coupling of the auxiliary responses, and the turns with each.
+# Zhang et al.: weights of the coupling to the auxiliary responses, and alternations with each.
 _COUPLINGS, _TURNS = (0.01, 1.0), 25
 
+# Steps and random starts of the search for a maximum.
 _STEPS, _STARTS = 100, 64
 
 
 @dataclass(frozen=True, eq=False)
 class Map:
-    """``y -> M y + c``, what a layer of lower rank makes of the responses.
+    """``y -> M y + c``, the responses of a layer of lower rank.
 
     Args:
         matrix: ``M``, of shape ``m x m``.
@@ -44,12 +45,12 @@ class Map:
 
 
 def plain(weight: Tensor, scale: Tensor, shift: Tensor, rank: int) -> Map:
-    """The map of the nearest weight of a rank.
+    """Return the map of the nearest weight of a rank.
 
     Args:
         weight: ``m x n`` matrix.
-        scale: What the batch-norm multiplies outputs by, of ``m`` numbers; ones if there is none.
-        shift: What responses are where the inputs are zero.
+        scale: Factors of the batch-norm, of ``m`` numbers; ones if there is none.
+        shift: Responses to an input of zero, of ``m`` numbers.
         rank: Number of singular values that stay.
 
     Example:
@@ -63,7 +64,7 @@ def plain(weight: Tensor, scale: Tensor, shift: Tensor, rank: int) -> Map:
 
 
 def whitened(responses: Tensor, rank: int) -> Map:
-    """Responses projected onto their principal components: the least squared error of a rank.
+    """Return the projection of responses onto principal components: least squared error of a rank.
 
     Args:
         responses: One response a row, ``N x m``.
@@ -85,12 +86,12 @@ def whitened(responses: Tensor, rank: int) -> Map:
 
 
 def rectified(responses: Tensor, rank: int) -> Map:
-    """The least squared error behind a ReLU, which does not see what lies below zero.
+    """Return the map of least squared error after a ReLU, found by alternation.
 
     Zhang, Zou, He and Sun (2015), "Accelerating very deep convolutional networks": auxiliary
     responses ``z`` are coupled to the map, ``sum ||relu(y) - relu(z)||^2 + l ||z - (M y + c)||^2``,
-    and found in closed form for each number, in turns with the map by regression of reduced rank.
-    It starts from :func:`whitened` and is never worse, on these responses.
+    and found in closed form for each number, alternating with the map, by reduced-rank regression.
+    The search starts from :func:`whitened`, and its result is never worse on these responses.
 
     Args:
         responses: One response a row, ``N x m``.
@@ -107,7 +108,7 @@ def rectified(responses: Tensor, rank: int) -> Map:
     for coupling in _COUPLINGS:
         for _ in range(_TURNS):
             answer = found(responses)
-            # Below zero what was positive is lost as a whole; above it, both terms are quadratic.
+            # For z below zero relu(z) is 0; above, both terms are quadratic in z.
             below = answer.clamp_max(0)
             above = ((coupling * answer + wanted) / (coupling + 1)).clamp_min(0)
             lost = wanted.square() + coupling * (below - answer).square()
@@ -126,7 +127,12 @@ def rectified(responses: Tensor, rank: int) -> Map:
 
 
 def error(responses: Tensor, found: Map, relu: bool) -> float:
-    """Squared error of the layer's outputs, as a fraction of their variance.
+    """Return the squared error of the layer's outputs, as a fraction of their variance.
+
+    Args:
+        responses: One response a row, ``N x m``.
+        found: Map of the layer of lower rank.
+        relu: Whether a ReLU follows the layer.
 
     Example:
         >>> responses = torch.tensor([[1.0], [-3.0]])
@@ -142,7 +148,12 @@ def error(responses: Tensor, found: Map, relu: bool) -> float:
 
 
 def smallest(error_of: Callable[[int], float], tolerance: float, most: int) -> int:
-    """The smallest rank whose error is within a tolerance, by bisection; the full one if none is.
+    """Return the smallest rank whose error is within a tolerance, by bisection; else ``most``.
+
+    Args:
+        error_of: Error of a rank, which falls with the rank.
+        tolerance: Largest error.
+        most: Full rank.
 
     Example:
         >>> smallest(lambda rank: 1 / rank, tolerance=0.25, most=10)
@@ -159,21 +170,21 @@ def smallest(error_of: Callable[[int], float], tolerance: float, most: int) -> i
 
 
 def relu_singular_values(weight: Tensor) -> Tensor:
-    r"""Upper estimates of the ReLU singular values of a layer without bias.
+    r"""Return upper estimates of the ReLU singular values of a layer without bias.
 
-    Dittmer, King and Maass (2020): ``s_k`` is the least that any ``L`` of rank ``k`` can make
-    ``max over ||x|| <= 1 of ||relu(W x) - relu(L x)||``. Here ``L`` is the best of its rank in the
-    usual sense, and the maximum is climbed from many starts. Since ``relu(u) - relu(-u) = u``,
+    Dittmer, King and Maass (2020): ``s_k`` is the minimum, over ``L`` of rank ``k``, of
+    ``max over ||x|| <= 1 of ||relu(W x) - relu(L x)||``. Here ``L`` is the truncated singular value
+    decomposition, and the maximum is searched from many starts. Since ``relu(u) - relu(-u) = u``,
 
         sigma_{k+1} / 2 <= s_k <= sigma_{k+1}:
 
-    on the whole ball a ReLU saves little; what it saves depends on the inputs.
+    on the whole ball a ReLU saves little; on real inputs it may save more.
 
     Args:
         weight: ``m x n`` matrix.
 
     Returns:
-        For k = 0, 1, ... up to the number of singular values less one.
+        Vector of ``s_k`` for k = 0, 1, ... up to the number of singular values minus 1.
 
     Example:
         >>> values = relu_singular_values(torch.diag(torch.tensor([4.0, 2.0])))
@@ -186,7 +197,7 @@ def relu_singular_values(weight: Tensor) -> Tensor:
     for rank, value in enumerate(values):
         lower = (left[:, :rank] * values[:rank]) @ right[:rank]
         starts = torch.randn(_STARTS, weight.shape[1], generator=random).to(weight)
-        # From these two the bound from below is reached at once.
+        # These two points reach the lower bound.
         points = torch.cat([right[rank : rank + 1], -right[rank : rank + 1], starts])
         points = torch.nn.functional.normalize(points)
         highest = points.new_zeros(())

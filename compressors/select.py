@@ -1,4 +1,4 @@
-"""Selection: which parameters of a module a method acts on, and why the others are left out."""
+"""Selection: the parameters that a method acts on, and the reason for each one left out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ class Selection:
     Args:
         chosen: The selected parameters in the module's order; tied ones under their first name.
         skipped: Reason by name for all the others.
-        waiting: Those of them that are skipped only as long as they are frozen or uninitialised.
+        waiting: Skipped parameters that are selected once they are trainable and initialised.
     """
 
     chosen: Mapping[str, nn.Parameter]
@@ -44,7 +44,10 @@ class Selection:
     waiting: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
     def without(self, reasons: Mapping[str, str]) -> "Selection":
-        """Leave out more parameters, each for a reason of its own.
+        """Return the selection without more parameters.
+
+        Args:
+            reasons: Reason for each parameter to leave out, by name.
 
         Raises:
             ValueError: Nothing remains.
@@ -53,7 +56,11 @@ class Selection:
         return Selection(chosen, {**self.skipped, **reasons}, self.waiting).checked()
 
     def checked(self) -> "Selection":
-        """The selection itself, or an error if it is empty and nothing is waited for."""
+        """Return the selection itself, if it has chosen or waiting parameters.
+
+        Raises:
+            ValueError: It has none.
+        """
         if not self.chosen and not self.waiting:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
             raise ValueError(
@@ -68,15 +75,15 @@ def select(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
 ) -> Selection:
-    """Select the weights of Linear, Conv, Embedding and attention layers, or what is asked for.
+    """Return the weights of Linear, Conv, Embedding and attention layers, or those asked for.
 
     Patterns are shell globs on parameter names (``"encoder.*.weight"``); the name of a module
-    stands for everything below it (``"encoder"``). Recurrent layers and EmbeddingBag are not
-    among the default; include them by name.
+    matches all parameters in it (``"encoder"``). Recurrent layers and EmbeddingBag are not selected
+    by default; include them by name.
 
     Args:
         module: Module to search.
-        include: Patterns that replace the default; this is how biases and norms are named.
+        include: Patterns that replace the default; biases and norms can be named here.
         exclude: Patterns to leave out.
 
     Raises:
@@ -132,7 +139,11 @@ def select(
 
 
 def match(overrides: Mapping[str, T], names: Sequence[str]) -> dict[str, T]:
-    """The override of each name that has one; of several patterns that match, the last counts.
+    """Return the override of each name that has one; the last pattern that matches counts.
+
+    Args:
+        overrides: Values by pattern, see :func:`select`.
+        names: Names of the selected parameters.
 
     Raises:
         ValueError: A pattern matches none of the names.
@@ -164,7 +175,7 @@ def _patterns(patterns: str | Sequence[str] | None) -> list[str] | None:
 
 
 def _nearest(pattern: str, names: Sequence[str]) -> str:
-    """The few names that may have been meant."""
+    """Return a hint at names that may have been meant."""
     near = get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
     more = len(names) - len(near)
     return f"did you mean {' or '.join(near) or 'another module'}? ({more} more)"
