@@ -1,7 +1,8 @@
-"""The README's examples run as they stand."""
+"""The examples of the README and of the page of methods run as they stand."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from fitsmall.compressors import load, same_bits
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
 class Model(BoringModel):
@@ -21,19 +22,35 @@ class Model(BoringModel):
         self.log("val/error", self.layer(batch).square().mean())
 
 
-def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that a reader has already, in a folder without files."""
     monkeypatch.chdir(tmp_path)
-    short, after, long = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    module, dataset = Model(), RandomDataset(32, 64)
-    names = {"module": module, "MyModule": Model, "dataset": dataset}
-    names["loader"] = names["validation_loader"] = DataLoader(dataset, batch_size=8)
-    exec(short, names)  # noqa: S102
-    trained = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    dataset = RandomDataset(32, 64)
+    names: dict[str, Any] = {"module": Model(), "MyModule": Model, "dataset": dataset}
+    return names | dict.fromkeys(("loader", "validation_loader"), DataLoader(dataset, batch_size=8))
+
+
+def examples(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def test_the_readme_s_examples_run(names: dict[str, Any]) -> None:
+    fit, restore = examples(ROOT / "README.md")
+    assert len(fit.splitlines()) == 10
+    exec(fit, names)  # noqa: S102
+    trained = names["module"].state_dict()
     restored = load("compressed/model.fitsmall")
     assert all(same_bits(restored[name], tensor) for name, tensor in trained.items())
     assert int(torch.count_nonzero(trained["layer.weight"])) == 3  # 5 % of 64
-    exec(after, names)  # noqa: S102
-    assert load("small.fitsmall").keys() == trained.keys()
-    exec(long, names)  # noqa: S102
+    exec(restore, names)  # noqa: S102
+
+
+def test_the_examples_of_methods_run(names: dict[str, Any]) -> None:
+    plan, fit, compress = examples(ROOT / "docs" / "methods.md")
+    exec(plan, names)  # noqa: S102
+    exec(fit, names)  # noqa: S102
     assert Path("resume/last.ckpt").exists()
     assert Path("pareto/pareto.json").exists()
+    exec(compress, names)  # noqa: S102
+    assert load("small.fitsmall").keys() == names["module"].state_dict().keys()

@@ -1,4 +1,4 @@
-"""The tutorials run as they stand, from the first line to the last."""
+"""The pages that a reader follows run as they stand, from the first line to the last."""
 
 import json
 import os
@@ -14,7 +14,9 @@ from threading import Thread
 import pytest
 from command import Command
 
-TUTORIALS = sorted((Path(__file__).parents[1] / "docs" / "tutorials").glob("*.md"))
+DOCS = Path(__file__).parents[1] / "docs"
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
+PAGES = [*TUTORIALS, DOCS / "training-loops.md", DOCS / "add-your-own.md"]
 
 # Sends its words to a process that has imported torch and Lightning, and prints what they print.
 FITSMALL = """#!{python} -S
@@ -49,24 +51,49 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         server.shutdown()
 
 
-def programs(text: str) -> list[tuple[str, str]]:
-    """The blocks of a page by language; neighbours in one language are one program."""
-    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and code of each block of a page that runs or is a file."""
+    pattern = r"^```(sh|python|yaml)\n(.*?)^```"
+    return re.findall(pattern, page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def file_of(code: str) -> str | None:
+    """The file that a block is, by its first line: `# folder/name.py`."""
+    found = re.match(r"# (\S+\.(?:py|yaml))\n", code)
+    return found[1] if found else None
+
+
+def programs(page: Path) -> list[tuple[str, str]]:
+    """The blocks of a page that run, by language; neighbours in one language are one program."""
+    commands = [block for block in blocks(page) if not file_of(block[1])]
     return [
         (language, "\n".join(code for _, code in group))
-        for language, group in groupby(blocks, key=lambda block: block[0])
+        for language, group in groupby(commands, key=lambda block: block[0])
     ]
 
 
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working directory of a reader, whose modules Python finds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = {*sys.modules}
+    yield tmp_path
+    for name in {*sys.modules} - before:
+        if (tmp_path / f"{name}.py").exists():
+            del sys.modules[name]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
-def test_a_tutorial_runs(
-    page: Path, shell: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_runs(page: Path, shell: dict[str, str], folder: Path) -> None:
     for name in {"sweeps": ["plotly"], "curves": ["mlflow", "wandb"]}.get(page.stem, []):
         pytest.importorskip(name)
-    monkeypatch.chdir(tmp_path)
-    for language, code in programs(page.read_text()):
+    for _, code in blocks(page):
+        if name := file_of(code):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(code.partition("\n")[2])
+    for language, code in programs(page):
         if language == "python":
             exec(code, {"__name__": "__main__"})  # noqa: S102
             continue
@@ -80,5 +107,15 @@ def test_a_tutorial_runs(
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def test_there_is_one_for_each_kind_of_use() -> None:
+def test_there_is_a_tutorial_for_each_kind_of_use() -> None:
     assert [page.stem for page in TUTORIALS] == ["callbacks", "curves", "sweeps"]
+
+
+def test_what_a_user_adds_is_short() -> None:
+    """A criterion, a structure and so on take no more lines than the page says, imports and
+    docstrings included."""
+    most = {"taylor": 10, "kernels": 20, "powers": 40, "spread": 10, "late": 10}
+    files = {file_of(code): code for _, code in blocks(DOCS / "add-your-own.md")}
+    for name, limit in most.items():
+        lines = files[f"{name}.py"].rstrip("\n").split("\n")[1:]
+        assert len(lines) <= limit, f"{name}.py has {len(lines)} lines"
