@@ -1,8 +1,7 @@
 """Compression in loops of one's own: equal to the Trainer's, bit for bit."""
 
-import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +34,24 @@ STAGES: dict[str, Callable[[Any], list[Stage]]] = {
 }
 
 
-def plain_loop(module: nn.Module, stages: Sequence[Stage]) -> None:
-    plan = Plan(stages, module)
-    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
-    plan.hook([optimizer])
-    plan.begin(horizon=EPOCHS * len(BATCHES))
-    for images, labels in BATCHES * EPOCHS:
+def train(
+    plan: Plan, module: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Any]
+) -> None:
+    for images, labels in batches:
         plan.open()
         optimizer.zero_grad()
         nn.functional.cross_entropy(module(images), labels).backward()
         plan.restore_(optimizer)
         optimizer.step()
         plan.advance()
+
+
+def plain_loop(module: nn.Module, stages: Sequence[Stage]) -> None:
+    plan = Plan(stages, module)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    plan.hook([optimizer])
+    plan.begin(horizon=EPOCHS * len(BATCHES))
+    train(plan, module, optimizer, BATCHES * EPOCHS)
     plan.finish()
 
 
@@ -89,14 +94,7 @@ def test_a_plain_loop_resumes_exactly() -> None:
             plan.load_state_dict(saved["plan"])
             optimizer.load_state_dict(saved["optimizer"])
         plan.begin(horizon=40)
-        for step in steps:
-            images, labels = BATCHES[step % 10]
-            plan.open()
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(module(images), labels).backward()
-            plan.restore_(optimizer)
-            optimizer.step()
-            plan.advance()
+        train(plan, module, optimizer, (BATCHES[step % 10] for step in steps))
         state = {"module": module, "plan": plan, "optimizer": optimizer}
         return {key: owner.state_dict() for key, owner in state.items()}
 
@@ -175,13 +173,7 @@ def test_a_pull_that_stops_short_is_not_pulled_once_more() -> None:
     optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
     plan.hook([optimizer])
     plan.begin(horizon=40)
-    for images, labels in BATCHES:
-        plan.open()
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(module(images), labels).backward()
-        plan.restore_(optimizer)
-        optimizer.step()
-        plan.advance()
+    train(plan, module, optimizer, BATCHES)
     before = module.head.weight.detach().clone()
     with pytest.warns(UserWarning, match="has not reached its full strength"):
         plan.finish()
@@ -194,12 +186,7 @@ def test_a_layer_that_is_frozen_later_keeps_its_mask() -> None:
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
     plan.hook([optimizer])
     plan.begin(horizon=10)
-    for images, labels in BATCHES:
-        plan.open()
-        nn.functional.cross_entropy(module(images), labels).backward()
-        plan.restore_(optimizer)
-        optimizer.step()
-        plan.advance()
+    train(plan, module, optimizer, BATCHES)
     state = plan.state_dict()
     module.head.weight.requires_grad_(False)
     resumed = Plan([training.GradualPruning(0.8, criterion="hessian", stop=0.5)], module)
@@ -218,13 +205,8 @@ def structured(structure: Any, **kwargs: Any) -> tuple[Tensor, list[Tensor]]:
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
     plan.hook([optimizer])
     plan.begin(horizon=20)
-    for images, labels in itertools.islice(itertools.cycle(BATCHES), 20):
-        plan.open()
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(module(images), labels % 10).backward()
-        plan.restore_(optimizer)
-        optimizer.step()
-        plan.advance()
+    for batch in BATCHES * 2:
+        train(plan, module, optimizer, [batch])
         seen.append(module[0].weight.detach().clone())
     with warnings.catch_warnings(action="error"):
         plan.finish()
