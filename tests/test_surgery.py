@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fitsmall.compressors import Factored, Rank, factorize, inspect, load, restore, save
+from fitsmall.compressors import (
+    Factored,
+    Rank,
+    TopK,
+    Truncate,
+    compress,
+    factorize,
+    inspect,
+    load,
+    restore,
+    save,
+)
 from fitsmall.compressors.surgery.kinds import changes, surgeries
 from fitsmall.compressors.surgery.protocol import layout_of
 from fitsmall.compressors.surgery.quantizers import InputQuantizers
@@ -86,6 +97,15 @@ def test_files_without_marks_are_put_back(tmp_path: Path) -> None:
     restored = restore(plain(), path)
     assert str(restored) == str(net)
     assert torch.equal(restored(torch.ones(3, 12)), net(torch.ones(3, 12)))
+
+
+def test_sums_and_products_are_put_back(tmp_path: Path) -> None:
+    net, path = plain(), tmp_path / "net.fitsmall"
+    codes = compress(net, {"0": Truncate(2) + TopK(0.9), "2": Truncate(3)})
+    save(path, {**net.state_dict(), **codes})
+    restored = restore(plain(), path)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(restored.state_dict()[name], tensor)
 
 
 def test_honest_names_are_no_factors(tmp_path: Path) -> None:
