@@ -1,6 +1,6 @@
 """Faults planted one at a time in the code that trains, and how many of them the tests notice.
 
-pip install -e '.[mutation]'; OMP_NUM_THREADS=1 python -m fitsmall.experiments.benchmarks.mutants
+pip install -e '.[mutation]'; python -m fitsmall.experiments.benchmarks.mutants
     [--sample 200] [--seed 0] [--processes 2] [--paths compressors/training callbacks]
 
 A mutant is the code with one place changed by an operator of mutmut: ``<`` becomes ``<=``, ``and``
@@ -34,6 +34,7 @@ import coverage
 import libcst as cst
 import numba
 import pytest
+import torch
 from libcst.metadata import MetadataWrapper, PositionProvider
 from mutmut.mutation.mutators import mutation_operators
 from rich.console import Console
@@ -55,6 +56,7 @@ TESTS = [
         "mistakes",
         "quantization",
         "ranks",
+        "sharding",
         "structures",
         "surgery",
         "surroundings",
@@ -225,8 +227,9 @@ class Selection:
 
 def run_tests(files: Iterable[Path], folder: Path, plugin: object) -> int:
     """Run tests until one fails, and return pytest's exit status."""
-    options = ["--quiet", "--exitfirst", "--tb=short", "-p", "no:cacheprovider", "-c"]
-    options += [str(ROOT / "pyproject.toml"), "--basetemp", str(folder / "tests")]
+    options = ["--quiet", "--exitfirst", "--tb=short", "-p", "no:cacheprovider"]
+    options += ["-c", str(ROOT / "pyproject.toml"), "--basetemp", str(folder / "tests")]
+    options += ["--noconftest"]  # which sorts tests, for several processes
     return int(pytest.main([*options, *map(str, files)], plugins=[plugin]))
 
 
@@ -376,6 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     found = [mutant for file in files for mutant in mutants(file)]
     sample = Random(options.seed).sample(found, min(options.sample, len(found)))
+    torch.set_num_threads(1)  # a fork of a process with several may hang
     pytest.main(["--collect-only", "-qq", *map(str, TESTS)])  # imports all that tests need
     forget_modules()
     with tempfile.TemporaryDirectory() as name:
