@@ -340,3 +340,26 @@ def test_random_masks_differ_by_name_and_seed() -> None:
 def test_settings_that_do_not_go_together(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_inputs_by_keyword_count() -> None:
+    class Keyword(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(input=self.body(images))
+
+    module = Keyword()
+    stage = training.GradualPruning(0.5, criterion="activation", include="head.weight")
+    plan = Plan([stage], module)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    plan.hook([optimizer])
+    plan.begin(horizon=10)
+    hidden = module.body(BATCHES[0][0])
+    train(plan, module, optimizer, BATCHES[:1])
+    norm = stage.choices()["statistics"]["head.weight"]["input_norm"][0]
+    torch.testing.assert_close(norm.squeeze(), hidden.square().sum(0).sqrt())
+
+
+def test_wide_weights_have_inputs_of_eight_bits() -> None:
+    stage = training.QuantizationAwareTraining(4, 4, overrides={"head": 16, "body.0": 6})
+    text = str(Plan([stage], Net(), horizon=10))
+    assert "inputs of body.0 (6 bits), head (8 bits)" in text
