@@ -313,6 +313,7 @@ def test_fixed_width_sizes_follow_the_paper(tmp_path: Path) -> None:
 def test_estimate_is_within_one_percent(
     shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    GENERATOR.manual_seed(0)  # whatever tests have drawn before
     # Two thirds of the larger tensor.
     monkeypatch.setattr("fitsmall.compressors.codes.ESTIMATE_SYMBOLS", 2**18)
     tensors = {"weight": (TopK(0.95) | KMeans(16)).project(weight(*shape)), "bias": weight(9)}

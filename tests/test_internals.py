@@ -1,12 +1,13 @@
 """Private names of torch and Lightning: each is there, and its loss is told at the start."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -39,6 +40,14 @@ USES: dict[str, Callable[[Path], Any]] = {
     ),
     "EMA": lambda folder: fit(folder, EMA(decay=0.9)),
 }
+
+
+@pytest.fixture(autouse=True)
+def _destroy_process_group() -> Iterator[None]:
+    """A training under DDP that is refused leaves its group of one process."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("private", PRIVATE, ids=lambda p: f"{p.holder}.{p.name}")
