@@ -1,13 +1,19 @@
-"""Names: of functions that a user gives, and of entries of a table that a user asks for."""
+"""Names: of functions that a user gives, of entries of a table, and of many similar parameters."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
+from itertools import chain, zip_longest
 from typing import TypeVar
 
-__all__ = ["lookup", "name_of"]
+__all__ = ["abridged", "group_by", "grouped", "lookup", "name_of"]
 
 T = TypeVar("T")
+Key = TypeVar("Key")
+
+# Names that differ in numbers alone become one pattern if they are as many as this.
+_FEWEST = 3
 
 
 def name_of(function: object) -> str:
@@ -44,3 +50,52 @@ def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
         hint = f"did you mean {' or '.join(near)}? Choose" if near else "choose"
         raise ValueError(f"unknown {kind} {name!r}: {hint} one of {', '.join(table)}")
     return table[name]
+
+
+def group_by(items: Iterable[T], key: Callable[[T], Key]) -> dict[Key, list[T]]:
+    """Items by key, in the order in which the keys come first.
+
+    Example:
+        >>> group_by(["a", "bc", "d"], len)
+        {1: ['a', 'd'], 2: ['bc']}
+    """
+    groups: dict[Key, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def abridged(items: Sequence[str], most: int = 6) -> str:
+    """A list in one line, of which only the first items are written out.
+
+    Example:
+        >>> abridged(["a", "b", "c", "d"], most=2)
+        'a, b and 2 more'
+    """
+    more = len(items) - most
+    return ", ".join(items) if more <= 0 else f"{', '.join(items[:most])} and {more} more"
+
+
+def grouped(names: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """Patterns for names that differ in numbers alone, each with its names.
+
+    Example:
+        >>> grouped([f"layers.{n}.norm.weight" for n in range(12)] + ["fc1.bias", "fc2.bias"])
+        ... # doctest: +ELLIPSIS
+        [('layers.0-11.norm.weight', [...]), ('fc1.bias', ['fc1.bias']), ('fc2.bias', ['fc2.bias'])]
+    """
+    found: list[tuple[str, list[str]]] = []
+    for words, alike in group_by(names, lambda name: tuple(re.split(r"\d+", name))).items():
+        if len(alike) < _FEWEST:
+            found.extend((name, [name]) for name in alike)
+            continue
+        numbers = zip(*(map(int, re.findall(r"\d+", name)) for name in alike), strict=True)
+        ranges = (_range(sorted({*column})) for column in numbers)
+        pattern = "".join(chain.from_iterable(zip_longest(words, ranges, fillvalue="")))
+        found.append((pattern, alike))
+    return found
+
+
+def _range(numbers: Sequence[int]) -> str:
+    first, last = numbers[0], numbers[-1]
+    return f"{first}-{last}" if first < last else f"{first}"

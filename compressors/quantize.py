@@ -8,26 +8,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fitsmall.compressors.codes import Code, Dense, Integer
 from fitsmall.compressors.lattice import LARGEST, blocked, spread, unblocked
 from fitsmall.compressors.projections import Projection
+from fitsmall.compressors.weights import Matrices
 
 __all__ = [
-    "TRANSPOSED",
     "Quantize",
     "bounds",
     "clipped",
     "few_digits",
     "half",
     "quantize_",
-    "scale_shape",
     "scales_of",
 ]
-
-# Layers whose weights have output channels as their second dimension.
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def bounds(bits: int) -> tuple[int, int]:
@@ -40,35 +36,6 @@ def bounds(bits: int) -> tuple[int, int]:
         ((-2, 1), (-8, 7), (-127, 127))
     """
     return max(-(2 ** (bits - 1)), -LARGEST), 2 ** (bits - 1) - 1
-
-
-def scale_shape(shape: Sequence[int], granularity: str | int, axis: int = 0) -> tuple[int, ...]:
-    """Return the number of scales along each dimension of a weight.
-
-    Args:
-        shape: Shape of the weight.
-        granularity: ``"channel"``, ``"tensor"``, or the size of groups of inputs of a channel.
-        axis: Dimension of the output channels; 1 in transposed convolutions.
-
-    Raises:
-        ValueError: Groups do not divide the inputs.
-
-    Example:
-        >>> scale_shape((64, 32, 3, 3), "channel"), scale_shape((64, 32), 16)
-        ((64, 1, 1, 1), (64, 2))
-    """
-    scales = [1] * len(shape)
-    if granularity != "tensor" and shape:
-        scales[axis] = shape[axis]
-    if isinstance(granularity, int):
-        inputs = 1 - axis
-        if len(shape) < 2 or shape[inputs] % granularity:
-            raise ValueError(
-                f"groups of {granularity} do not divide a weight of shape {tuple(shape)}: choose "
-                "another size, or granularity='channel'"
-            )
-        scales[inputs] = shape[inputs] // granularity
-    return tuple(scales)
 
 
 def few_digits(scales: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
@@ -166,7 +133,7 @@ def quantize_(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
 
     Args:
         weight: Tensor of weights.
-        scales: Scales of its blocks, see :func:`scale_shape`.
+        scales: Scales of its blocks, with as many dimensions as the weight.
         bits: 2 to 8.
 
     Example:
@@ -225,7 +192,8 @@ class Quantize(Projection):
             return Dense(half(weight))
         if weight.dim() == 0 or not weight.numel():
             return Dense(weight)
-        blocks = scale_shape(weight.shape, self.granularity, self.axis)
+        form = Matrices("", outputs=self.axis, inputs=1 - self.axis)
+        blocks = form.scale_shape(weight.shape, self.granularity)
         scales = scales_of(weight, self.bits, blocks)
         low, high = bounds(self.bits)
         rows = blocked(weight, blocks) / blocked(scales, blocks)

@@ -9,24 +9,15 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["LAYERS", "Selection", "match", "select"]
+from fitsmall.compressors.naming import group_by, grouped
+from fitsmall.compressors.weights import Matrices, is_multiplied, matrices_of, no_weight
+
+__all__ = ["EXCLUDED", "FROZEN", "NOT_INCLUDED", "Selection", "match", "select"]
 
 T = TypeVar("T")
 
-# Layers whose weights hold the bytes; norms and biases are few and sensitive.
-LAYERS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Embedding,
-    nn.Bilinear,
-)
-# nn.MultiheadAttention keeps its projections as bare parameters of its own.
-_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+# Reasons why a parameter is left out that are the user's own.
+EXCLUDED, NOT_INCLUDED, FROZEN = "excluded", "not included", "frozen: requires_grad is False"
 
 
 @dataclass(frozen=True)
@@ -37,11 +28,13 @@ class Selection:
         chosen: The selected parameters in the module's order; tied ones under their first name.
         skipped: Reason by name for all the others.
         waiting: Skipped parameters that are selected once they are trainable and initialised.
+        forms: Dimensions of each chosen parameter by name.
     """
 
     chosen: Mapping[str, nn.Parameter]
     skipped: Mapping[str, str]
     waiting: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    forms: Mapping[str, Matrices] = field(default_factory=dict)
 
     def without(self, reasons: Mapping[str, str]) -> "Selection":
         """Return the selection without more parameters.
@@ -53,7 +46,8 @@ class Selection:
             ValueError: Nothing remains.
         """
         chosen = {name: p for name, p in self.chosen.items() if name not in reasons}
-        return Selection(chosen, {**self.skipped, **reasons}, self.waiting).checked()
+        skipped = {**self.skipped, **reasons}
+        return Selection(chosen, skipped, self.waiting, self.forms).checked()
 
     def checked(self) -> "Selection":
         """Return the selection itself, if it has chosen or waiting parameters.
@@ -62,10 +56,14 @@ class Selection:
             ValueError: It has none.
         """
         if not self.chosen and not self.waiting:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
+            by_reason = group_by(self.skipped, self.skipped.get)
+            reasons = "; ".join(
+                f"{', '.join(pattern for pattern, _ in grouped(names))}: {reason}"
+                for reason, names in by_reason.items()
+            )
             raise ValueError(
-                f"nothing to compress ({reasons or 'the module has no parameters'}): name "
-                "parameters with include=[...]"
+                "name parameters with include=[...], since there is nothing to compress: "
+                f"{reasons or 'the module has no parameters'}"
             )
         return self
 
@@ -75,15 +73,16 @@ def select(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
 ) -> Selection:
-    """Return the weights of Linear, Conv, Embedding and attention layers, or those asked for.
+    """Return the weights of a module: all of its matrices, or the parameters asked for.
 
-    Patterns are shell globs on parameter names (``"encoder.*.weight"``); the name of a module
-    matches all parameters in it (``"encoder"``). Recurrent layers and EmbeddingBag are not selected
-    by default; include them by name.
+    Weights are all parameters of two and more dimensions, of any layer, but for norms, biases and
+    learned positions; see :func:`~fitsmall.compressors.weights.no_weight`. Patterns are shell globs
+    on parameter names (``"encoder.*.weight"``); the name of a module matches all parameters in it
+    (``"encoder"``).
 
     Args:
         module: Module to search.
-        include: Patterns that replace the default; biases and norms can be named here.
+        include: Patterns that replace the default; biases, norms and positions can be named here.
         exclude: Patterns to leave out.
 
     Raises:
@@ -92,7 +91,7 @@ def select(
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
         >>> list(select(net, exclude="2").chosen), select(net, exclude="2").skipped["1.weight"]
-        (['0.weight'], 'not the weight of a Linear, Conv, Embedding or attention layer')
+        (['0.weight'], 'a bias or a norm')
     """
     parameters = dict(module.named_parameters())
     # Tied parameters answer to all of their names.
@@ -110,32 +109,28 @@ def select(
                 f"pattern {pattern!r} matches no parameter of {type(module).__name__}; "
                 f"{_nearest(pattern, list(parameters))}"
             )
-    weights = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, layer in module.named_modules()
-        for name, _ in layer.named_parameters(recurse=False)
-        if (isinstance(layer, LAYERS) and name == "weight")
-        or (isinstance(layer, nn.MultiheadAttention) and name in _ATTENTION)
-    }
     chosen, skipped, waiting = {}, {}, {}
     for name, parameter in parameters.items():
         if included is not None and not any(matches(parameter, p) for p in included):
-            skipped[name] = "not included"
-        elif included is None and not weights.intersection(names[parameter]):
-            skipped[name] = "not the weight of a Linear, Conv, Embedding or attention layer"
+            skipped[name] = NOT_INCLUDED
         elif any(matches(parameter, p) for p in excluded or ()):
-            skipped[name] = "excluded"
+            skipped[name] = EXCLUDED
+        elif included is None and (reason := _no_weight(module, names[parameter])):
+            skipped[name] = reason
+        elif not is_lazy(parameter) and not any(is_multiplied(module, n) for n in names[parameter]):
+            skipped[name] = "its layer computes the weight from it by more than scaling"
         elif not parameter.is_floating_point():
             skipped[name] = f"its dtype is {parameter.dtype}"
         elif is_lazy(parameter):
             skipped[name], waiting[name] = "not initialised yet", parameter
         elif not parameter.requires_grad:
-            skipped[name], waiting[name] = "frozen: requires_grad is False", parameter
+            skipped[name], waiting[name] = FROZEN, parameter
         elif not parameter.numel():
             skipped[name] = "it is empty"
         else:
             chosen[name] = parameter
-    return Selection(chosen, skipped, waiting).checked()
+    forms = {name: matrices_of(module, name) for name in chosen}
+    return Selection(chosen, skipped, waiting, forms).checked()
 
 
 def match(overrides: Mapping[str, T], names: Sequence[str]) -> dict[str, T]:
@@ -162,6 +157,12 @@ def match(overrides: Mapping[str, T], names: Sequence[str]) -> dict[str, T]:
             )
         found.update(dict.fromkeys(matching, value))
     return {name: found[name] for name in names if name in found}
+
+
+def _no_weight(module: nn.Module, names: Sequence[str]) -> str | None:
+    """Return the reason why a parameter is no weight under any of its names."""
+    reasons = [no_weight(module, name) for name in names]
+    return None if None in reasons else reasons[0]
 
 
 def _matches(name: str, pattern: str) -> bool:

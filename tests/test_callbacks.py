@@ -313,8 +313,8 @@ def test_the_plan_prints_itself_without_training() -> None:
     text = str(Plan([pruning, WeightSharing(8, start_step=700)], Net(), horizon=1000))
     assert "GradualPruning: sparsity 0.9 (global magnitude), hard, steps 0 to 700" in text
     assert "WeightSharing: 8 clusters (linear start), straight-through, steps 700 to 850" in text
-    assert "1 tensors, 2,560 weights: body.0.weight" in text
-    assert "left out (not the weight" in text
+    assert "  body.0.weight  2,560 " in text
+    assert "left out (a bias or a norm)" in text
     assert "from 0 of training to 0.7 of training" in str(Plan([GradualPruning()], Net()))
 
 

@@ -94,7 +94,7 @@ PLANS: list[tuple[list[Stage], str]] = [
     ),
     (
         [GradualPruning(criterion="activation", include="body.1.weight")],
-        "belongs to a BatchNorm1d: exclude it, or choose another criterion",
+        "exclude body.1.weight, or choose another criterion than activation: the inputs of a Batch",
     ),
     (
         [GradualPruning(0.96, allocation="uniform", include=["head.weight", "head.bias"])],
@@ -104,7 +104,7 @@ PLANS: list[tuple[list[Stage], str]] = [
     ([GradualPruning(overrides={"head": 0.9999})], "leaves none of the 400 weights of head.weight"),
     (
         [WeightSharing(16, include="*.bias", exclude="body")],
-        r"nothing to compress \(.*head.bias: 10 weights are too few for 16 clusters",
+        r"nothing to compress: .*head.bias: 10 weights are too few for 16 clusters",
     ),
     ([GradualPruning(start=0.8, stop=0.5)], "its window ends at step 20, before it starts at step"),
 ]

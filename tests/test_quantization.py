@@ -36,8 +36,9 @@ from fitsmall.compressors import (
     save,
 )
 from fitsmall.compressors.lattice import blocked, lattice
-from fitsmall.compressors.quantize import bounds, quantize_, scale_shape, scales_of
+from fitsmall.compressors.quantize import bounds, quantize_, scales_of
 from fitsmall.compressors.surgery.quantizers import attach_quantizer
+from fitsmall.compressors.weights import Matrices
 from fitsmall.experiments.benchmarks.soak import differences
 from training import IMAGES, LABELS, Adversaries, Net, Recorder, fit, loader, trainer, validation
 
@@ -66,7 +67,7 @@ def test_steps_are_as_good_as_a_fine_search(
     bits: int, shape: tuple[int, ...], granularity: Any, axis: int
 ) -> None:
     weight = normal(*shape)
-    blocks = scale_shape(shape, granularity, axis)
+    blocks = Matrices("", axis, 1 - axis).scale_shape(shape, granularity)
     rows = blocked(weight, blocks)
     low, high = bounds(bits)
     least = torch.full((len(rows), 1), torch.inf)
@@ -472,7 +473,7 @@ def test_files_hold_integers_however_many_channels(
     shape: tuple[int, int], bits: int, granularity: Any, tmp_path: Path
 ) -> None:
     weight = Quantize(bits, granularity).project(normal(*shape))
-    steps = math.prod(scale_shape(shape, granularity))
+    steps = math.prod(Matrices("").scale_shape(shape, granularity))
     size = save(tmp_path / "w", {"w": weight})
     assert size < (bits * weight.numel() + 16 * steps) / 8 + 200
     assert same_bits(load(tmp_path / "w")["w"], weight)
@@ -493,7 +494,7 @@ class Everything(nn.Module):
 
 def test_what_is_quantized_is_listed() -> None:
     text = str(Plan([QuantizationAwareTraining()], Everything(), horizon=100))
-    assert "inputs of conv (8 bits), up (8 bits)" in text
+    assert "inputs of 8 bits: conv, up\n" in text
     alone = "weights alone, not their inputs: embedding, attention, attention.out_proj"
     assert alone in text
     assert "norm.weight" in text.split("left out")[1]

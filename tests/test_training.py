@@ -262,7 +262,7 @@ def test_layers_that_a_structure_cannot_take_are_listed() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
     text = str(Plan([training.GradualPruning(structure=NofM(2, 4))], net, horizon=10))
     assert "sparsity 0.5 (magnitude of NofM(n=2, m=4))" in text
-    assert "1 tensors, 576 weights: 1.weight" in text
+    assert "  1.weight  576 " in text
     assert "left out (NofM(n=2, m=4): dimension 1 of its shape (8, 3, 3, 3) is no mult" in text
 
 
@@ -362,4 +362,5 @@ def test_inputs_by_keyword_count() -> None:
 def test_wide_weights_have_inputs_of_eight_bits() -> None:
     stage = training.QuantizationAwareTraining(4, 4, overrides={"head": 16, "body.0": 6})
     text = str(Plan([stage], Net(), horizon=10))
-    assert "inputs of body.0 (6 bits), head (8 bits)" in text
+    assert "inputs of 6 bits: body.0\n" in text
+    assert "inputs of 8 bits: head\n" in text

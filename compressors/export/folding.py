@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fitsmall.compressors.export.integer import float_copy
-from fitsmall.compressors.quantize import TRANSPOSED
+from fitsmall.compressors.weights import TRANSPOSED
 
 __all__ = ["fold_norms_"]
 

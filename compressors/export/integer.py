@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fitsmall.compressors.lattice import blocked, lattice, unblocked
-from fitsmall.compressors.quantize import TRANSPOSED, scale_shape
 from fitsmall.compressors.surgery.quantizers import QUANTIZER, detach_quantizer
 from fitsmall.compressors.torch_internals import clear_forward_pre_hooks
+from fitsmall.compressors.weights import TRANSPOSED, matrices_of
 
 __all__ = ["LAYERS", "OPSET", "add_biases_after_", "float_copy", "to_integers_"]
 
@@ -31,7 +31,7 @@ def to_integers_(module: nn.Module) -> list[str]:
         quantizer = getattr(layer, QUANTIZER, None)
         if not isinstance(layer, LAYERS) or quantizer is None or not quantizer.active:
             continue
-        blocks = scale_shape(layer.weight.shape, "channel", int(isinstance(layer, TRANSPOSED)))
+        blocks = matrices_of(layer, "weight").scale_shape(layer.weight.shape, "channel")
         found = lattice(blocked(layer.weight, blocks))
         if found is None:
             continue

@@ -6,10 +6,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["DECAY", "InputNorm"]
+from fitsmall.compressors.weights import is_conv1d
+
+__all__ = ["DECAY", "InputNorm", "has_input_norm"]
 
 # Averages over about 100 steps: short enough to follow training, long enough to smooth batches.
 DECAY = 0.99
+
+
+def has_input_norm(layer: nn.Module) -> bool:
+    """Return whether each input feature of a layer meets weights of its own.
+
+    Example:
+        >>> has_input_norm(nn.Linear(2, 2)), has_input_norm(nn.Embedding(2, 2))
+        (True, False)
+    """
+    return isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_conv1d(layer)
 
 
 class InputNorm:
@@ -18,22 +30,12 @@ class InputNorm:
     Squares are staged until :meth:`commit`, so that those of a skipped step can be dropped.
 
     Args:
-        module: Module of the layer.
-        name: Name of the layer's weight.
-
-    Raises:
-        ValueError: The weight belongs to no Linear or Conv layer.
+        layer: A layer that :func:`has_input_norm`.
+        weight: Its weight, or the parameter that it computes its weight from.
     """
 
-    def __init__(self, module: nn.Module, name: str) -> None:
-        layer = module.get_submodule(name.rpartition(".")[0])
-        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            raise ValueError(  # noqa: TRY004  a mistake of settings
-                f"GradualPruning: the activation criterion needs the inputs of a Linear or Conv "
-                f"layer, and {name} belongs to a {type(layer).__name__}: exclude it, or choose "
-                "another criterion"
-            )
-        self.layer = layer
+    def __init__(self, layer: nn.Module, weight: Tensor) -> None:
+        self.layer, self.weight = layer, weight
         self.squares: Tensor | None = None
         self.handle: RemovableHandle | None = None
 
@@ -46,7 +48,7 @@ class InputNorm:
 
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         if layer.training and torch.is_grad_enabled():
-            features = -1 if isinstance(layer, nn.Linear) else 1 - self.layer.weight.dim()
+            features = -1 if self.weight.dim() == 2 else 1 - self.weight.dim()
             x = inputs[0] if inputs else named["input"]
             rows = x.detach().float().movedim(features, -1).flatten(0, -2)
             squares = rows.square().sum(0)
@@ -54,7 +56,9 @@ class InputNorm:
 
     def zeros(self) -> Tensor:
         """Return norms of zero, in the shape that :meth:`commit` gives them."""
-        weight = self.layer.weight
+        weight = self.weight
+        if is_conv1d(self.layer):
+            return torch.zeros(len(weight), 1, device=weight.device)
         rows = len(weight) if getattr(self.layer, "groups", 1) > 1 else 1
         sides = (1,) * (weight.dim() - 2)
         return torch.zeros(rows, weight.shape[1], *sides, device=weight.device)
@@ -65,11 +69,13 @@ class InputNorm:
         staged, self.squares = self.squares, None
         if staged is None:
             return
-        groups = getattr(self.layer, "groups", 1)
-        weight = self.layer.weight
-        per_group = staged.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
-        squares = per_group.view(*per_group.shape, *(1,) * (weight.dim() - 2))
-        squares = squares if groups > 1 else squares[:1]
+        if is_conv1d(self.layer):
+            squares = staged.unsqueeze(1)
+        elif (groups := getattr(self.layer, "groups", 1)) > 1:
+            squares = staged.view(groups, -1).repeat_interleave(len(self.weight) // groups, 0)
+        else:
+            squares = staged.unsqueeze(0)
+        squares = squares.view(*squares.shape, *(1,) * (self.weight.dim() - 2))
         if "input_norm" in statistics:
             squares = statistics["input_norm"].square().lerp(squares, 1 - DECAY)
         statistics["input_norm"] = squares.sqrt()

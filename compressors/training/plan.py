@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fitsmall.compressors.training.chains import Chains
 from fitsmall.compressors.training.clock import Clock
+from fitsmall.compressors.training.coverage import coverage_warning
 from fitsmall.compressors.training.messages import inform, warn
 from fitsmall.compressors.training.optimizers import (
     all_finite,
@@ -181,6 +182,8 @@ class Plan:
                     f"training does at step {horizon:,.0f}: it will not reach its full strength; "
                     f"train longer, or set stop_step={horizon:.0f} at most"
                 )
+            if warning := coverage_warning(stage):
+                warn(warning)
         if orphans := self.chains.orphans():
             warn(
                 f"no optimizer holds {', '.join(orphans)}: they are not compressed until "

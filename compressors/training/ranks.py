@@ -85,10 +85,12 @@ class RankLearning(Proximal):
         >>> from fitsmall.compressors.training import Plan
         >>> net = nn.Sequential(nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 10))
         >>> print(Plan([RankLearning(keep_size=0.3)], net, horizon=1000))
-        Compression plan
+        Compression plan of 21,110 parameters
           RankLearning: ranks within 0.3 of the size, proximal, steps 0 to 500
-            2 tensors, 21,000 weights: 0.weight, 2.weight
-          left out (not the weight of a Linear, Conv, Embedding or attention layer): 0.bias, 2.bias
+            acts on 99.5 %:
+              0.weight  20,000  94.7 %
+              2.weight   1,000   4.7 %
+          left out (a bias or a norm): 0.bias, 2.bias; 0.5 %, 440 bytes
     """
 
     order = -1

@@ -54,8 +54,8 @@ class WeightSharing(Stage):
         start_step: The same in optimizer steps, instead of ``start``.
         stop_step: The same in optimizer steps, instead of ``stop``.
         every: Steps between assignments; by default the window has 100.
-        include: Patterns of parameter names that replace the default, the weights of Linear,
-            Conv, Embedding and attention layers. ``include="*.bias"`` in a second instance shares
+        include: Patterns of parameter names that replace the default, all weights: see
+            :func:`~fitsmall.compressors.select`. ``include="*.bias"`` in a second instance shares
             the biases too.
         exclude: Patterns of parameter names to leave out.
         overrides: Numbers of clusters by pattern of parameter names.
@@ -65,12 +65,13 @@ class WeightSharing(Stage):
         >>> from fitsmall.compressors.training import GradualPruning, Plan
         >>> net = nn.Sequential(nn.Linear(20, 10))
         >>> print(Plan([GradualPruning(0.9), WeightSharing(8)], net, horizon=1000))
-        Compression plan
+        Compression plan of 210 parameters
           GradualPruning: sparsity 0.9 (global magnitude), hard, steps 0 to 700
-            1 tensors, 200 weights: 0.weight
+            acts on 95.2 %:
+              0.weight  200  95.2 %
           WeightSharing: 8 clusters (linear start), straight-through, steps 700 to 850
-            1 tensors, 200 weights: 0.weight
-          left out (not the weight of a Linear, Conv, Embedding or attention layer): 0.bias
+            acts on 95.2 %: as GradualPruning
+          left out (a bias or a norm): 0.bias; 4.8 %, 40 bytes
     """
 
     order = 1

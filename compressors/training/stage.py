@@ -28,8 +28,8 @@ class Stage(ABC):
         start_step: The same in optimizer steps, instead of ``start``.
         stop_step: The same in optimizer steps, instead of ``stop``.
         every: Steps between choices; by default :attr:`num_updates` are spread over the window.
-        include: Patterns of parameter names that replace the default, the weights of Linear,
-            Conv, Embedding and attention layers.
+        include: Patterns of parameter names that replace the default, all weights: see
+            :func:`~fitsmall.compressors.select`.
         exclude: Patterns of parameter names to leave out.
 
     Attributes:

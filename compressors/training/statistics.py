@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fitsmall.compressors.criteria import uniform_noise
-from fitsmall.compressors.training.input_norms import DECAY, InputNorm
+from fitsmall.compressors.select import Selection
+from fitsmall.compressors.training.input_norms import DECAY, InputNorm, has_input_norm
 from fitsmall.compressors.training.sharding import (
     gather,
     processes,
@@ -17,6 +18,7 @@ from fitsmall.compressors.training.sharding import (
     unstack,
     whole,
 )
+from fitsmall.compressors.weights import owner
 
 __all__ = ["Statistics"]
 
@@ -64,23 +66,29 @@ class Statistics:
     def attach(
         self,
         module: nn.Module,
-        weights: Mapping[str, nn.Parameter],
+        selection: Selection,
         parameters: Mapping[str, nn.Parameter],
     ) -> None:
-        """Collect for these weights of a module.
+        """Collect for the selected weights of a module.
 
         Args:
             module: The module.
-            weights: The weights by name.
+            selection: The weights; :meth:`refusal` refuses none of them.
             parameters: All parameters of the module by name.
-
-        Raises:
-            ValueError: The norm of inputs is needed, and a weight belongs to no Linear or Conv
-                layer.
         """
         self._parameters = parameters
         if "input_norm" in self.needed:
-            self._norms = {name: InputNorm(module, name) for name in weights}
+            self._norms = {
+                name: InputNorm(module.get_submodule(selection.forms[name].layer), weight)
+                for name, weight in selection.chosen.items()
+            }
+
+    def refusal(self, module: nn.Module, name: str) -> str | None:
+        """Return the reason why a weight has no such statistics, or None if it has them."""
+        layer = owner(module, name)[1]
+        if "input_norm" not in self.needed or has_input_norm(layer):
+            return None
+        return f"the inputs of a {type(layer).__name__} have no norms"
 
     def hook(self) -> None:
         """Register hooks that collect the norms of inputs, where a criterion needs them."""

@@ -1,0 +1,251 @@
+"""Weights: which parameters of a network are matrices, and along which dimensions.
+
+Nearly all parameters are entries of matrices that activations are multiplied by: of Linear and
+convolution layers, embeddings, recurrent gates, fused experts, and modules of classes that nobody
+has heard of. The others are few and sensitive: biases, norms, and learned positions.
+"""
+
+import re
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+
+__all__ = [
+    "BIAS_OR_NORM",
+    "POSITIONS",
+    "TOKEN",
+    "TRANSPOSED",
+    "Matrices",
+    "is_conv1d",
+    "is_multiplied",
+    "matrices_of",
+    "no_weight",
+    "owner",
+]
+
+# Layers whose weights have output channels as their second dimension.
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+# Layers that compute with their weight, whatever the network calls them.
+_COMPUTING = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+
+# Matrices along the first dimension of a recurrent weight: input, forget, cell and output gate, ...
+_GATES = {
+    nn.RNN: 1, nn.RNNCell: 1, nn.GRU: 3, nn.GRUCell: 3, nn.LSTM: 4, nn.LSTMCell: 4,
+}  # fmt: skip
+_RECURRENT = re.compile(r"weight_[ih]h(_l\d+)?(_reverse)?")
+
+# Reasons why a parameter is not the weight of a layer.
+BIAS_OR_NORM, POSITIONS, TOKEN = "a bias or a norm", "learned positions", "a learned token"
+
+# Words in the name of a parameter or of an embedding layer.
+_POSITION = re.compile(r"(^|_)(pos|positions?|positional|rel|relative|distance|wpe)(_|$)")
+_TOKEN = re.compile(r"(^|_)tokens?$")
+_BIAS = re.compile(r"(^|_)bias(_|$)")
+_NORM = re.compile(r"Norm(Act)?(\dd)?$")
+
+# What ``nn.utils.weight_norm`` and ``nn.utils.spectral_norm`` append to the name of a weight that
+# they compute.
+_COMPUTED = ("_v", "_orig")
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """The dimensions of a parameter: one matrix of outputs and inputs, or a stack of them.
+
+    Args:
+        layer: Name of the layer that multiplies by it.
+        outputs: Dimension of the outputs.
+        inputs: Dimension of the inputs.
+        parts: Number of matrices that stand one after the other along dimension 0, such as gates;
+            None if dimension 0 counts the matrices itself, as of fused experts.
+
+    Example:
+        >>> lstm = nn.LSTM(input_size=5, hidden_size=3)
+        >>> form = matrices_of(lstm, "weight_ih_l0")
+        >>> form.split(lstm.weight_ih_l0).shape, form.scale_shape((12, 5), "tensor")
+        (torch.Size([4, 3, 5]), (4, 1))
+    """
+
+    layer: str
+    outputs: int = 0
+    inputs: int = 1
+    parts: int | None = 1
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the parameter's shape as (matrices, outputs, inputs, kernel ...).
+
+        A parameter of fewer than two dimensions has no inputs.
+        """
+        if self.parts is None:
+            return tensor.movedim((self.outputs, self.inputs), (1, 2))
+        if tensor.dim() >= 2:
+            tensor = tensor.movedim((self.outputs, self.inputs), (0, 1))
+        return tensor.unsqueeze(0) if self.parts == 1 else tensor.unflatten(0, (self.parts, -1))
+
+    def join(self, matrices: Tensor) -> Tensor:
+        """Return what :meth:`split` was given."""
+        if self.parts is None:
+            return matrices.movedim((1, 2), (self.outputs, self.inputs))
+        tensor = matrices.squeeze(0) if self.parts == 1 else matrices.flatten(0, 1)
+        if tensor.dim() >= 2:
+            tensor = tensor.movedim((0, 1), (self.outputs, self.inputs))
+        return tensor
+
+    def num_matrices(self, shape: Sequence[int]) -> int:
+        """Return the number of matrices in a parameter of this shape."""
+        return shape[0] if self.parts is None else self.parts
+
+    def matrix_shape(self, shape: torch.Size) -> torch.Size:
+        """Return the shape of one matrix: outputs, inputs, kernel ...
+
+        Example:
+            >>> Matrices("conv", outputs=1, inputs=0).matrix_shape(torch.Size([8, 4, 3, 3]))
+            torch.Size([4, 8, 3, 3])
+        """
+        return self.split(torch.empty(shape, device="meta")).shape[1:]
+
+    def scale_shape(self, shape: Sequence[int], granularity: str | int) -> tuple[int, ...]:
+        """Return the number of quantization scales along each dimension of the parameter.
+
+        Args:
+            shape: Shape of the parameter.
+            granularity: ``"channel"``: a scale for each output channel of each matrix;
+                ``"tensor"``: for each matrix; or the size of groups of inputs of a channel.
+
+        Raises:
+            ValueError: Groups do not divide the inputs.
+
+        Example:
+            >>> experts = Matrices("experts", outputs=1, inputs=2, parts=None)
+            >>> experts.scale_shape((8, 64, 32), "channel"), experts.scale_shape((8, 64, 32), 16)
+            ((8, 64, 1), (8, 64, 2))
+        """
+        scales = [1] * len(shape)
+        if not shape:
+            return ()
+        scales[0] = self.num_matrices(shape)
+        if granularity != "tensor":
+            scales[self.outputs] = shape[self.outputs]
+        if isinstance(granularity, int):
+            if len(shape) < 2 or shape[self.inputs] % granularity:
+                raise ValueError(
+                    f"groups of {granularity} do not divide a weight of shape {tuple(shape)}: "
+                    "choose another size, or granularity='channel'"
+                )
+            scales[self.inputs] = shape[self.inputs] // granularity
+        return tuple(scales)
+
+
+def matrices_of(module: nn.Module, name: str) -> Matrices:
+    """Return the dimensions of a parameter of a module, by the class of its layer.
+
+    Example:
+        >>> matrices_of(nn.ConvTranspose2d(8, 4, 3), "weight")
+        Matrices(layer='', outputs=1, inputs=0, parts=1)
+    """
+    path, layer, own = owner(module, name)
+    parameter = module.get_parameter(name)
+    dimensions = 0 if is_lazy(parameter) else parameter.dim()
+    if isinstance(layer, TRANSPOSED) or (is_conv1d(layer) and dimensions == 2):
+        return Matrices(path, outputs=1, inputs=0)
+    if isinstance(layer, nn.MultiheadAttention) and own == "in_proj_weight":
+        return Matrices(path, parts=3)
+    gates = [number for kind, number in _GATES.items() if isinstance(layer, kind)]
+    if gates and _RECURRENT.fullmatch(own):
+        return Matrices(path, parts=gates[0])
+    if dimensions == 3 and not isinstance(layer, _COMPUTING):
+        if getattr(layer, "is_transposed", False):  # as fused experts of Hugging Face say
+            return Matrices(path, outputs=2, inputs=1, parts=None)
+        return Matrices(path, outputs=1, inputs=2, parts=None)
+    return Matrices(path)
+
+
+def no_weight(module: nn.Module, name: str) -> str | None:
+    """Return the reason why a parameter is not the weight of a layer, or None if it is one.
+
+    Example:
+        >>> net = nn.TransformerEncoderLayer(8, 2)
+        >>> no_weight(net, "norm1.weight"), no_weight(net, "self_attn.in_proj_weight")
+        ('a bias or a norm', None)
+    """
+    path, layer, own = owner(module, name)
+    parameter = module.get_parameter(name)
+    computes = isinstance(layer, _COMPUTING) and own == "weight"
+    embeds = isinstance(layer, nn.Embedding | nn.EmbeddingBag) and own == "weight"
+    vector = not is_lazy(parameter) and sum(size > 1 for size in parameter.shape) < 2
+    if vector and (name.endswith("original0") or not (computes or embeds)):  # the norms of rows
+        return BIAS_OR_NORM
+    if not computes:
+        word = path.rpartition(".")[2] if own == "weight" else own
+        if _BIAS.search(word) or _NORM.search(type(layer).__name__):
+            return BIAS_OR_NORM
+        if _POSITION.search(word) or "Position" in type(layer).__name__:
+            return POSITIONS
+        if own != "weight" and _TOKEN.search(word):
+            return TOKEN
+    return None
+
+
+def owner(module: nn.Module, name: str) -> tuple[str, nn.Module, str]:
+    """Return the name of the layer of a parameter, the layer, and its own name of the weight.
+
+    Example:
+        >>> net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
+        >>> path, layer, own = owner(net, "0.parametrizations.weight.original1")
+        >>> path, own
+        ('0', 'weight')
+    """
+    path, _, own = name.rpartition(".")
+    layer = module.get_submodule(path)
+    if isinstance(layer, ParametrizationList):
+        path, _, own = path.rpartition(".")
+        path = path.rpartition("parametrizations")[0].removesuffix(".")
+        return path, module.get_submodule(path), own
+    for suffix in _COMPUTED:
+        if own.endswith(suffix) and hasattr(layer, own.removesuffix(suffix)):
+            own = own.removesuffix(suffix)
+    return path, layer, own
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Return whether a layer is Hugging Face's ``Conv1D``: a Linear layer whose weight is stored
+    as (inputs, outputs)."""
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+@torch.no_grad()
+def is_multiplied(module: nn.Module, name: str) -> bool:
+    """Return whether a layer multiplies by a parameter itself, or by its scaled outputs.
+
+    Then zeros stay zeros, and levels stay levels. Of ``nn.utils.parametrizations``, weight norm and
+    spectral norm only scale; orthogonal ones do not. It is found by trying.
+
+    Example:
+        >>> from torch.nn.utils.parametrizations import orthogonal, weight_norm
+        >>> is_multiplied(weight_norm(nn.Linear(4, 3)), "parametrizations.weight.original1")
+        True
+        >>> is_multiplied(orthogonal(nn.Linear(4, 3)), "parametrizations.weight.original")
+        False
+    """
+    path, _, own = name.rpartition(".")
+    parametrizations = module.get_submodule(path)
+    if not isinstance(parametrizations, ParametrizationList):
+        return True
+    probe = deepcopy(parametrizations).eval()  # spectral norm learns when it is called in training
+    original = probe.get_parameter(own)
+    numbers = torch.arange(original.numel(), device=original.device)
+    original.copy_((numbers % 7 * (numbers % 2)).view(original.shape))
+    weight = probe()
+    if weight.shape != original.shape or not torch.equal(weight == 0, original == 0):
+        return False
+    form = matrices_of(module, name)
+    ratios = form.split(weight / original).flatten(2)
+    low = ratios.nan_to_num(torch.inf).amin(2)
+    high = ratios.nan_to_num(-torch.inf).amax(2)
+    return bool(((high - low) <= 1e-3 * high.abs()).all())
