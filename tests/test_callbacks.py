@@ -343,6 +343,14 @@ def test_channels_last_weights_are_shared_too(tmp_path: Path) -> None:
     )
 
 
+def test_a_network_without_compression_has_a_file_too(tmp_path: Path) -> None:
+    file = CompressedCheckpoint(tmp_path)
+    module = fit(tmp_path, file, max_steps=1)
+    assert file.path is not None
+    restored = restore(Net(), file.path)
+    assert torch.equal(restored.head.weight, module.head.weight)
+
+
 def test_report_of_the_file_equals_a_later_inspection(tmp_path: Path) -> None:
     checkpoint = CompressedCheckpoint(tmp_path, "net.fitsmall", coder="huffman")
     fit(tmp_path, GradualPruning(0.9), checkpoint)

@@ -523,6 +523,7 @@ def test_a_second_fit_keeps_the_factors(tmp_path: Path) -> None:
     [
         (lambda: RankLearning(), "give one of keep_flops, keep_size and price, and got none"),
         (lambda: RankLearning(keep_flops=0.5, price=1.0), "got keep_flops, price"),
+        (lambda: RankLearning(keep_flops=1.5), r"keep_flops is a fraction in \(0, 1\), got 1.5"),
         (lambda: RankLearning(keep_size=40), r"keep_size is a fraction in \(0, 1\), got 40"),
         (lambda: RankLearning(price=0.0), "a price is above 0"),
         (lambda: RankLearning(price=1.0, cost="time"), "unknown cost 'time'"),  # type: ignore[arg-type]

@@ -12,8 +12,9 @@ from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 
 from fitsmall import callbacks
-from fitsmall.compressors import NofM, training
+from fitsmall.compressors import LinearRamp, NofM, TopK, training
 from fitsmall.compressors.training import Plan, Stage
+from fitsmall.compressors.training.input_norms import InputNorm
 from fitsmall.experiments.benchmarks.soak import differences
 from training import IMAGES, LABELS, Net, fit
 
@@ -364,3 +365,54 @@ def test_wide_weights_have_inputs_of_eight_bits() -> None:
     text = str(Plan([stage], Net(), horizon=10))
     assert "inputs of 6 bits: body.0\n" in text
     assert "inputs of 8 bits: head\n" in text
+
+
+def test_the_proximal_step_is_the_lc_algorithm() -> None:
+    """With mu rising by the schedule from strength s = mu / (1 + mu) on, and q the multiplier over
+    mu: P of w - q, the new q = P - (w - q), and w goes to P + q by a fraction s."""
+    stage = training.LearningCompression(TopK(0.5), schedule=LinearRamp(), start=0, stop=1, every=1)
+    module = nn.Linear(4, 1, bias=False)
+    Plan([stage], module)
+    weight = torch.tensor([[4.0, 1.0, -3.0, 2.0]])
+    stage.choose({"weight": weight}, strength=0.2)
+    scaled = torch.tensor([[0.0, -1.0, 0.0, -2.0]])
+    assert torch.equal(stage.targets["weight"], torch.tensor([[4.0, 0.0, -3.0, 0.0]]) + scaled)
+    stage.choose({"weight": weight}, strength=0.5)  # mu is four times as large
+    shifted = weight - scaled / 4
+    assert torch.equal(shifted, torch.tensor([[4.0, 1.25, -3.0, 2.5]]))
+    pulled = torch.tensor([[4.0, -1.25, -3.0, -2.5]])
+    assert torch.equal(stage.targets["weight"], pulled)
+    moved = weight.clone()
+    stage.project_("weight", moved, strength=0.5)
+    assert torch.equal(moved, (weight + pulled) / 2)
+
+
+def test_a_pruned_weight_does_not_move_its_scale() -> None:
+    """Its latent is far from zero, where the forward pass saw a zero."""
+    gradients = []
+    for methods in ([training.GradualPruning(0.5)], []):
+        stage = training.QuantizationAwareTraining(4, None, "learned", start=0)
+        module = nn.Linear(2, 1, bias=False)
+        plan = Plan([*methods, stage], module)
+        plan.hook([torch.optim.SGD(module.parameters(), lr=1.0)])
+        plan.begin(horizon=10)
+        stage.scales["weight"] = torch.ones(1, 1)
+        seen, latent = torch.tensor([[3.0, 0.0]]), torch.tensor([[3.25, 2.25]])
+        stage.observe("weight", seen, torch.ones(1, 2), {"latent": latent})
+        gradients.append(float(stage.learning.gradients["weight"]))
+    assert gradients == [-0.25, -0.25 - 2.25]
+
+
+def test_inputs_count_in_training_alone() -> None:
+    layer = nn.Linear(2, 2)
+    norm = InputNorm(layer, layer.weight)
+    norm.hook()
+    x = torch.tensor([[3.0, 0.0], [4.0, 2.0]])
+    with torch.no_grad():
+        layer(x)
+    layer.eval()(x)
+    assert norm.squares is None
+    layer.train()(x)
+    collected: dict[str, Tensor] = {}
+    norm.commit(collected)
+    assert torch.equal(collected["input_norm"], torch.tensor([[5.0, 2.0]]))

@@ -14,6 +14,7 @@ from fitsmall.callbacks import CompressedCheckpoint, GradualPruning, Quantizatio
 from fitsmall.compressors import Quantize
 from fitsmall.compressors.bitwidths import WIDTHS, assign, rounding_costs
 from fitsmall.compressors.lattice import lattice
+from fitsmall.compressors.training import Plan
 from training import WEIGHTS, Idle, Net, fit
 
 
@@ -175,6 +176,15 @@ def test_layers_that_join_later_share_the_budget(tmp_path: Path) -> None:
 def test_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         automatic(**settings)
+
+
+def test_sizes_count_the_scales_of_integers_alone() -> None:
+    """Forty channels of eight weights: a 32-bit scale for each channel, but none with 16 bits."""
+    stage = QuantizationAwareTraining("auto", None, max_bytes=1000)
+    Plan([stage], nn.Linear(8, 40))
+    assert stage.search is not None
+    sizes = stage.search.sizes["weight"]
+    assert (sizes[2], sizes[8], sizes[16]) == (40 * (16 + 32), 40 * (64 + 32), 40 * 128)
 
 
 def test_budgets_of_fixed_widths() -> None:
