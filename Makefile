@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow clean
+.PHONY: demo test test-slow zoo clean
 
 # The stamp is newer than what it was installed from, or the installation runs again.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -21,6 +21,12 @@ test: $(BIN)/.installed
 
 test-slow: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+# timm by itself, since its registration asks for torchvision, which its networks do not use.
+zoo: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[zoo]'
+	$(BIN)/python -m pip install --quiet --no-deps 'timm>=1.0.20'
+	$(BIN)/python -m fitsmall.experiments.zoo --output docs/zoo.md
 
 clean:
 	rm -rf .venv runs build

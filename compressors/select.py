@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fitsmall.compressors.naming import group_by, grouped
+from fitsmall.compressors.naming import abridged, group_by, grouped
 from fitsmall.compressors.weights import Matrices, is_multiplied, matrices_of, no_weight
 
 __all__ = ["EXCLUDED", "FROZEN", "NOT_INCLUDED", "Selection", "match", "select"]
@@ -58,7 +58,7 @@ class Selection:
         if not self.chosen and not self.waiting:
             by_reason = group_by(self.skipped, self.skipped.get)
             reasons = "; ".join(
-                f"{', '.join(pattern for pattern, _ in grouped(names))}: {reason}"
+                f"{abridged([pattern for pattern, _ in grouped(names)])}: {reason}"
                 for reason, names in by_reason.items()
             )
             raise ValueError(

@@ -25,6 +25,7 @@ __all__ = [
     "is_multiplied",
     "matrices_of",
     "no_weight",
+    "normed_axis",
     "owner",
 ]
 
@@ -182,13 +183,35 @@ def no_weight(module: nn.Module, name: str) -> str | None:
     if vector and (name.endswith("original0") or not (computes or embeds)):  # the norms of rows
         return BIAS_OR_NORM
     if not computes:
+        kind = type(layer).__name__
+        named = own != "weight" or embeds or "Embedding" in kind  # or the layer computes with it
         word = path.rpartition(".")[2] if own == "weight" else own
-        if _BIAS.search(word) or _NORM.search(type(layer).__name__):
+        if _NORM.search(kind) or (named and _BIAS.search(word)):
             return BIAS_OR_NORM
-        if _POSITION.search(word) or "Position" in type(layer).__name__:
+        if "Position" in kind or (named and _POSITION.search(word)):
             return POSITIONS
         if own != "weight" and _TOKEN.search(word):
             return TOKEN
+    return None
+
+
+def normed_axis(module: nn.Module, name: str) -> int | None:
+    """Return the dimension whose slices a layer divides by their norms, or None.
+
+    Weight norm does so (Salimans and Kingma, 2016): ``w = g v / ||v||``, with a norm for each slice
+    of ``v`` and entry of ``g``. A slice of zeros would make NaN.
+
+    Example:
+        >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+        >>> normed_axis(layer, "parametrizations.weight.original1")
+        0
+    """
+    for own, other in (("original1", "original0"), ("_v", "_g")):
+        if name.endswith(own):
+            shape = module.get_parameter(name).shape
+            factors = dict(module.named_parameters()).get(name.removesuffix(own) + other)
+            if factors is not None and factors.dim() == len(shape) and factors.numel() > 1:
+                return next(axis for axis, size in enumerate(factors.shape) if size > 1)
     return None
 
 
@@ -221,7 +244,7 @@ def is_conv1d(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def is_multiplied(module: nn.Module, name: str) -> bool:
-    """Return whether a layer multiplies by a parameter itself, or by its scaled outputs.
+    """Return whether a layer multiplies by a parameter itself, scaled along one dimension at most.
 
     Then zeros stay zeros, and levels stay levels. Of ``nn.utils.parametrizations``, weight norm and
     spectral norm only scale; orthogonal ones do not. It is found by trying.
@@ -239,13 +262,18 @@ def is_multiplied(module: nn.Module, name: str) -> bool:
         return True
     probe = deepcopy(parametrizations).eval()  # spectral norm learns when it is called in training
     original = probe.get_parameter(own)
-    numbers = torch.arange(original.numel(), device=original.device)
-    original.copy_((numbers % 7 * (numbers % 2)).view(original.shape))
+    # Half of them zeros, along every dimension.
+    numbers = 0.618034 * torch.arange(original.numel(), dtype=torch.double, device=original.device)
+    original.copy_((numbers % 1 - 0.5).clamp_min(0).view(original.shape))
     weight = probe()
     if weight.shape != original.shape or not torch.equal(weight == 0, original == 0):
         return False
-    form = matrices_of(module, name)
-    ratios = form.split(weight / original).flatten(2)
-    low = ratios.nan_to_num(torch.inf).amin(2)
-    high = ratios.nan_to_num(-torch.inf).amax(2)
+    ratios = weight / original
+    return any(_is_constant(ratios.movedim(axis, 0).flatten(1)) for axis in range(ratios.dim()))
+
+
+def _is_constant(ratios: Tensor) -> bool:
+    """Return whether the last dimension holds one number, apart from NaN and rounding."""
+    low = ratios.nan_to_num(torch.inf).amin(-1)
+    high = ratios.nan_to_num(-torch.inf).amax(-1)
     return bool(((high - low) <= 1e-3 * high.abs()).all())

@@ -173,6 +173,17 @@ def test_what_a_layer_multiplies_by_is_sparse() -> None:
         select(net, include="2.parametrizations*")
 
 
+def test_a_normed_slice_keeps_a_weight() -> None:
+    """Of the weight's rows two are much smaller than the others; weight norm divides by norms."""
+    net = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 4)))
+    direction = net.get_parameter("0.parametrizations.weight.original1")
+    with torch.no_grad():
+        direction[:2] *= 1e-3
+    train(net, GradualPruning(0.7, stop=0.5))
+    assert (direction != 0).any(1).all()
+    assert net[0].weight.isfinite().all()
+
+
 def test_n_of_m_counts_inputs() -> None:
     """Of transposed weights, too: groups of four inputs of one output have two weights."""
     layer = Conv1D(6, 8)
@@ -184,6 +195,18 @@ def test_n_of_m_counts_inputs() -> None:
 def test_scales_of_gates(granularity: Any, scales: tuple[int, ...]) -> None:
     form = matrices_of(nn.LSTM(16, 6), "weight_ih_l0")
     assert form.scale_shape((24, 16), granularity) == scales
+
+
+def test_inputs_of_parametrized_layers_are_quantized(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 12)), nn.ReLU())
+
+    net = make()
+    train(net, QuantizationAwareTraining(8, 8, start=0.4, observe_steps=3))
+    save(tmp_path / "file", net.state_dict())
+    fresh, x = restore(make(), tmp_path / "file"), torch.randn(6, 8)
+    assert fresh[0].input_quantizer.active
+    assert torch.equal(fresh.eval()(x), net.eval()(x))
 
 
 def test_learned_positions_stay_out_unless_asked_for() -> None:

@@ -28,6 +28,15 @@ QUANTIZER = "input_quantizer"
 # Buffer that marks a quantized input in a state dict.
 _MARK = f"{QUANTIZER}.bits"
 
+# Names of the weight of a layer, also of those with weight norm and other parametrizations.
+_WEIGHTS = (
+    "weight",
+    "parametrizations.weight.original",
+    "parametrizations.weight.original1",
+    "weight_v",
+    "weight_orig",
+)
+
 # Bits that an input may have.
 _BITS = range(2, 9)
 
@@ -276,7 +285,7 @@ class InputQuantizers(Surgery):
         expected = dict(layout)
         own = layout_of(ActivationQuantizer().state_dict())
         for layer in self.bits:
-            if _join(layer, "weight") not in layout:
+            if _weight_of(layer, layout) is None:
                 raise ValueError(
                     f"{type(module).__name__} has no layer {layer!r} whose input can be quantized"
                 )
@@ -308,10 +317,16 @@ class InputQuantizers(Surgery):
     def table(self, layout: Layout) -> list[Changed]:
         rows = []
         for layer in self.bits:
-            shape, dtype = layout[_join(layer, "weight")]
-            size = shape.numel() * dtype.itemsize
+            weight = _weight_of(layer, layout)
+            size = weight.shape.numel() * weight.dtype.itemsize if weight is not None else 0
             rows.append(Changed(layer, "inputs are rounded", size, size))
         return rows
+
+
+def _weight_of(layer: str, layout: Layout) -> TensorSpec | None:
+    """Return the weight of a layer, or the tensor that it computes its weight from, if any."""
+    names = (_join(layer, name) for name in _WEIGHTS)
+    return next((layout[name] for name in names if name in layout), None)
 
 
 def _join(*names: str) -> str:

@@ -1,0 +1,1 @@
+"""The zoo: networks of others, each with every method. ``make zoo`` runs it."""

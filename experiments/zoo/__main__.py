@@ -1,0 +1,112 @@
+"""Run the zoo, and write the table of what works.
+
+pip install -e '.[zoo]'; python -m fitsmall.experiments.zoo [--networks NAME ...]
+    [--methods NAME ...] [--processes 2] [--limit 600] [--output docs/zoo.md]
+
+Each network runs in a process of its own. A cell *works* if it trains, covers the weights, and its
+file gives a fresh network the same outputs bit for bit; it is *refused* if an error came before the
+first step. Everything else is a bug.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fitsmall.experiments.zoo.cells import METHODS, Cell, run_cell
+from fitsmall.experiments.zoo.networks import NETWORKS
+
+__all__ = ["main", "table"]
+
+_MARKS = {"works": "yes", "refused": "refused", "crashed": "**crashed**", "wrong": "**wrong**"}
+
+
+def run_network(network: str, methods: Sequence[str], limit: float) -> list[Cell]:
+    """Run the cells of a network in a process of its own.
+
+    Args:
+        network: Name of the network.
+        methods: Names of the methods.
+        limit: Seconds after which the process is killed.
+    """
+    command = [sys.executable, "-m", "fitsmall.experiments.zoo", "--child", "--networks", network]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(
+            [*command, "--methods", *methods],
+            check=False, capture_output=True, text=True, timeout=limit, env=environment,
+        )  # fmt: skip
+        printed, end = done.stdout, f"exit status {done.returncode}: {done.stderr[-300:]}"
+    except subprocess.TimeoutExpired as error:
+        printed, end = (error.stdout or b"").decode(), f"took more than {limit:.0f} s"
+    lines = (line for line in printed.splitlines() if line.startswith("["))
+    cells = [Cell(*json.loads(line)) for line in lines]
+    missing = methods[len(cells) :]
+    return cells + [Cell(network, method, "crashed", 0.0, end, 0.0) for method in missing]
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """Return a Markdown table of outcomes, and the remarks below it."""
+    methods = list(dict.fromkeys(cell.method for cell in cells))
+    lines = [
+        f"| network | family | coverage | {' | '.join(methods)} |",
+        f"|---|---|---|{'---|' * len(methods)}",
+    ]
+    for network in dict.fromkeys(cell.network for cell in cells):
+        own = {cell.method: cell for cell in cells if cell.network == network}
+        covered = [cell.coverage for cell in own.values() if cell.outcome == "works"]
+        marks = [_MARKS[own[method].outcome] if method in own else "" for method in methods]
+        share = f"{100 * min(covered):.0f} %" if covered else ""
+        lines.append(f"| {network} | {NETWORKS[network].family} | {share} | {' | '.join(marks)} |")
+    counts = Counter(cell.outcome for cell in cells)
+    lines += ["", ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) + "."]
+    remarks: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell.remark:
+            first = cell.remark.split("\n")[0][:300]
+            remarks.setdefault(f"{cell.outcome}, {cell.method}: {first}", []).append(cell.network)
+    lines += ["", *(f"- {remark} ({', '.join(names)})" for remark, names in remarks.items())]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds of a network")
+    parser.add_argument("--output", type=Path, help="file for the table")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.child:
+        for network in options.networks:
+            for method in options.methods:
+                print(json.dumps(run_cell(network, method)), flush=True)
+        return
+    cells: list[Cell] = []
+    with ThreadPoolExecutor(options.processes) as pool:
+        jobs = (
+            pool.submit(run_network, n, options.methods, options.limit) for n in options.networks
+        )
+        for job in list(jobs):
+            cells += job.result()
+            for cell in job.result():
+                print(
+                    f"{cell.network} {cell.method}: {cell.outcome} {cell.coverage:.0%} "
+                    f"{cell.seconds:.1f} s {cell.remark[:400]}", flush=True,
+                )  # fmt: skip
+    text = table(cells)
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n")
+    if any(cell.outcome in ("crashed", "wrong") for cell in cells):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
