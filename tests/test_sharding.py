@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from fitsmall.compressors import TopK
+from fitsmall.compressors import TopK, select
 from fitsmall.compressors.surgery.quantizers import ActivationQuantizer
 from fitsmall.compressors.training import (
     GradualPruning,
@@ -218,7 +218,7 @@ def test_input_norms_are_averaged_over_the_processes_that_saw_inputs() -> None:
         module = Layers()
         weights = {f"{name}.weight": layer.weight for name, layer in module.named_children()}
         statistics = Statistics(["input_norm"])
-        statistics.attach(module, weights, weights)
+        statistics.attach(module, select(module, include="*.weight"), weights)
         statistics.hook()
         module.shared(torch.tensor([[1.0, 0.0]] if rank else [[7.0, 3.0]]))
         if rank == 0:
@@ -240,7 +240,7 @@ def test_input_norms_are_averaged_over_the_processes_that_saw_inputs() -> None:
         # Each process saves and gets back its own.
         statistics._own["shared.weight"]["input_norm"] += rank
         again = Statistics(["input_norm"])
-        again.attach(module, weights, weights)
+        again.attach(module, select(module, include="*.weight"), weights)
         again.load_state_dict(statistics.state_dict(), weights)
         own = again.of("shared.weight", module.shared.weight)["input_norm"]
         torch.testing.assert_close(own, expected["shared.weight"] + rank)

@@ -307,6 +307,7 @@ def same(found: dict[Any, dict[str, Any]], expected: dict[Any, dict[str, Any]]) 
     )
 
 
+@pytest.mark.slow
 @group
 def test_jobs_run_at_the_same_time(swept: Path, tmp_path: Path) -> None:
     # In an interpreter of its own, at whose end joblib's workers end.
@@ -321,6 +322,7 @@ def test_jobs_run_at_the_same_time(swept: Path, tmp_path: Path) -> None:
     assert same(found, results_of_small(swept))
 
 
+@pytest.mark.slow
 @group
 def test_a_job_is_submitted(swept: Path, tmp_path: Path) -> None:
     words = ["seed=0", SMALL, ALONE, "compression=bits4", "hydra/launcher=submitit_local"]

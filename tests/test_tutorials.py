@@ -17,6 +17,8 @@ from command import Command
 DOCS = Path(__file__).parents[1] / "docs"
 TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
 PAGES = [*TUTORIALS, DOCS / "training-loops.md", DOCS / "add-your-own.md"]
+# Their commands run with fewer steps in test_cli.py and test_loggers.py.
+SLOW = {"sweeps", "curves"}
 
 # Sends its words to a process that has imported torch and Lightning, and prints what they print.
 FITSMALL = """#!{python} -S
@@ -85,7 +87,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in PAGES],
+    ids=lambda page: page.stem,
+)
 def test_a_page_runs(page: Path, shell: dict[str, str], folder: Path) -> None:
     for name in {"sweeps": ["plotly"], "curves": ["mlflow", "wandb"]}.get(page.stem, []):
         pytest.importorskip(name)
