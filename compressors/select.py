@@ -1,5 +1,6 @@
 """Selection: the parameters that a method acts on, and the reason for each one left out."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -27,6 +28,10 @@ LAYERS = (
 )
 # nn.MultiheadAttention keeps its projections as bare parameters of its own.
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+# Part of a name by which a factor differs from the weight or bias that it replaced.
+_FACTOR = re.compile(r"\.(reduce|expand)(?=\.(weight|bias)$)")
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,9 @@ def match(overrides: Mapping[str, T], names: Sequence[str]) -> dict[str, T]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+    # Factors answer to the name of the weight that they replaced, as patterns outlive surgery.
+    names = (name, _FACTOR.sub("", name))
+    return any(fnmatchcase(own, pattern) or own.startswith(f"{pattern}.") for own in names)
 
 
 def _patterns(patterns: str | Sequence[str] | None) -> list[str] | None:
