@@ -46,12 +46,12 @@ class LossMetric:
     def whiten(self, weight: Tensor) -> Tensor:
         """Return ``K^T W L``, whose squared error is the distance, in single precision or more."""
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        rows = _times(self._outputs, wide * self._scale(weight))
+        rows = _times(self._outputs, wide).mul_(self._scale(weight))
         return _times(self._inputs, rows.transpose(0, 1)).transpose(0, 1)
 
     def unwhiten(self, weight: Tensor) -> Tensor:
         """Return the weight for which :meth:`whiten` gives this one."""
-        rows = _divided(self._outputs, weight / self._scale(weight))
+        rows = _divided(self._outputs, weight).div_(self._scale(weight))
         return _divided(self._inputs, rows.transpose(0, 1)).transpose(0, 1)
 
     def _scale(self, weight: Tensor) -> float:

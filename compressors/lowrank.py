@@ -160,8 +160,9 @@ class Spectrum:
     """The singular values of a matrix, and its best approximations of lower ranks.
 
     They are square roots of the eigenvalues of ``W W^T`` or ``W^T W``, the smaller one, computed in
-    double precision, which is several times faster than a singular value decomposition. Values
-    alone, without :meth:`factors`, take a third of the time.
+    double precision, which is several times faster than a singular value decomposition. In single
+    precision, eigenvalues below ``1e-7`` of the largest would be noise, and in the metric of the
+    loss most are smaller. Values alone, without :meth:`factors`, take a third of the time.
 
     Args:
         matrix: Matrix of ``m x n`` finite numbers.
@@ -236,7 +237,7 @@ class Spectrum:
         squares, basis = self._eigen
         basis, root = basis[:, :rank], squares[:rank].pow(0.25)
         left = basis * root
-        inverse = (basis / root.clamp_min(torch.finfo(root.dtype).tiny)).T
+        inverse = (basis * torch.where(root > 0, root.reciprocal(), 0.0)).T
         dtype = self.matrix.dtype
         parts = [(inverse @ part.double()).to(dtype) for part in self._wide.split(_COLUMNS, dim=1)]
         right = torch.cat(parts, dim=1)

@@ -87,6 +87,16 @@ def test_the_metric_takes_gradients_of_any_scale(scale: float) -> None:
     torch.testing.assert_close(whitened[0], whitened[1])
 
 
+def test_directions_with_little_gradient_still_need_ranks() -> None:
+    """Where a few directions have nearly all gradients, as once a network has learned its data."""
+    gradient = torch.zeros(120, 150)
+    gradient[0, 0] = 1
+    grams = GradientGrams.of(gradient)
+    assert grams is not None
+    tails = Spectrum(grams.metric.whiten(random(120, 150))).tails
+    assert (tails[:-2] > tails[1:-1]).all()
+
+
 def test_a_vocabulary_costs_no_more_than_its_weight() -> None:
     """Linear(64, 8000): the side of the vocabulary has a diagonal metric, and no square matrix."""
     gradient, weight = random(8000, 64), random(8000, 64, seed=1)

@@ -66,8 +66,8 @@ class RankLearning(Proximal):
         start_step: The same in optimizer steps, instead of ``start``.
         stop_step: The same in optimizer steps, instead of ``stop``.
         every: Steps between choices of ranks; by default the window has 10.
-        include: Patterns of parameter names that replace the default, the weights of Linear
-            layers and convolutions without groups.
+        include: Patterns of parameter names that replace the default, the weights of Linear layers
+            and convolutions without groups.
         exclude: Patterns of parameter names to leave out.
 
     Example:
@@ -263,7 +263,7 @@ class RankLearning(Proximal):
         reason = (
             f"{', '.join(waiting)} had no gradients and stay as they are"
             if self.left[self.cost] > self.keep
-            else "a rank more of any layer costs more than what is left"
+            else "no rank more of any layer fits into what is left, or lowers the error"
         )
         warn(
             f"RankLearning: keep_{self.cost}={self.keep:g} is missed, "
