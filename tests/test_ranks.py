@@ -191,6 +191,7 @@ def test_two_layers_compute_what_one_did(make: Any, shape: Any) -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(make(), nn.ReLU()).double().eval()
     images = random(*shape).double()
+    assert "channels" in forms(plain[0])
     for form in forms(plain[0]):
         net = copy.deepcopy(plain)
         full = min(matrix(net[0].weight, form).shape)
