@@ -9,11 +9,12 @@ from fitsmall.compressors.exact import exact
 from fitsmall.compressors.file.reader import load, read
 from fitsmall.compressors.file.report import Report, TensorReport, inspect
 from fitsmall.compressors.file.writer import save
-from fitsmall.compressors.lowrank import Factors, Rank, Truncate
+from fitsmall.compressors.lowrank import Factors, Truncate
 from fitsmall.compressors.oneshot import compress, restore
 from fitsmall.compressors.projections import Additive, Chain, Projection
 from fitsmall.compressors.prune import TopK
 from fitsmall.compressors.quantize import Quantize
+from fitsmall.compressors.rank_choice import Rank
 from fitsmall.compressors.schedules import (
     Cosine,
     Cubic,

@@ -11,9 +11,9 @@ form           matrix                       the two layers that compute the prod
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,18 +24,12 @@ from fitsmall.compressors.product import product
 from fitsmall.compressors.projections import Projection
 
 __all__ = [
-    "DENSE",
     "FORMS",
     "Factors",
-    "LossMetric",
-    "Options",
-    "Rank",
     "Spectrum",
     "Truncate",
-    "choose_ranks",
     "matrix",
     "matrix_size",
-    "price_of",
     "tensor",
 ]
 
@@ -44,6 +38,9 @@ FORMS = ("channels", "separable")  # numbers in the file: append, never reorder
 # In a matrix of more than _LARGE rows, fewer than one in _FEW singular values are found faster by
 # random projections (Halko et al., 2011).
 _LARGE, _FEW = 1024, 8
+
+# Columns of a matrix that are in double precision at once.
+_COLUMNS = 4096
 
 
 def matrix_size(shape: Sequence[int], form: str = "channels") -> tuple[int, int]:
@@ -162,8 +159,10 @@ class Factors(Code):
 class Spectrum:
     """The singular values of a matrix, and its best approximations of lower ranks.
 
-    They are square roots of the eigenvalues of ``W W^T``, computed in double precision, which is
-    several times faster than a singular value decomposition.
+    They are square roots of the eigenvalues of ``W W^T`` or ``W^T W``, the smaller one, computed in
+    double precision, which is several times faster than a singular value decomposition. In single
+    precision, eigenvalues below ``1e-7`` of the largest would be noise, and in the metric of the
+    loss most are smaller. Values alone, without :meth:`factors`, take a third of the time.
 
     Args:
         matrix: Matrix of ``m x n`` finite numbers.
@@ -181,20 +180,39 @@ class Spectrum:
         if not matrix.isfinite().all():
             raise ValueError("a weight holds NaN or infinity: did training diverge?")
         self.matrix = matrix
-        wide = matrix.double()
-        self.flipped = wide.shape[0] > wide.shape[1]
-        self._wide = wide = wide.T if self.flipped else wide
-        size = len(wide)
-        most = size if most is None else min(most, size)
-        if size > _LARGE and most < size // _FEW:
+        self.flipped = matrix.shape[0] > matrix.shape[1]
+        self._wide = matrix.T if self.flipped else matrix
+        size = len(self._wide)
+        self.most = size if most is None else min(most, size)
+        self._few = size > _LARGE and self.most < size // _FEW
+
+    @cached_property
+    def _squares(self) -> Tensor:
+        if self._few:
+            return self._eigen[0]
+        return _eigenvalues(self._gram()).flip(0)[: self.most].clamp_min(0)
+
+    @cached_property
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        """Squares of singular values in descending order, and singular vectors."""
+        if self._few:
+            wide = self._wide.double()
             with torch.random.fork_rng(devices=[wide.device] if wide.is_cuda else []):
                 torch.manual_seed(0)  # the same on every process
-                basis, values, _ = torch.svd_lowrank(wide, q=most + _FEW, niter=4)
+                basis, values, _ = torch.svd_lowrank(wide, q=self.most + _FEW, niter=4)
             squares = values.square()
         else:
-            squares, basis = _eigen(wide @ wide.T)
+            squares, basis = _eigen(self._gram())
             squares, basis = squares.flip(0).clamp_min(0), basis.flip(1)
-        self._squares, self._basis = squares[:most], basis[:, :most]
+        return squares[: self.most], basis[:, : self.most]
+
+    def _gram(self) -> Tensor:
+        rows = len(self._wide)
+        gram = torch.zeros(rows, rows, dtype=torch.float64, device=self.matrix.device)
+        for part in self._wide.split(_COLUMNS, dim=1):
+            wide = part.double()
+            gram.addmm_(wide, wide.T)
+        return gram
 
     @property
     def values(self) -> Tensor:
@@ -206,76 +224,24 @@ class Spectrum:
         """``||W - W_r||^2`` of the best approximations of rank ``r`` = 1, 2, ..."""
         return (self.norm - self._squares.cumsum(0)).clamp_min(0)
 
-    @property
+    @cached_property
     def norm(self) -> float:
         """``||W||^2``"""
-        return float(self._wide.square().sum())
+        return float(torch.linalg.vector_norm(self.matrix, dtype=torch.float64)) ** 2
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return the best approximation of a rank as factors of ``m x r`` and ``r x n``.
 
         Each has the square roots of the singular values, so that neither learns faster.
         """
-        basis = self._basis[:, :rank]
-        root = self._squares[:rank].pow(0.25)
+        squares, basis = self._eigen
+        basis, root = basis[:, :rank], squares[:rank].pow(0.25)
         left = basis * root
-        right = (basis / root.clamp_min(torch.finfo(root.dtype).tiny)).T @ self._wide
-        left, right = (right.T, left.T) if self.flipped else (left, right)
-        return left.to(self.matrix.dtype), right.to(self.matrix.dtype)
-
-
-class LossMetric:
-    r"""A distance of two weights, by how much a change from one to the other raises the loss.
-
-    To second order a change ``D`` of a weight raises the loss by ``vec(D)^T H vec(D) / 2``, and the
-    Hessian of a layer is about ``H = A (x) B``, a Kronecker product of a matrix of its outputs and
-    one of its inputs. Both are found in gradients ``G``: ``A = E[G G^T]`` and ``B = E[G^T G]``,
-    divided by the trace that they share (the preconditioner of Shampoo, Gupta et al., 2018; Morwani
-    et al., 2024). So ``D^T H D = ||A^(1/2) D B^(1/2)||^2``: the matrix that is nearest to
-    ``A^(1/2) W B^(1/2)`` by squared error gives the one that is nearest to ``W`` by this distance.
-    For convolutions the matrices act on channels; all positions of a kernel are treated alike.
-
-    Args:
-        outputs: ``A`` up to a factor, of shape ``out x out``.
-        inputs: ``B`` up to a factor, of shape ``in x in``.
-        damping: Fraction of the mean eigenvalue that is added to each eigenvalue: in directions
-            without gradients the weight would otherwise be arbitrary.
-
-    Example:
-        >>> metric = LossMetric(torch.eye(2), torch.diag(torch.tensor([9.0, 1.0])), damping=0.0)
-        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-        >>> metric.whiten(weight)
-        tensor([[0.9487, 0.0000],
-                [0.0000, 0.6325]], dtype=torch.float64)
-        >>> torch.allclose(metric.unwhiten(metric.whiten(weight)), weight.double())
-        True
-    """
-
-    def __init__(self, outputs: Tensor, inputs: Tensor, damping: float = 1e-2) -> None:
-        self.trace = outputs.double().trace()
-        self._outputs, self._inputs = _roots(outputs, damping), _roots(inputs, damping)
-
-    def whiten(self, weight: Tensor) -> Tensor:
-        """Return ``A^(1/2) W B^(1/2)`` in double precision, whose squared error is the distance."""
-        return self._apply(weight.double(), 0) * (self.trace / weight.numel()).sqrt()
-
-    def unwhiten(self, weight: Tensor) -> Tensor:
-        """Return the weight for which :meth:`whiten` gives this one."""
-        return self._apply(weight, 1) / (self.trace / weight.numel()).sqrt()
-
-    def _apply(self, weight: Tensor, which: int) -> Tensor:
-        by_place = weight.reshape(*weight.shape[:2], -1)
-        left, right = self._outputs[which], self._inputs[which]
-        return torch.einsum("ij,jkp,kl->ilp", left, by_place, right).view(weight.shape)
-
-
-def _roots(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Return the square root of a matrix over its mean eigenvalue, damped, and its inverse."""
-    wide = gram.double()
-    mean = wide.diagonal().mean().clamp_min(torch.finfo(wide.dtype).tiny)
-    values, basis = _eigen(wide / mean)
-    root = (values.clamp_min(0) + damping).sqrt()
-    return (basis * root) @ basis.T, (basis / root) @ basis.T
+        inverse = (basis * torch.where(root > 0, root.reciprocal(), 0.0)).T
+        dtype = self.matrix.dtype
+        parts = [(inverse @ part.double()).to(dtype) for part in self._wide.split(_COLUMNS, dim=1)]
+        right = torch.cat(parts, dim=1)
+        return (right.T, left.T.to(dtype)) if self.flipped else (left.to(dtype), right)
 
 
 def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -287,6 +253,15 @@ def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
         basis, values, _ = torch.linalg.svd(gram)
         values, basis = values.flip(0), basis.flip(1)
     return values, basis
+
+
+def _eigenvalues(gram: Tensor) -> Tensor:
+    """Return ascending eigenvalues of a positive semi-definite matrix."""
+    try:
+        values: Tensor = torch.linalg.eigvalsh(gram)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        values = torch.linalg.svdvals(gram).flip(0)
+    return values
 
 
 @dataclass(frozen=True)
@@ -330,109 +305,5 @@ class Truncate(Projection):
         if self.energy is not None:
             left_out = (1 - self.energy) * float(weight.double().square().sum())
             rank = 1 + int((spectrum.tails > left_out).count_nonzero())
-        left, right = spectrum.factors(min(rank or 1, len(spectrum.values)))
+        left, right = spectrum.factors(min(rank or 1, spectrum.most))
         return Factors(Dense(left), Dense(right), weight.shape, self.form)
-
-
-class Rank(NamedTuple):
-    """The rank of a layer and the form of its matrix; a rank of None keeps the layer as it is."""
-
-    form: str
-    rank: int | None
-
-    def __str__(self) -> str:
-        return "dense" if self.rank is None else f"{self.rank} ({self.form})"
-
-
-DENSE = Rank("channels", None)
-
-
-class Options:
-    r"""All ranks that a layer may have, each with its cost and its error ``||W - W_r||^2``.
-
-    Args:
-        spectra: Spectrum of the layer's weight in each form.
-        units: Cost of one rank in each form.
-        dense: Cost of the layer as it is, with an error of 0; ranks must cost less.
-
-    Example:
-        >>> weight = torch.diag(torch.tensor([5.0, 4.0, 1.0, 0.0]))
-        >>> options = Options({"channels": Spectrum(weight)}, {"channels": 7.0}, dense=16.0)
-        >>> options.cheapest(price=2.0), options.cheapest(price=4.0)
-        (Rank(form='channels', rank=2), Rank(form='channels', rank=1))
-    """
-
-    def __init__(
-        self, spectra: Mapping[str, Spectrum], units: Mapping[str, float], dense: float
-    ) -> None:
-        self.norm = max(spectrum.norm for spectrum in spectra.values())
-        self.ranks, self.costs, errors = [DENSE], [dense], [0.0]
-        for form, spectrum in spectra.items():
-            for rank, tail in enumerate(spectrum.tails.tolist(), start=1):
-                if rank * units[form] >= dense:
-                    break
-                self.ranks.append(Rank(form, rank))
-                self.costs.append(rank * units[form])
-                errors.append(tail)
-        self._costs = torch.tensor(self.costs, dtype=torch.float64)
-        self._errors = torch.tensor(errors, dtype=torch.float64)
-
-    @property
-    def least(self) -> float:
-        """The lowest cost of all."""
-        return min(self.costs)
-
-    def cheapest(self, price: float) -> Rank:
-        """Return the rank ``r`` that minimises ``price C(r) + error(r)``."""
-        return self.ranks[self._best(price)]
-
-    def cost(self, price: float) -> float:
-        """Return the cost of :meth:`cheapest`."""
-        return self.costs[self._best(price)]
-
-    def _best(self, price: float) -> int:
-        if math.isinf(price):
-            return int(self._costs.argmin())
-        return int((price * self._costs + self._errors).argmin())
-
-
-def choose_ranks(options: Mapping[str, Options], price: float) -> dict[str, Rank]:
-    r"""Return the ranks that minimise ``price C(r) + sum over layers of ||W - W_r||^2``.
-
-    The solution is in closed form, since each layer has its own term (Idelbayev and
-    Carreira-Perpinan, 2020). In the paper a layer of full rank costs more than the layer as it is;
-    here it stays as it is.
-    """
-    return {name: mine.cheapest(price) for name, mine in options.items()}
-
-
-def price_of(options: Mapping[str, Options], budget: float) -> float:
-    """Return the lowest price at which the chosen ranks fit into a budget, by bisection.
-
-    Raises:
-        ValueError: Even a rank of 1 in every layer costs more.
-
-    Example:
-        >>> weight = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0]))
-        >>> options = {"a": Options({"channels": Spectrum(weight)}, {"channels": 7.0}, dense=16.0)}
-        >>> choose_ranks(options, price_of(options, budget=7.5))
-        {'a': Rank(form='channels', rank=1)}
-    """
-
-    def cost(price: float) -> float:
-        return sum(mine.cost(price) for mine in options.values())
-
-    if cost(0.0) <= budget:
-        return 0.0
-    least = sum(mine.least for mine in options.values())
-    if least > budget:
-        raise ValueError(f"a rank of 1 everywhere costs {least:,.0f}, above {budget:,.0f}")
-    # At this price every layer takes its lowest cost.
-    costs = [cost for mine in options.values() for cost in mine.costs if cost]
-    high = 2 * max(mine.norm for mine in options.values()) / min(costs)
-    high *= max(costs) / min(costs)
-    low = 1e-15 * high
-    for _ in range(100):
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if cost(middle) <= budget else (middle, high)
-    return high

@@ -1,5 +1,6 @@
 """Selection: the parameters that a method acts on, and the reason for each one left out."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -18,6 +19,10 @@ T = TypeVar("T")
 
 # Reasons why a parameter is left out that are the user's own.
 EXCLUDED, NOT_INCLUDED, FROZEN = "excluded", "not included", "frozen: requires_grad is False"
+
+
+# Part of a name by which a factor differs from the weight or bias that it replaced.
+_FACTOR = re.compile(r"\.(reduce|expand)(?=\.(weight|bias)$)")
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,9 @@ def _no_weight(module: nn.Module, names: Sequence[str]) -> str | None:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+    # Factors answer to the name of the weight that they replaced, as patterns outlive surgery.
+    names = (name, _FACTOR.sub("", name))
+    return any(fnmatchcase(own, pattern) or own.startswith(f"{pattern}.") for own in names)
 
 
 def _patterns(patterns: str | Sequence[str] | None) -> list[str] | None:

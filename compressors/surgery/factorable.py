@@ -7,8 +7,22 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fitsmall.compressors.lowrank import FORMS, matrix
 from fitsmall.compressors.select import Selection
+from fitsmall.compressors.surgery.quantizers import QUANTIZER
 
-__all__ = ["factorable", "forms", "kind_of", "layer_of", "places", "unit_costs"]
+__all__ = [
+    "factorable",
+    "forms",
+    "has_inputs_first",
+    "is_product",
+    "kind_of",
+    "layer_of",
+    "outputs_first",
+    "places",
+    "refusals",
+    "unit_costs",
+]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def kind_of(layer: Any) -> Any:
@@ -18,10 +32,34 @@ def kind_of(layer: Any) -> Any:
     ):  # attention uses its weight without calling it
         return None
     # FSDP gives layers a subclass of their own, with the same forward.
-    for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        if isinstance(layer, kind) and type(layer).forward is kind.forward:
+    for kind in (nn.Linear, *_CONVOLUTIONS, _transposed_kind(layer)):
+        if kind and isinstance(layer, kind) and type(layer).forward is kind.forward:
             return kind
     return None
+
+
+def _transposed_kind(layer: Any) -> Any:
+    """Return the class ``Conv1D`` of Hugging Face's transformers, if the layer is of it."""
+    named = [kind for kind in type(layer).__mro__ if kind.__name__ == "Conv1D"]
+    return named[0] if named and hasattr(layer, "nf") else None
+
+
+def has_inputs_first(layer: Any) -> bool:
+    """Return whether a layer multiplies by its weight from the right: its shape is in x out.
+
+    Such is ``Conv1D`` of Hugging Face's transformers, a linear layer.
+    """
+    return _transposed_kind(layer) is not None
+
+
+def is_product(layer: Any) -> bool:
+    """Return whether a layer multiplies its inputs by a weight, so that multiply-adds count."""
+    return isinstance(layer, (nn.Linear, *_CONVOLUTIONS)) or has_inputs_first(layer)
+
+
+def outputs_first(layer: Any, weight: Tensor) -> Tensor:
+    """Return a tensor of the shape of a layer's weight with the outputs as first dimension."""
+    return weight.T if has_inputs_first(layer) else weight
 
 
 def forms(layer: Any) -> tuple[str, ...]:
@@ -56,7 +94,7 @@ def places(layer: Any, inputs: Tensor, outputs: Tensor) -> tuple[float, float]:
         >>> places(layer, images, layer(images))
         (256.0, 512.0)
     """
-    after: float = outputs.numel() / layer.weight.shape[0]
+    after: float = outputs.numel() / outputs_first(layer, layer.weight).shape[0]
     if isinstance(layer, nn.Conv2d):
         return after, after / outputs.shape[-2] * inputs.shape[-2]
     return after, after
@@ -86,55 +124,97 @@ def factorable(module: nn.Module, selection: Selection) -> Selection:
     """Return the selection without weights whose layers cannot be factored, with reasons.
 
     Raises:
-        ValueError: Nothing remains, or the module refers to a layer or its weight in a second
-            place, so that it cannot be replaced.
+        ValueError: Nothing remains, or the module is itself the layer.
     """
+    return selection.without(refusals(module, list(selection.chosen)))
+
+
+def refusals(module: nn.Module, names: list[str]) -> dict[str, str]:
+    """Return the reason for each weight, by name, whose layer cannot be factored.
+
+    Raises:
+        ValueError: The module is itself the layer.
+    """
+    references = _References(module)
     reasons = {}
-    for name in selection.chosen:
-        layer, weight = layer_of(module, name)
-        if weight != "weight" or not forms(layer):
-            reasons[name] = "only Linear layers and convolutions without groups can be factored"
-        elif min(matrix(layer.weight, FORMS[0]).shape) < 2:
-            reasons[name] = "its rank is 1 already"
-        elif next(layer.children(), None) is not None:
-            reasons[name] = "its inputs are quantized, or its weight is computed from another"
-    found = selection.without(reasons)
-    for name in found.chosen:
-        _check_references(module, name)
-    return found
+    for name in names:
+        reason = _unsuitable(module, name) or references.other(name, *layer_of(module, name))
+        if reason:
+            reasons[name] = reason
+        elif "." not in name:
+            raise ValueError(
+                f"{type(module).__name__} is itself the layer to be factored and cannot be "
+                "replaced: put it into a module"
+            )
+    return reasons
+
+
+def _unsuitable(module: nn.Module, name: str) -> str | None:
+    """Return the reason why the layer of a weight cannot be factored, or None if it can."""
+    layer, weight = layer_of(module, name)
+    parent, _ = layer_of(module, name.rpartition(".")[0])
+    if nn.MultiheadAttention in (type(layer), type(parent)):
+        return "nn.MultiheadAttention multiplies by it without calling a layer"
+    if weight != "weight" or not is_product(layer):
+        return "no Linear, Conv1D or convolution layer that can be factored"
+    if getattr(layer, "groups", 1) > 1:
+        return "no convolution with groups can be factored"
+    if not forms(layer):
+        return f"{type(layer).__name__} computes with it in a forward of its own"
+    if min(matrix(layer.weight, FORMS[0]).shape) < 2:
+        return "its rank is 1 already"
+    quantizer = getattr(layer, QUANTIZER, None)
+    if quantizer is not None and quantizer.active:
+        return "its inputs are quantized"
+    if any(child is not quantizer for child in layer.children()):
+        return "its weight is computed from another"
+    return None
+
+
+class _References:
+    """All places in which a module refers to layers and weights, found in one pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        # By identity of a layer or weight.
+        self.paths: dict[int, list[str]] = {}
+        self.owners: dict[int, list[str]] = {}
+        self.holders: dict[int, str] = {}
+        for path, child in module.named_modules(remove_duplicate=False):
+            self.paths.setdefault(id(child), []).append(path)
+            for key, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
+                self.owners.setdefault(id(parameter), []).append(_join(path, key))
+            for key, value in vars(child).items():
+                if not key.startswith("_"):
+                    self.holders.update((id(item), _join(path, key)) for item in _items(value))
+
+    def other(self, name: str, layer: Any, weight: str) -> str | None:
+        """Return where else the module refers to the layer of a weight, or None."""
+        path, own = name.rpartition(".")[0], getattr(layer, weight)
+        for other in self.paths[id(layer)]:
+            if other != path:
+                return f"layer {path} is also {other}"
+        for other in self.owners[id(own)]:
+            if other != name and other.rpartition(".")[0] not in self.paths[id(layer)]:
+                return f"weight {name} is tied to {other}"
+        for held in (layer, own):
+            if where := self.holders.get(id(held)):
+                return f"layer {path} is also held by attribute {where}"
+        return None
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _items(value: Any) -> list[Any]:
+    """Return the modules and tensors among an attribute's value and its items."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    items = value if isinstance(value, list | tuple | set) else [value]
+    return [item for item in items if isinstance(item, nn.Module | Tensor)]
 
 
 def layer_of(module: nn.Module, name: str) -> tuple[Any, str]:
     """Return the layer of a parameter, and the name of the parameter within the layer."""
     path, _, own = name.rpartition(".")
     return module.get_submodule(path), own
-
-
-def _check_references(module: nn.Module, name: str) -> None:
-    """Refuse a layer that the module refers to in more than one place."""
-    layer, _ = layer_of(module, name)
-    path, weight = name.rpartition(".")[0], layer.weight
-    if not path:
-        raise ValueError(
-            f"{type(module).__name__} is itself the layer to be factored and cannot be replaced: "
-            "put it into a module"
-        )
-    remedy = f"it cannot be replaced; leave it out with exclude={path!r}"
-    for other, child in module.named_modules(remove_duplicate=False):
-        if child is layer and other != path:
-            raise ValueError(f"layer {path} is also {other}: {remedy}")
-        for key, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter is weight and child is not layer:
-                raise ValueError(f"weight {name} is tied to {other}.{key}: {remedy}")
-        for key, value in vars(child).items():
-            if not key.startswith("_") and _holds(value, layer):
-                where = f"{other}.{key}" if other else key
-                raise ValueError(f"layer {path} is also held by attribute {where}: {remedy}")
-
-
-def _holds(value: Any, layer: nn.Module) -> bool:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple | set):
-        return any(item is layer or item is getattr(layer, "weight", None) for item in value)
-    return value is layer or value is layer.weight

@@ -9,9 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fitsmall.compressors.lowrank import DENSE, FORMS, Rank, Spectrum, matrix, tensor
-from fitsmall.compressors.select import Selection
-from fitsmall.compressors.surgery.factorable import factorable, forms, kind_of, layer_of
+from fitsmall.compressors.lowrank import FORMS, Spectrum, matrix, tensor
+from fitsmall.compressors.rank_choice import Rank
+from fitsmall.compressors.surgery.factorable import (
+    forms,
+    has_inputs_first,
+    kind_of,
+    layer_of,
+    outputs_first,
+    refusals,
+)
 from fitsmall.compressors.surgery.moments import Successor, transplant_
 from fitsmall.compressors.surgery.protocol import Changed, Layout, Surgery, TensorSpec
 from fitsmall.compressors.surgery.quantizers import detach_quantizer
@@ -30,15 +37,19 @@ class Factored(nn.Sequential):
         reduce: Layer of ``r`` outputs, without a bias.
         expand: Layer of ``r`` inputs, with the bias.
         form: Form in which the product of the two is a weight.
+        inputs_first: Whether the replaced layer's weight has inputs as its first dimension.
     """
 
     reduce: Any
     expand: Any
     factor_form: Tensor
 
-    def __init__(self, reduce: nn.Module, expand: nn.Module, form: str) -> None:
+    def __init__(
+        self, reduce: nn.Module, expand: nn.Module, form: str, inputs_first: bool = False
+    ) -> None:
         super().__init__()
         self.reduce, self.expand, self.form = reduce, expand, form
+        self.inputs_first = inputs_first
         number = torch.tensor(FORMS.index(form), dtype=torch.uint8)
         self.register_buffer("factor_form", number.to(self.expand.weight.device))
 
@@ -56,7 +67,8 @@ class Factored(nn.Sequential):
     def weight(self) -> Tensor:
         """The weight of the one layer that computes the same, ``U V``."""
         shape = _product_shape(self.reduce.weight.shape, self.expand.weight.shape)
-        return tensor(self.left @ self.right, shape, self.form)
+        weight = tensor(self.left @ self.right, shape, self.form)
+        return weight.T if self.inputs_first else weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -123,11 +135,12 @@ class Factorization(Surgery):
                     f"{type(module).__name__} has no layer {path!r} that can be factored in the "
                     f"form {form!r}"
                 )
-            full = min(matrix(layer.weight, form).shape)
+            weight = outputs_first(layer, layer.weight)
+            full = min(matrix(weight, form).shape)
             if not 1 <= rank <= full:
                 raise ValueError(f"{path} can have a rank from 1 to {full}, and not {rank}")
             dtype = expected.pop(name).dtype
-            for part, shape in zip(_PARTS, _shapes(layer.weight.shape, form, rank), strict=True):
+            for part, shape in zip(_PARTS, _shapes(weight.shape, form, rank), strict=True):
                 expected[f"{path}.{part}.weight"] = TensorSpec(shape, dtype)
             expected[f"{path}.{_MARK}"] = TensorSpec(torch.Size(), torch.uint8)
             if f"{path}.bias" in expected:
@@ -213,7 +226,8 @@ def factorize(module: nn.Module, ranks: Mapping[str, Rank]) -> None:
         ranks: Rank and form of each weight by name; dense ones stay as they are.
 
     Raises:
-        ValueError: See :func:`~fitsmall.compressors.surgery.factorable.factorable`.
+        ValueError: A layer cannot be factored, or the module refers to it or its weight in a second
+            place, so that it cannot be replaced.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(20, 10), nn.ReLU())
@@ -225,11 +239,10 @@ def factorize(module: nn.Module, ranks: Mapping[str, Rank]) -> None:
         )
     """
     require("factorize")
-    parameters = dict(module.named_parameters())
-    chosen = Selection({name: parameters[name] for name, r in ranks.items() if r.rank}, {})
-    if chosen.chosen:
-        names = factorable(module, chosen).chosen
-        Factorization({name: ranks.get(name, DENSE) for name in names}).apply(module)
+    low = {name: rank for name, rank in ranks.items() if rank.rank is not None}
+    for name, reason in refusals(module, list(low)).items():
+        raise ValueError(f"{name} cannot be factored, leave it out: {reason}")
+    Factorization(low).apply(module)
 
 
 def is_factor(module: nn.Module, name: str) -> bool:
@@ -241,7 +254,7 @@ def is_factor(module: nn.Module, name: str) -> bool:
 @torch.no_grad()
 def _split(layer: nn.Module, weight: Tensor, form: str, rank: int) -> Factored:
     """Return two layers whose product is the nearest weight of a rank; the bias is the layer's."""
-    left, right = Spectrum(matrix(weight, form), rank).factors(rank)
+    left, right = Spectrum(matrix(outputs_first(layer, weight), form), rank).factors(rank)
     pair = _empty_pair(layer, form, left.shape[1])
     pair.expand.weight.copy_(pair.like_left(left))
     pair.reduce.weight.copy_(pair.like_right(right))
@@ -252,9 +265,10 @@ def _empty_pair(layer: Any, form: str, rank: int) -> Factored:
     """Return two layers with undefined weights, on the device of the layer."""
     options = {"device": layer.weight.device, "dtype": layer.weight.dtype}
     bias = layer.bias is not None
-    if isinstance(layer, nn.Linear):
-        reduce: Any = nn.Linear(layer.in_features, rank, bias=False, **options)
-        expand: Any = nn.Linear(rank, layer.out_features, bias=bias, **options)
+    if layer.weight.dim() == 2:
+        outputs, inputs = outputs_first(layer, layer.weight).shape
+        reduce: Any = nn.Linear(inputs, rank, bias=False, **options)
+        expand: Any = nn.Linear(rank, outputs, bias=bias, **options)
     else:
         shapes = {
             "kernel_size": layer.kernel_size,
@@ -276,7 +290,7 @@ def _empty_pair(layer: Any, form: str, rank: int) -> Factored:
         expand.bias = layer.bias
     reduce.weight.requires_grad_(layer.weight.requires_grad)
     expand.weight.requires_grad_(layer.weight.requires_grad)
-    pair = Factored(reduce, expand, form).train(layer.training)
+    pair = Factored(reduce, expand, form, has_inputs_first(layer)).train(layer.training)
     for name, value in vars(layer).items():
         if not name.startswith("_"):  # in_features, stride and whatever else others may read
             vars(pair).setdefault(name, value)
@@ -311,11 +325,14 @@ def _successors(name: str, pair: Factored) -> tuple[Successor, Successor]:
     path = name.removesuffix(".weight")
     left, right = pair.left.detach(), pair.right.detach()
 
+    def of_product(moment: Tensor) -> Tensor:
+        return matrix(moment.T if pair.inputs_first else moment, pair.form)
+
     def of_right(left: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda moment: pair.like_right(left.T @ matrix(moment, pair.form))
+        return lambda moment: pair.like_right(left.T @ of_product(moment))
 
     def of_left(right: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda moment: pair.like_left(matrix(moment, pair.form) @ right.T)
+        return lambda moment: pair.like_left(of_product(moment) @ right.T)
 
     reduce, expand = (f"{path}.{part}.weight" for part in _PARTS)
     return (

@@ -4,34 +4,24 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from fitsmall.compressors.lowrank import (
-    DENSE,
-    LossMetric,
-    Options,
-    Rank,
-    Spectrum,
-    Truncate,
-    choose_ranks,
-    matrix,
-    price_of,
-)
+from fitsmall.compressors.lowrank import Spectrum, matrix, tensor
+from fitsmall.compressors.rank_choice import DENSE, Options, Rank, choose_ranks, ranks_within
 from fitsmall.compressors.schedules import Schedule
 from fitsmall.compressors.select import Selection, select
-from fitsmall.compressors.surgery.factorable import factorable, forms, places, unit_costs
+from fitsmall.compressors.surgery.factorable import factorable
 from fitsmall.compressors.surgery.factors import Factored, Factorization, is_factor
 from fitsmall.compressors.surgery.protocol import Surgery
 from fitsmall.compressors.torch_internals import require
+from fitsmall.compressors.training.gradient_grams import GradientGrams
+from fitsmall.compressors.training.layer_costs import LayerCosts
 from fitsmall.compressors.training.messages import inform, warn
 from fitsmall.compressors.training.product_decay import decay_products_
 from fitsmall.compressors.training.proximal import Proximal
-from fitsmall.compressors.training.sharding import gather, processes
+from fitsmall.compressors.training.sharding import gather
 from fitsmall.compressors.training.stage import Stage
 
 __all__ = ["RankLearning"]
@@ -39,8 +29,8 @@ __all__ = ["RankLearning"]
 # Number of gradients that are observed between two choices of ranks.
 _SAMPLES = 10
 
-# Layers whose multiply-adds are counted.
-_COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# A budget that is missed by more than this fraction of the total is worth a warning.
+_TOLERANCE = 0.02
 
 
 class RankLearning(Proximal):
@@ -55,7 +45,7 @@ class RankLearning(Proximal):
         min over ranks  price C(r) + sum over layers of ||W - W_r||^2,
 
     where the price is the one that meets the budget, and the norm measures by how much a change of
-    the weight raises the loss, see :class:`~fitsmall.compressors.lowrank.LossMetric`.
+    the weight raises the loss, see :class:`~fitsmall.compressors.loss_metric.LossMetric`.
 
     At ``stop`` each layer for which that is cheaper is replaced by two, ``reduce`` and ``expand``.
     These train like any other layers: the optimizer continues with their share of its moments, and
@@ -75,9 +65,9 @@ class RankLearning(Proximal):
         stop: Fraction of training at which layers are replaced.
         start_step: The same in optimizer steps, instead of ``start``.
         stop_step: The same in optimizer steps, instead of ``stop``.
-        every: Steps between choices of ranks; by default the window has 50.
-        include: Patterns of parameter names that replace the default, the weights of Linear
-            layers and convolutions without groups.
+        every: Steps between choices of ranks; by default the window has 10.
+        include: Patterns of parameter names that replace the default, the weights of Linear layers
+            and convolutions without groups.
         exclude: Patterns of parameter names to leave out.
 
     Example:
@@ -94,6 +84,7 @@ class RankLearning(Proximal):
     """
 
     order = -1
+    num_updates = 10
 
     def __init__(
         self,
@@ -110,6 +101,7 @@ class RankLearning(Proximal):
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
     ) -> None:
+        self.costs = LayerCosts()
         super().__init__(schedule, start, stop, start_step, stop_step, every, include, exclude)
         choices = {"keep_flops": keep_flops, "keep_size": keep_size, "price": price}
         given = {name: value for name, value in choices.items() if value is not None}
@@ -128,8 +120,6 @@ class RankLearning(Proximal):
         self.keep = None if name == "price" else value
         self.price = price
         self.cost = cost if name == "price" else name.removeprefix("keep_")
-        self.layers: dict[str, Any] = {}
-        self._meters: list[RemovableHandle] = []
 
     def describe(self) -> str:
         if self.keep is None:
@@ -155,34 +145,23 @@ class RankLearning(Proximal):
         else:
             self.selection = factorable(module, selection)
         self.parameters = dict(module.named_parameters())
-        self.layers = {
-            name: layer for name, layer in module.named_modules() if isinstance(layer, _COUNTED)
-        }
+        self.costs.attach(module)
         self.pairs = [layer for layer in module.modules() if isinstance(layer, Factored)]
-        self.num_parameters = sum(parameter.numel() for parameter in module.parameters())
 
     def hook(self) -> None:
-        if self.chosen_at is None:
-            self._meters = [
-                layer.register_forward_hook(_Meter(self.positions, name))
-                for name, layer in self.layers.items()
-            ]
+        if not self.is_final:
+            self.costs.hook()
 
     def unhook(self) -> None:
-        while self._meters:
-            self._meters.pop().remove()
+        self.costs.unhook()
 
     def reset(self) -> None:
         super().reset()
         self.done = False
         self.ranks: dict[str, Rank] = {}
         self.left: dict[str, float] = {}
-        # Averages of ``G G^T`` and ``G^T G``, with ``G`` the gradient of a weight.
-        self.grams: dict[str, tuple[Tensor, Tensor]] = {}
-        self._metrics: dict[str, LossMetric] = {}
-        # By layer: positions at which it computes outputs, and at which the first layer of a
-        # separable pair would, summed over forward passes.
-        self.positions: dict[str, tuple[float, float]] = {}
+        self.grams: dict[str, GradientGrams] = {}
+        self.costs.reset()
 
     # Ranks.
 
@@ -205,118 +184,98 @@ class RankLearning(Proximal):
         between = max(1, (self.every or (last - first) // self.num_updates) // _SAMPLES)
         if gradient is None or (name in self.grams and self.clock.steps % between):
             return
-        whole = gather(gradient, self.selection.chosen[name]).float()
-        rows, columns = whole.flatten(1), whole.transpose(0, 1).flatten(1)
-        grams = rows @ rows.T, columns @ columns.T
-        if name not in self.grams:
+        whole = gather(gradient, self.selection.chosen[name])
+        if name in self.grams:
+            self.grams[name].update(whole, 1 / _SAMPLES)
+        elif grams := GradientGrams.of(whole):
             self.grams[name] = grams
-        for average, gram in zip(self.grams[name], grams, strict=True):
-            average.lerp_(gram, 1 / _SAMPLES)
 
     def is_ready(self, name: str) -> bool:
         return name in self.grams
 
     def choose_projections(self, weights: Mapping[str, Tensor]) -> None:
-        if self._meters:
-            self._add_up_positions()
-        self.unhook()
-        self._metrics = {}
+        self.costs.synchronize(next(iter(self.parameters.values())).device)
         ready = [name for name in weights if self.is_ready(name)]
-        options = {
-            name: Options(
-                {
-                    form: Spectrum(matrix(self._metric(name).whiten(weights[name]), form))
-                    for form in forms(self._layer(name))
-                },
-                self._units(name, self.cost),
-                self._dense(name, self.cost),
-            )
-            for name in ready
-        }
-        self.ranks = choose_ranks(options, self._price(options))
+        options = {name: self._options(name, weights[name]) for name in ready}
+        self.ranks = self._choose(options)
         self.left = {kind: self._left(kind) for kind in ("size", "flops")}
+        if math.isinf(self.penalty):
+            self._report_budget()
 
-    def _add_up_positions(self) -> None:
-        """Add up the positions that all processes have counted, so that all choose alike."""
-        if processes()[1] == 1:
-            return
-        device = next(iter(self.parameters.values())).device
-        counts = [self.positions.get(name, (0.0, 0.0)) for name in self.layers]
-        totals = torch.tensor(counts, dtype=torch.float32, device=device)
-        dist.all_reduce(totals)
-        self.positions.update(
-            (name, (after, between))
-            for name, (after, between) in zip(self.layers, totals.tolist(), strict=True)
-            if after
-        )
+    def _options(self, name: str, weight: Tensor) -> Options:
+        whitened = self.grams[name].metric.whiten(weight)
+        units = self.costs.units(name, self.cost)
+        spectra = {form: Spectrum(matrix(whitened, form)) for form in units}
+        return Options(spectra, units, self.costs.dense(name, self.cost))
 
     def nearest(self, name: str, weight: Tensor) -> Tensor:
         form, rank = self.ranks.get(name, DENSE)
         if rank is None:
             return weight
-        metric = self._metric(name)
-        projected = Truncate(rank, form=form).project(metric.whiten(weight))
-        return metric.unwhiten(projected).to(weight.dtype)
+        metric = self.grams[name].metric
+        left, right = Spectrum(matrix(metric.whiten(weight), form), rank).factors(rank)
+        return metric.unwhiten(tensor(left @ right, weight.shape, form)).to(weight.dtype)
 
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
         if self.ranks.get(name, DENSE).rank is not None:  # dense ones are not pulled
             super().project_(name, weight, strength)
 
-    def _metric(self, name: str) -> LossMetric:
-        if name not in self._metrics:
-            self._metrics[name] = LossMetric(*self.grams[name])
-        return self._metrics[name]
-
-    def _price(self, options: Mapping[str, Options]) -> float:
-        total = self._total(self.cost)
+    def _choose(self, options: Mapping[str, Options]) -> dict[str, Rank]:
+        total = self.costs.total(self.cost)
         if not total:
             raise ValueError(
                 "RankLearning: no Linear or convolution layer was called in training, and "
                 "multiply-adds are unknown: give keep_size instead of keep_flops"
             )
-        if self.price is not None:
-            return self.price * sum(mine.norm for mine in options.values()) / total
+        if self.price is None:
+            return ranks_within(options, self._budget(options, total))
+        return choose_ranks(
+            options, self.price * sum(mine.norm for mine in options.values()) / total
+        )
+
+    def _budget(self, options: Mapping[str, Options], total: float) -> float:
+        """Return the cost that layers may have which have had gradients.
+
+        Until the last choice the others are expected to take their share as soon as they have some;
+        then they stay as they are.
+        """
         assert self.keep is not None
-        others = total - sum(self._dense(name, self.cost) for name in options)
-        try:
-            return price_of(options, self.keep * total - others)
-        except ValueError as error:
-            least = (others + sum(mine.least for mine in options.values())) / total
+        chosen = self.selection.chosen
+        dense = {name: self.costs.dense(name, self.cost) for name in chosen}
+        others = total - sum(dense.values())
+        least = others + sum(self.costs.least(name, self.cost) for name in chosen)
+        if least > self.keep * total:
             raise ValueError(
                 f"RankLearning: keep_{self.cost}={self.keep:g} cannot be reached, since a rank of "
-                f"1 in every layer leaves {least:.3f}: ask for more than that, or act on more "
-                "layers"
-            ) from error
-
-    def _layer(self, name: str) -> Any:
-        return self.layers[name.rpartition(".")[0]]
-
-    def _places(self, name: str, kind: str) -> tuple[float, float]:
-        return (1.0, 1.0) if kind == "size" else self.positions.get(name, (0.0, 0.0))
-
-    def _dense(self, name: str, kind: str) -> float:
-        """Return the cost of a layer as it is."""
-        after, _ = self._places(name.rpartition(".")[0], kind)
-        return float(after * self._layer(name).weight.numel())
-
-    def _units(self, name: str, kind: str) -> dict[str, float]:
-        """Return the cost of one rank of a layer, by form."""
-        return unit_costs(self._layer(name), *self._places(name.rpartition(".")[0], kind))
-
-    def _total(self, kind: str) -> float:
-        if kind == "size":
-            return self.num_parameters
-        return float(
-            sum(
-                after * self.layers[name].weight.numel()
-                for name, (after, _) in self.positions.items()
+                f"1 in every layer leaves {least / total:.3f}: ask for more than that, or act on "
+                "more layers"
             )
+        budget, mine = self.keep * total - others, sum(dense[name] for name in options)
+        if math.isinf(self.penalty):
+            budget -= sum(dense.values()) - mine
+        else:
+            budget *= mine / sum(dense.values())
+        return max(budget, sum(mine.least for mine in options.values()))
+
+    def _report_budget(self) -> None:
+        """Warn if the ranks miss the budget."""
+        if self.keep is None or abs(self.left[self.cost] - self.keep) <= _TOLERANCE:
+            return
+        waiting = [name for name in self.selection.chosen if name not in self.ranks]
+        reason = (
+            f"{', '.join(waiting)} had no gradients and stay as they are"
+            if self.left[self.cost] > self.keep
+            else "no rank more of any layer fits into what is left, or lowers the error"
+        )
+        warn(
+            f"RankLearning: keep_{self.cost}={self.keep:g} is missed, "
+            f"{self.left[self.cost]:.3f} is what can be had: {reason}"
         )
 
     def _left(self, kind: str) -> float:
-        total = self._total(kind)
+        total = self.costs.total(kind)
         saved = sum(
-            self._dense(name, kind) - rank.rank * self._units(name, kind)[rank.form]
+            self.costs.dense(name, kind) - rank.rank * self.costs.units(name, kind)[rank.form]
             for name, rank in self.ranks.items()
             if rank.rank is not None
         )
@@ -340,6 +299,7 @@ class RankLearning(Proximal):
     def before_update(
         self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], gradient_scale: float
     ) -> None:
+        self.costs.close()
         if self.done:
             decay_products_(optimizer, self.pairs, gradient_scale)
 
@@ -390,34 +350,27 @@ class RankLearning(Proximal):
 
     def choices(self) -> dict[str, Any]:
         ranks = {name: [rank.form, rank.rank] for name, rank in self.ranks.items()}
-        positions = {name: list(both) for name, both in self.positions.items()}
-        own = {"ranks": ranks, "positions": positions, "left": self.left, "done": self.done}
+        own = {
+            "ranks": ranks,
+            "costs": self.costs.state_dict(),
+            "left": self.left,
+            "done": self.done,
+        }
         if self.done:
             return own
-        return {**super().choices(), **own, "grams": {n: list(g) for n, g in self.grams.items()}}
+        grams = {name: [own.outputs, own.inputs, own.peak] for name, own in self.grams.items()}
+        return {**super().choices(), **own, "grams": grams}
 
     def load_choices(self, choices: dict[str, Any], module: nn.Module) -> None:
         self.ranks = {name: Rank(form, rank) for name, (form, rank) in choices["ranks"].items()}
-        self.positions = {name: (a, b) for name, (a, b) in choices["positions"].items()}
+        self.costs.load_state_dict(choices["costs"])
         self.left, self.done = choices["left"], choices["done"]
         if not self.done:
             super().load_choices(choices, module)
             devices = {name: parameter.device for name, parameter in module.named_parameters()}
             self.grams = {
-                name: (a.to(devices[name]), b.to(devices[name]))
-                for name, (a, b) in choices["grams"].items()
+                name: GradientGrams(
+                    outputs.to(devices[name]), inputs.to(devices[name]), float(peak)
+                )
+                for name, (outputs, inputs, peak) in choices["grams"].items()
             }
-
-
-class _Meter:
-    """A hook that counts the positions at which a layer computes outputs in training."""
-
-    def __init__(self, positions: dict[str, tuple[float, float]], name: str) -> None:
-        self.positions, self.name = positions, name
-
-    def __call__(self, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if not layer.training:
-            return
-        after, between = places(layer, inputs[0], output)
-        before = self.positions.get(self.name, (0.0, 0.0))
-        self.positions[self.name] = before[0] + after, before[1] + between

@@ -23,15 +23,8 @@ from torch import Tensor, nn
 
 from fitsmall.compressors.export.engines import ENGINES, session
 from fitsmall.compressors.export.onnx import write_onnx
-from fitsmall.compressors.lowrank import (
-    FORMS,
-    Options,
-    Rank,
-    Spectrum,
-    choose_ranks,
-    matrix,
-    price_of,
-)
+from fitsmall.compressors.lowrank import FORMS, Spectrum, matrix
+from fitsmall.compressors.rank_choice import Options, Rank, ranks_within
 from fitsmall.compressors.surgery.factorable import places, unit_costs
 from fitsmall.compressors.surgery.factors import factorize
 from fitsmall.experiments.cli.bench import median_seconds
@@ -43,7 +36,7 @@ __all__ = ["main"]
 MODELS: dict[str, Callable[[], nn.Module]] = {"resnet18": ResNet18, "resnet20": ResNet}
 
 
-def ranks_within(net: nn.Module, keep: float, among: Sequence[str]) -> dict[str, Rank]:
+def choose_within(net: nn.Module, keep: float, among: Sequence[str]) -> dict[str, Rank]:
     """Choose ranks of a network's convolutions within a fraction of its multiply-adds.
 
     Args:
@@ -73,7 +66,7 @@ def ranks_within(net: nn.Module, keep: float, among: Sequence[str]) -> dict[str,
         if spectra:
             options[f"{name}.weight"] = Options(spectra, units, dense)
     others = total - sum(mine.costs[0] for mine in options.values())
-    return choose_ranks(options, price_of(options, keep * total - others))
+    return ranks_within(options, keep * total - others)
 
 
 def main() -> None:
@@ -90,7 +83,7 @@ def main() -> None:
     networks = {"dense": dense}
     for name, among in (*((form, (form,)) for form in FORMS), ("cheaper of both", FORMS)):
         networks[name] = copy.deepcopy(dense)
-        factorize(networks[name], ranks_within(dense, options.keep, among))
+        factorize(networks[name], choose_within(dense, options.keep, among))
     flops = {name: _flops(network, images) for name, network in networks.items()}
 
     table = Table(
