@@ -21,6 +21,7 @@ __all__ = [
     "TOKEN",
     "TRANSPOSED",
     "Matrices",
+    "conv1d_class",
     "is_conv1d",
     "is_multiplied",
     "matrices_of",
@@ -236,10 +237,18 @@ def owner(module: nn.Module, name: str) -> tuple[str, nn.Module, str]:
     return path, layer, own
 
 
+def conv1d_class(layer: nn.Module) -> type[nn.Module] | None:
+    """Return the class ``Conv1D`` of Hugging Face's transformers, if the layer is of it.
+
+    It is a linear layer whose weight is stored as (inputs, outputs).
+    """
+    named = [kind for kind in type(layer).__mro__ if kind.__name__ == "Conv1D"]
+    return named[0] if named and hasattr(layer, "nf") else None
+
+
 def is_conv1d(layer: nn.Module) -> bool:
-    """Return whether a layer is Hugging Face's ``Conv1D``: a Linear layer whose weight is stored
-    as (inputs, outputs)."""
-    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+    """Return whether a layer is Hugging Face's ``Conv1D``."""
+    return conv1d_class(layer) is not None
 
 
 @torch.no_grad()

@@ -8,11 +8,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fitsmall.compressors.lowrank import FORMS, matrix
 from fitsmall.compressors.select import Selection
 from fitsmall.compressors.surgery.quantizers import QUANTIZER
+from fitsmall.compressors.weights import conv1d_class, is_conv1d
 
 __all__ = [
     "factorable",
     "forms",
-    "has_inputs_first",
     "is_product",
     "kind_of",
     "layer_of",
@@ -32,34 +32,20 @@ def kind_of(layer: Any) -> Any:
     ):  # attention uses its weight without calling it
         return None
     # FSDP gives layers a subclass of their own, with the same forward.
-    for kind in (nn.Linear, *_CONVOLUTIONS, _transposed_kind(layer)):
+    for kind in (nn.Linear, *_CONVOLUTIONS, conv1d_class(layer)):
         if kind and isinstance(layer, kind) and type(layer).forward is kind.forward:
             return kind
     return None
 
 
-def _transposed_kind(layer: Any) -> Any:
-    """Return the class ``Conv1D`` of Hugging Face's transformers, if the layer is of it."""
-    named = [kind for kind in type(layer).__mro__ if kind.__name__ == "Conv1D"]
-    return named[0] if named and hasattr(layer, "nf") else None
-
-
-def has_inputs_first(layer: Any) -> bool:
-    """Return whether a layer multiplies by its weight from the right: its shape is in x out.
-
-    Such is ``Conv1D`` of Hugging Face's transformers, a linear layer.
-    """
-    return _transposed_kind(layer) is not None
-
-
 def is_product(layer: Any) -> bool:
     """Return whether a layer multiplies its inputs by a weight, so that multiply-adds count."""
-    return isinstance(layer, (nn.Linear, *_CONVOLUTIONS)) or has_inputs_first(layer)
+    return isinstance(layer, (nn.Linear, *_CONVOLUTIONS)) or is_conv1d(layer)
 
 
 def outputs_first(layer: Any, weight: Tensor) -> Tensor:
     """Return a tensor of the shape of a layer's weight with the outputs as first dimension."""
-    return weight.T if has_inputs_first(layer) else weight
+    return weight.T if is_conv1d(layer) else weight
 
 
 def forms(layer: Any) -> tuple[str, ...]:

@@ -13,7 +13,6 @@ from fitsmall.compressors.lowrank import FORMS, Spectrum, matrix, tensor
 from fitsmall.compressors.rank_choice import Rank
 from fitsmall.compressors.surgery.factorable import (
     forms,
-    has_inputs_first,
     kind_of,
     layer_of,
     outputs_first,
@@ -23,6 +22,7 @@ from fitsmall.compressors.surgery.moments import Successor, transplant_
 from fitsmall.compressors.surgery.protocol import Changed, Layout, Surgery, TensorSpec
 from fitsmall.compressors.surgery.quantizers import detach_quantizer
 from fitsmall.compressors.torch_internals import move_hooks, require
+from fitsmall.compressors.weights import is_conv1d
 
 __all__ = ["Factored", "Factorization", "factorize", "is_factor"]
 
@@ -290,7 +290,7 @@ def _empty_pair(layer: Any, form: str, rank: int) -> Factored:
         expand.bias = layer.bias
     reduce.weight.requires_grad_(layer.weight.requires_grad)
     expand.weight.requires_grad_(layer.weight.requires_grad)
-    pair = Factored(reduce, expand, form, has_inputs_first(layer)).train(layer.training)
+    pair = Factored(reduce, expand, form, is_conv1d(layer)).train(layer.training)
     for name, value in vars(layer).items():
         if not name.startswith("_"):  # in_features, stride and whatever else others may read
             vars(pair).setdefault(name, value)
