@@ -4,6 +4,7 @@ import copy
 import csv
 import io
 import pickle
+import random
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,7 @@ from fitsmall.callbacks import (
 )
 from fitsmall.compressors import restore
 from fitsmall.compressors.training import Stage
+from fitsmall.experiments.benchmarks.resume import draw_schedule, resume_points
 from fitsmall.experiments.benchmarks.soak import differences, outcome
 from training import (
     IMAGES,
@@ -261,6 +263,20 @@ def test_validations_that_were_due_are_made_up_for(name: str, tmp_path: Path) ->
         folder = tmp_path / f"{len(settings)}"
         watchers = [lambda: AccuracyGuard(tolerance=0.0), lambda: ParetoCheckpoint(tmp_path)]
         resumed_equals_whole(folder, CASES[name], steps, *watchers, **settings)
+
+
+def test_every_point_of_a_training_with_rare_validations_can_be_resumed_from() -> None:
+    """With augmentation in the training process, before whose numbers a validation is made up."""
+    schedule = draw_schedule(random.Random(0)) | {
+        "max_epochs": 3,
+        "check_val_every_n_epoch": 2,
+        "val_check_interval": 5,
+        "accumulate_grad_batches": 3,
+        "limit_val_batches": 2,
+    }
+    found = resume_points(schedule)
+    assert len(found) == 7
+    assert {point: names for point, names in found.items() if names} == {}
 
 
 @every_case
