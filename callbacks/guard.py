@@ -52,7 +52,7 @@ class AccuracyGuard(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.fitting = stage == "fit"
-        if self.fitting and not trainer.global_step:
+        if self.fitting and plan_of(trainer) is None:  # else an earlier fit goes on
             self.best, self.paused = math.inf, False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

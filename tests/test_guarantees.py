@@ -161,6 +161,24 @@ def test_a_second_fit_goes_on(case: Case, tmp_path: Path) -> None:
     assert check.checked == 20
 
 
+@each_coupling
+def test_a_second_fit_of_another_module_starts_again(case: Case, tmp_path: Path) -> None:
+    """With windows in the rest of training, and no choice, best or average of the first module."""
+    guard, average = AccuracyGuard(tolerance=10.0), EMA(decay=0.5)
+    runner = trainer(tmp_path, *case.make(), guard, average)
+    runner.fit(Net(), loader(), validation())
+    runner.fit_loop.max_epochs = 6
+    module = Net()
+    guard.best = -1.0
+    runner.fit(module, loader(), validation())
+    case.check(module)
+    assert guard.best >= 0
+    plan = plan_of(runner)
+    assert plan is not None
+    assert plan.clock.steps == 20
+    assert plan.complete
+
+
 # Resume.
 
 ALL = CASES | BY_CRITERION
