@@ -75,6 +75,9 @@ class GradualPruning(Stage):
     """
 
     order = 0
+    followed = frozenset(
+        {"sparsity", "overrides", "allocation", "schedule", "every", "pruned_decay"}
+    )
 
     def __init__(
         self,

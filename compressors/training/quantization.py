@@ -110,6 +110,8 @@ class QuantizationAwareTraining(Stage):
 
     order = 1
     num_updates = 10
+    followed = frozenset({"every", "freeze_norms"})
+    fixed = frozenset({"activation_bits", "activation_scale", "overrides"})
 
     def __init__(
         self,
@@ -156,6 +158,7 @@ class QuantizationAwareTraining(Stage):
                 f"QuantizationAwareTraining: observe_steps={observe_steps!r} is no number of "
                 "optimizer steps"
             )
+        self.average_bits, self.max_bytes = average_bits, max_bytes
         auto = weight_bits == "auto"
         self.search = BitwidthSearch(average_bits, max_bytes) if auto else None
         given = {"average_bits": average_bits, "max_bytes": max_bytes, "reallocate": reallocate}

@@ -74,6 +74,7 @@ class WeightSharing(Stage):
     """
 
     order = 1
+    followed = frozenset({"schedule", "every"})
 
     def __init__(
         self,
