@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from fitsmall.callbacks.best import ModelCheckpointOnceCompressed
@@ -20,14 +21,14 @@ from fitsmall.callbacks.driver import Driver, plan_of, stages_of
 from fitsmall.compressors.dtypes import CODED, same_bits
 from fitsmall.compressors.file.reader import load
 from fitsmall.compressors.file.report import Report, inspect
-from fitsmall.compressors.file.writer import save
+from fitsmall.compressors.file.writer import check_storable, save
 from fitsmall.compressors.oneshot import restore
 from fitsmall.compressors.torch_internals import map_tensors, require, tensors_in
 from fitsmall.compressors.training.clock import NEVER, Clock
 from fitsmall.compressors.training.messages import warn
 from fitsmall.compressors.training.sharding import whole
 
-__all__ = ["CompressedCheckpoint", "check_writable"]
+__all__ = ["CompressedCheckpoint", "check_module", "check_writable"]
 
 
 class CompressedCheckpoint(pl.Callback):
@@ -87,12 +88,7 @@ class CompressedCheckpoint(pl.Callback):
         folder = self._folder(trainer)
         if trainer.is_global_zero:
             check_writable(folder, self)
-        for name, value in pl_module.state_dict().items():
-            if not isinstance(value, Tensor):
-                raise MisconfigurationException(
-                    f"CompressedCheckpoint: the state dict's {name} is a {type(value).__name__}, "
-                    "and only tensors can be stored"
-                )
+        check_module(pl_module, self)
         # Once for the whole training: torch.compile compiles again after a change of hooks.
         for name, module in [("", pl_module), *pl_module.named_children()]:
             if any(True for _ in module.parameters()):
@@ -241,6 +237,28 @@ def _warn_of_nan(tensors: dict[str, Tensor]) -> None:
             f"CompressedCheckpoint: {', '.join(wrong)} hold NaN: training diverged, and the file "
             "is as useless as the module; lower the learning rate, or clip gradients"
         )
+
+
+def check_module(module: nn.Module, asker: pl.Callback) -> None:
+    """Check, before training starts, that a file can hold a module's state dict.
+
+    Args:
+        module: The module.
+        asker: Callback that the error names.
+
+    Raises:
+        MisconfigurationException: A file cannot hold an entry.
+    """
+    for name, value in module.state_dict().items():
+        if is_lazy(value):
+            continue
+        try:
+            check_storable(name, value)
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(
+                f"{type(asker).__name__}: of the state dict {error}; or keep it out, with "
+                "register_buffer(..., persistent=False)"
+            ) from error
 
 
 def check_writable(folder: Path, asker: pl.Callback) -> None:

@@ -32,7 +32,7 @@ from fitsmall.compressors.file.schema import (
 )
 from fitsmall.compressors.lowrank import Factors
 
-__all__ = ["estimate", "save"]
+__all__ = ["check_storable", "estimate", "save"]
 
 
 def save(
@@ -52,7 +52,8 @@ def save(
         coder: ``"context"`` (smallest), ``"ans"`` (fastest to read) or ``"huffman"``.
 
     Raises:
-        TypeError: An entry is neither a tensor nor a code, or of a dtype that no file can hold.
+        TypeError: An entry is neither a tensor nor a code, or of a kind that no file can hold, see
+            :func:`check_storable`.
         ValueError: A name is longer than 1,024 characters, or cannot be printed.
 
     Example:
@@ -79,6 +80,34 @@ def save(
         os.unlink(temporary)
         raise
     return size
+
+
+def check_storable(name: str, value: object) -> None:
+    """Check that a file can hold a tensor or a code under a name.
+
+    Raises:
+        TypeError: It is none, or a sparse, nested, or quantized tensor, or one without data.
+        ValueError: The name is longer than 1,024 characters, or cannot be printed.
+
+    Example:
+        >>> check_storable("weight", torch.eye(2).to_sparse())
+        Traceback (most recent call last):
+        TypeError: 'weight' is a sparse_coo tensor: register a dense one, with to_dense()
+    """
+    check_name(name)
+    if not isinstance(value, Tensor | Code):
+        raise TypeError(f"{name!r} is a {type(value).__name__}: only tensors can be stored")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name!r} is {value.dtype}, which no file can hold")
+    if not isinstance(value, Tensor):
+        return
+    if value.layout != torch.strided:
+        layout = str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name!r} is a {layout} tensor: register a dense one, with to_dense()")
+    if value.is_nested:
+        raise TypeError(f"{name!r} is a nested tensor: register one of its parts each")
+    if value.is_meta:
+        raise TypeError(f"{name!r} is on the meta device, without data: initialise it first")
 
 
 def estimate(tensors: Mapping[str, Tensor | Code]) -> int:
@@ -108,14 +137,12 @@ def _write(file: BinaryIO, tensors: Mapping[str, Tensor | Code], coder: str) -> 
     entries: list[Entry] = []
     ties = _Ties()
     for name, value in tensors.items():
-        if not isinstance(value, Tensor | Code):
-            raise TypeError(f"{name!r} is a {type(value).__name__}: only tensors can be stored")
-        check_name(name)
+        check_storable(name, value)
+        if isinstance(value, Tensor):
+            value = value.resolve_conj().resolve_neg()
         if tied := ties.entry(name, value, len(entries)):
             entries.append(tied)
             continue
-        if value.dtype not in DTYPES:
-            raise TypeError(f"{name!r} is {value.dtype}, which no file can hold")
         code = exact(value) if isinstance(value, Tensor) else _storable(value)
         entry, blobs = _encode(name, code, CODERS[coder])
         padding = max(0, entry.least_bytes - entry.bytes)

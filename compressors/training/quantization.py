@@ -28,6 +28,7 @@ from fitsmall.compressors.surgery.quantizers import (
 from fitsmall.compressors.torch_internals import require
 from fitsmall.compressors.training.bitwidth_search import BitwidthSearch
 from fitsmall.compressors.training.messages import inform
+from fitsmall.compressors.training.optimizers import like_gradient
 from fitsmall.compressors.training.scales import INPUT_SUFFIX, ScaleLearning
 from fitsmall.compressors.training.sharding import gather, local, processes, shard, stack
 from fitsmall.compressors.training.stage import Stage
@@ -400,7 +401,8 @@ class QuantizationAwareTraining(Stage):
             self.learning.gradients[name] = rows.sum(1).view(self.blocks[name])
         if parameter.grad is not None:
             grad = local(parameter.grad)
-            grad.copy_(clipped(grad.float(), levels, low, high))
+            dense = grad.to_dense().float() if grad.is_sparse else grad.float()
+            grad.copy_(like_gradient(clipped(dense, levels, low, high).to(grad.dtype), grad))
 
     def _counts(self, search: BitwidthSearch, name: str) -> bool:
         """Return whether a gradient counts for the next choice of bits."""
