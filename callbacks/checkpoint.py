@@ -1,7 +1,9 @@
 """The compressed file at the end of training, with a proof that it restores the module."""
 
 import copy
+import io
 import os
+import pickle
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -89,6 +91,9 @@ class CompressedCheckpoint(pl.Callback):
         if trainer.is_global_zero:
             check_writable(folder, self)
         check_module(pl_module, self)
+        if self.weights == "best":
+            for owner in (pl_module, getattr(trainer, "datamodule", None)):
+                _check_hyperparameters(owner)
         # Once for the whole training: torch.compile compiles again after a change of hooks.
         for name, module in [("", pl_module), *pl_module.named_children()]:
             if any(True for _ in module.parameters()):
@@ -173,8 +178,14 @@ class CompressedCheckpoint(pl.Callback):
                 "full strength or nothing was validated: the file holds the last weights"
             )
             return None
-        # Unpickled, since it may hold the user's hyper-parameters; this training wrote it.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+        try:  # a resumed checkpoint may have named the file
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            warn(
+                f"CompressedCheckpoint: {path} holds more than tensors and numbers, and is not "
+                f"read ({str(error).splitlines()[0]}): the file holds the last weights"
+            )
+            return None
         if state := checkpoint.get("callbacks", {}).get(Driver.STATE_KEY):
             clock = Clock()
             clock.load_state_dict(state["clock"])
@@ -278,6 +289,22 @@ def check_writable(folder: Path, asker: pl.Callback) -> None:
         raise MisconfigurationException(
             f"{type(asker).__name__}: {folder} cannot be written to ({error}): name another "
             "folder with dirpath=..."
+        ) from error
+
+
+def _check_hyperparameters(owner: Any) -> None:
+    """Check that checkpoints with these hyper-parameters can be read without unpickling code."""
+    file = io.BytesIO()
+    try:
+        torch.save(dict(getattr(owner, "hparams", {})), file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except (pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+        raise MisconfigurationException(
+            f"CompressedCheckpoint: the best weights are read from a checkpoint, and the saved "
+            f"hyper-parameters of {type(owner).__name__} are more than tensors and numbers: leave "
+            "these out with save_hyperparameters(ignore=[...]), allow their classes with "
+            "torch.serialization.add_safe_globals, or use weights='last'"
         ) from error
 
 
