@@ -2,7 +2,6 @@
 
 import os
 import struct
-import tempfile
 import weakref
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from fitsmall.compressors.codes import Code, Dense, Integer, Lookup, Sparse, Sum
 from fitsmall.compressors.dtypes import CODED, FLOATS
 from fitsmall.compressors.exact import exact
+from fitsmall.compressors.file.atomic import replaced
 from fitsmall.compressors.file.coding import CODERS, MAX_LEVELS, Coder, Streams
 from fitsmall.compressors.file.schema import (
     CODER_NAMES,
@@ -46,7 +46,7 @@ def save(
     when it is complete.
 
     Args:
-        path: File to write; an existing one is replaced.
+        path: File to write; an existing one is replaced, and its permissions are kept.
         tensors: Tensors or codes by name. Tensors that share their memory are stored once, as is a
             code under several names.
         coder: ``"context"`` (smallest), ``"ans"`` (fastest to read) or ``"huffman"``.
@@ -67,19 +67,9 @@ def save(
     path = Path(path)
     if coder not in CODER_NAMES:
         raise ValueError(f"unknown coder {coder!r}: choose one of {', '.join(CODER_NAMES)}")
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            _write(file, tensors, coder)
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return size
+    with replaced(path) as file:
+        _write(file, tensors, coder)
+        return file.tell()
 
 
 def check_storable(name: str, value: object) -> None:
@@ -258,9 +248,3 @@ def _composed(name: str, code: Sum | Factors, parts: Sequence[Entry]) -> Entry:
 
 def _bytes(flat: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -308,9 +308,9 @@ class InputQuantizers(Surgery):
     def table(self, layout: Layout) -> list[Changed]:
         rows = []
         for layer in self.bits:
-            shape, dtype = layout[_join(layer, "weight")]
-            size = shape.numel() * dtype.itemsize
-            rows.append(Changed(layer, "inputs are rounded", size, size))
+            if weight := layout.get(_join(layer, "weight")):  # else a buffer of that name
+                size = weight.shape.numel() * weight.dtype.itemsize
+                rows.append(Changed(layer, "inputs are rounded", size, size))
         return rows
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
+from fitsmall.compressors.naming import printable
 from fitsmall.experiments.cli.completion import SCRIPTS, complete
 from fitsmall.experiments.cli.suggestions import suggest
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if wants_traceback or not _is_user_error(error):
             raise
-        print(f"fitsmall: {_one_line(error, words)}", file=sys.stderr)
+        print(f"fitsmall: {printable(_one_line(error, words))}", file=sys.stderr)
         print("Set HYDRA_FULL_ERROR=1 in the environment for the traceback.", file=sys.stderr)
         sys.exit(2)
 
@@ -199,15 +200,9 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _decompress(options: argparse.Namespace) -> None:
-    from safetensors.torch import save_file
+    from fitsmall.experiments.cli.unpack import unpack
 
-    from fitsmall.compressors import load
-
-    tensors = load(options.file, options.limit)
-    output = options.output or options.file.with_suffix(".safetensors")
-    save_file(tensors, output)
-    size = output.stat().st_size
-    print(f"{output}: {len(tensors)} tensors, {size:,} bytes")
+    print(unpack(options.file, options.output, options.limit))
 
 
 def _export(options: argparse.Namespace) -> None:
