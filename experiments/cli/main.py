@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
-from fitsmall.compressors.naming import printable
 from fitsmall.experiments.cli.completion import SCRIPTS, complete
 from fitsmall.experiments.cli.suggestions import suggest
 
@@ -59,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if wants_traceback or not _is_user_error(error):
             raise
+        from fitsmall.compressors.naming import printable
+
         print(f"fitsmall: {printable(_one_line(error, words))}", file=sys.stderr)
         print("Set HYDRA_FULL_ERROR=1 in the environment for the traceback.", file=sys.stderr)
         sys.exit(2)
@@ -200,9 +201,9 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _decompress(options: argparse.Namespace) -> None:
-    from fitsmall.experiments.cli.unpack import unpack
+    from fitsmall.experiments.cli.decompress import decompress
 
-    print(unpack(options.file, options.output, options.limit))
+    print(decompress(options.file, options.output, options.limit))
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -10,12 +10,12 @@ from fitsmall.compressors import load
 from fitsmall.compressors.file.atomic import replaced
 from fitsmall.compressors.naming import printable
 
-__all__ = ["unpack"]
+__all__ = ["decompress"]
 
 _METADATA = "__metadata__"  # a key that safetensors keeps for itself
 
 
-def unpack(file: Path, output: Path | None, limit: int | None) -> str:
+def decompress(file: Path, output: Path | None, limit: int | None) -> str:
     """Write the tensors of a compressed file, and return a line that says where they are.
 
     Args:
@@ -32,7 +32,7 @@ def unpack(file: Path, output: Path | None, limit: int | None) -> str:
         raise ValueError(f"{target} is the compressed file itself: name another file with -o")
     if target.exists() and not target.is_file():
         raise ValueError(f"{target} is no file that could be replaced: name a file with -o")
-    tensors = load(file, limit)
+    tensors = {name: tensor.contiguous() for name, tensor in load(file, limit).items()}
     for name, tensor in tensors.items():
         if name == _METADATA or tensor.dtype == torch.complex128:
             what = "that name" if name == _METADATA else f"{tensor.dtype}"
