@@ -1,7 +1,9 @@
 """The compressed file at the end of training, with a proof that it restores the module."""
 
 import copy
+import io
 import os
+import pickle
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from fitsmall.callbacks.best import ModelCheckpointOnceCompressed
@@ -20,14 +23,14 @@ from fitsmall.callbacks.driver import Driver, plan_of, stages_of
 from fitsmall.compressors.dtypes import CODED, same_bits
 from fitsmall.compressors.file.reader import load
 from fitsmall.compressors.file.report import Report, inspect
-from fitsmall.compressors.file.writer import save
+from fitsmall.compressors.file.writer import check_storable, save
 from fitsmall.compressors.oneshot import restore
 from fitsmall.compressors.torch_internals import map_tensors, require, tensors_in
 from fitsmall.compressors.training.clock import NEVER, Clock
 from fitsmall.compressors.training.messages import warn
 from fitsmall.compressors.training.sharding import whole
 
-__all__ = ["CompressedCheckpoint", "check_writable"]
+__all__ = ["CompressedCheckpoint", "check_module", "check_writable"]
 
 
 class CompressedCheckpoint(pl.Callback):
@@ -87,12 +90,10 @@ class CompressedCheckpoint(pl.Callback):
         folder = self._folder(trainer)
         if trainer.is_global_zero:
             check_writable(folder, self)
-        for name, value in pl_module.state_dict().items():
-            if not isinstance(value, Tensor):
-                raise MisconfigurationException(
-                    f"CompressedCheckpoint: the state dict's {name} is a {type(value).__name__}, "
-                    "and only tensors can be stored"
-                )
+        check_module(pl_module, self)
+        if self.weights == "best":
+            for owner in (pl_module, getattr(trainer, "datamodule", None)):
+                _check_hyperparameters(owner)
         # Once for the whole training: torch.compile compiles again after a change of hooks.
         for name, module in [("", pl_module), *pl_module.named_children()]:
             if any(True for _ in module.parameters()):
@@ -177,8 +178,14 @@ class CompressedCheckpoint(pl.Callback):
                 "full strength or nothing was validated: the file holds the last weights"
             )
             return None
-        # Unpickled, since it may hold the user's hyper-parameters; this training wrote it.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+        try:  # a resumed checkpoint may have named the file
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            warn(
+                f"CompressedCheckpoint: {path} holds more than tensors and numbers, and is not "
+                f"read ({str(error).splitlines()[0]}): the file holds the last weights"
+            )
+            return None
         if state := checkpoint.get("callbacks", {}).get(Driver.STATE_KEY):
             clock = Clock()
             clock.load_state_dict(state["clock"])
@@ -243,6 +250,28 @@ def _warn_of_nan(tensors: dict[str, Tensor]) -> None:
         )
 
 
+def check_module(module: nn.Module, asker: pl.Callback) -> None:
+    """Check, before training starts, that a file can hold a module's state dict.
+
+    Args:
+        module: The module.
+        asker: Callback that the error names.
+
+    Raises:
+        MisconfigurationException: A file cannot hold an entry.
+    """
+    for name, value in module.state_dict().items():
+        if is_lazy(value):
+            continue
+        try:
+            check_storable(name, value)
+        except (TypeError, ValueError) as error:
+            raise MisconfigurationException(
+                f"{type(asker).__name__}: of the state dict {error}; or keep it out, with "
+                "register_buffer(..., persistent=False)"
+            ) from error
+
+
 def check_writable(folder: Path, asker: pl.Callback) -> None:
     """Make a folder and check, before training starts, that files can be written to it.
 
@@ -260,6 +289,22 @@ def check_writable(folder: Path, asker: pl.Callback) -> None:
         raise MisconfigurationException(
             f"{type(asker).__name__}: {folder} cannot be written to ({error}): name another "
             "folder with dirpath=..."
+        ) from error
+
+
+def _check_hyperparameters(owner: Any) -> None:
+    """Check that checkpoints with these hyper-parameters can be read without unpickling code."""
+    file = io.BytesIO()
+    try:
+        torch.save(dict(getattr(owner, "hparams", {})), file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except (pickle.PicklingError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+        raise MisconfigurationException(
+            f"CompressedCheckpoint: the best weights are read from a checkpoint, and the saved "
+            f"hyper-parameters of {type(owner).__name__} are more than tensors and numbers: leave "
+            "these out with save_hyperparameters(ignore=[...]), allow their classes with "
+            "torch.serialization.add_safe_globals, or use weights='last'"
         ) from error
 
 

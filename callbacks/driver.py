@@ -34,6 +34,7 @@ class Driver(pl.Callback):
         self._saved: dict[str, Any] | None = None
         self._fitting = True
         self._ready = False  # from on_fit_start on
+        self._other = False  # whether the Trainer fitted another module before
         self._reading: RemovableHandle | None = None
 
     STATE_KEY = "fitsmall"
@@ -57,8 +58,10 @@ class Driver(pl.Callback):
         if self._fitting:
             refuse_rivals(trainer, stages)
         _attach_early(stages, pl_module)
-        # A second fit of one Trainer continues where the first ended; a new Trainer starts again.
-        if self._fitting and not trainer.global_step:
+        # A second fit of one Trainer continues where the first ended. A new Trainer starts again,
+        # and so does another module.
+        self._other = self.plan is not None and self.plan.module is not pl_module
+        if self._fitting and (self._other or not trainer.global_step):
             self.plan = self._saved = None
             for each in stages:
                 each.chosen_at = None
@@ -84,8 +87,12 @@ class Driver(pl.Callback):
         horizon = trainer.estimated_stepping_batches
         if trainer.max_steps > 0:  # counts the steps of all optimizers
             horizon = min(horizon, trainer.max_steps / optimizers)
-        if self.plan.clock.steps == 0:  # resumed from a checkpoint without compression
-            self.plan.clock.steps = trainer.global_step // optimizers
+        if self.plan.clock.steps == 0:
+            taken = trainer.global_step // optimizers
+            if self._other:  # by the other module; the windows lie in the rest of training
+                horizon -= taken
+            else:  # resumed from a checkpoint without compression
+                self.plan.clock.steps = taken
         self.plan.clock.resume()  # a guard that had paused it may be gone
         _show_messages()
         self.plan.begin(horizon if horizon > 0 else float("inf"))

@@ -31,14 +31,15 @@ class AccuracyGuard(pl.Callback):
         monitor: Name of a metric that the validation logs.
         tolerance: Largest difference from the best, in units of the metric: 0.02 is two percentage
             points if the metric is an error rate in [0, 1].
-        mode: ``"min"`` if it is an error, ``"max"`` if it is an accuracy.
+        mode: ``"min"`` if it is an error, the default, or ``"max"`` if it is an accuracy. Metrics
+            that are usually the larger the better, such as ``val/acc``, need one.
     """
 
     def __init__(
         self,
         monitor: str = "val/error",
         tolerance: float = 0.02,
-        mode: Literal["min", "max"] = "min",
+        mode: Literal["min", "max"] | None = None,
     ) -> None:
         super().__init__()
         if not tolerance >= 0:
@@ -52,7 +53,7 @@ class AccuracyGuard(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.fitting = stage == "fit"
-        if self.fitting and not trainer.global_step:
+        if self.fitting and plan_of(trainer) is None:  # else an earlier fit goes on
             self.best, self.paused = math.inf, False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

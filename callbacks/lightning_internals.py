@@ -5,7 +5,7 @@ Tested with lightning 2.6.0 to 2.6.6, without 2.6.2 and 2.6.3, which were compro
 of an AttributeError during training.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import lightning
@@ -21,6 +21,7 @@ __all__ = [
     "TESTED",
     "BatchCounts",
     "batch_counts",
+    "before_first_fetch",
     "count_epoch_that_begins",
     "forget_last_save",
     "gradient_scaler",
@@ -48,6 +49,7 @@ PRIVATE = (
     Private(_EPOCH_LOOP, "_should_accumulate", _RESUME),
     Private(_EPOCH_LOOP, "_should_check_val_fx", _RESUME),
     Private(_EPOCH_LOOP, "_batches_that_stepped", _RESUME),
+    Private(_EPOCH_LOOP, "_on_before_fetch", _RESUME),
     Private(_EPOCH_LOOP, "batch_progress", _RESUME),
     Private(_LOGGERS, "_first_loop_iter", _RESUME),
     Private("lightning.pytorch.callbacks:ModelCheckpoint", "_last_global_step_saved", _RESUME),
@@ -156,6 +158,24 @@ def forget_last_save(callbacks: Iterable[pl.Callback], step: int) -> None:
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint):
             callback._last_global_step_saved = step
+
+
+def before_first_fetch(trainer: pl.Trainer, function: Callable[[], None]) -> None:
+    """Call a function once, just before the next training batch is read.
+
+    No hook of a callback comes there in an epoch that is resumed in its middle.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    before = loop._on_before_fetch
+
+    def first() -> None:
+        if (fetcher := trainer.fit_loop._data_fetcher) is not None:
+            fetcher._start_profiler = before
+        del loop._on_before_fetch
+        function()
+        before()
+
+    loop._on_before_fetch = first
 
 
 def restore_logged_batches(trainer: pl.Trainer, logged: int) -> None:

@@ -1,5 +1,6 @@
 """The metric that a callback monitors after each validation."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,9 +10,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 __all__ = ["MonitoredMetric"]
 
 
+# Words in the names of metrics of which more is better.
+_LARGER_IS_BETTER = re.compile(
+    "acc|accuracy|ap|auc|auroc|bleu|dice|f1|fscore|iou|jaccard|kappa|map|mcc|miou|precision|psnr|"
+    "r2|recall|reward|rouge|score|ssim|top1|top5"
+)
+
+
 @dataclass(frozen=True)
 class MonitoredMetric:
     """Name of a logged metric, and whether it is an error (``"min"``) or an accuracy (``"max"``).
+
+    Without a mode it is an error, unless its name is that of a metric of which more is better.
 
     Example:
         >>> MonitoredMetric("val/accuracy", "max").loss(0.75)
@@ -19,17 +29,23 @@ class MonitoredMetric:
     """
 
     name: str
-    mode: Literal["min", "max"]
+    mode: Literal["min", "max"] | None
 
     def __post_init__(self) -> None:
-        if self.mode not in ("min", "max"):
+        habit = [word for word in sorted(_words(self.name)) if _LARGER_IS_BETTER.fullmatch(word)]
+        if self.mode is None and habit:
+            raise MisconfigurationException(
+                f"of {self.name!r}, more is usually better, as of every {habit[0]}: give "
+                "mode='max', or mode='min' if less is better here"
+            )
+        if self.mode not in ("min", "max", None):
             raise MisconfigurationException(
                 f"the mode of {self.name!r} is min or max, got {self.mode!r}"
             )
 
     def loss(self, value: float) -> float:
         """Return the value with the sign by which smaller is better."""
-        return value if self.mode == "min" else -value
+        return -value if self.mode == "max" else value
 
     def expect(self, trainer: pl.Trainer, asker: pl.Callback) -> None:
         """Warn if the Trainer does not validate."""
@@ -53,3 +69,15 @@ class MonitoredMetric:
                 f"the validation logged no {self.name!r}, only {logged}: name one with monitor=..."
             )
         return float(trainer.callback_metrics[self.name])
+
+
+def _words(name: str) -> set[str]:
+    """Return the words of a metric's name, without the number after ``acc`` in ``acc1``.
+
+    Example:
+        >>> sorted(_words("val/BinaryAccuracy_top5")), sorted(_words("val_acc1"))
+        (['accuracy', 'binary', 'top', 'top5', 'val'], ['acc', 'acc1', 'val'])
+    """
+    apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).lower()
+    words = re.findall(r"[a-z]+[0-9]*", apart)
+    return {*words, *(word.rstrip("0123456789") for word in words)}

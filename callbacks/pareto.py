@@ -9,7 +9,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 
 from fitsmall.callbacks.averaging import EMA
-from fitsmall.callbacks.checkpoint import check_writable
+from fitsmall.callbacks.checkpoint import check_module, check_writable
 from fitsmall.callbacks.driver import plan_of
 from fitsmall.callbacks.monitored import MonitoredMetric
 from fitsmall.compressors.file.writer import save
@@ -31,7 +31,8 @@ class ParetoCheckpoint(pl.Callback):
     Args:
         dirpath: Folder of the files.
         monitor: Name of a metric that the validation logs.
-        mode: ``"min"`` if it is an error, ``"max"`` if it is an accuracy.
+        mode: ``"min"`` if it is an error, the default, or ``"max"`` if it is an accuracy. Metrics
+            that are usually the larger the better, such as ``val/acc``, need one.
         coder: Coder of the index streams, see :func:`~fitsmall.compressors.save`.
 
     Attributes:
@@ -42,7 +43,7 @@ class ParetoCheckpoint(pl.Callback):
         self,
         dirpath: str | os.PathLike[str],
         monitor: str = "val/error",
-        mode: Literal["min", "max"] = "min",
+        mode: Literal["min", "max"] | None = None,
         coder: str = "context",
     ) -> None:
         super().__init__()
@@ -58,6 +59,7 @@ class ParetoCheckpoint(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             check_writable(self.dirpath, self)
+        check_module(pl_module, self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.metric.expect(trainer, self)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from fitsmall.callbacks.lightning_internals import (
     batch_counts,
+    before_first_fetch,
     count_epoch_that_begins,
     forget_last_save,
     loader_states,
@@ -33,10 +34,11 @@ class RandomState(pl.Callback):
     training then equals the uninterrupted one bit for bit. That includes dropout, and augmentation
     in the training process.
 
-    It also corrects three things that differ in a training that Lightning resumes: the position of
+    It also corrects four things that differ in a training that Lightning resumes: the position of
     stateful loaders where ``configure_optimizers`` asks for ``estimated_stepping_batches``, a
-    checkpoint that ModelCheckpoint would write at the first batch, and a validation that was due
-    when the checkpoint was written, unless training ended there.
+    checkpoint that ModelCheckpoint would write at the first batch, a random number that Lightning
+    draws for the validation loader, and a validation that was due when the checkpoint was written,
+    unless training ended there.
 
     Checkpoints do not hold accumulated gradients. Resuming from one that was written between two
     optimizer steps, for example by a validation, is not exact; a warning says so.
@@ -47,7 +49,6 @@ class RandomState(pl.Callback):
         self.saved: dict[str, Any] | None = None
         self.places: list[dict[str, int]] = []
         self.fitting = True
-        self.resumed = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.fitting = stage == "fit"
@@ -92,7 +93,8 @@ class RandomState(pl.Callback):
             loader.load_state_dict(place)
         self.places = []
         forget_last_save(trainer.checkpoint_callbacks, trainer.global_step)
-        self.resumed = trainer.global_step > 0
+        if trainer.global_step > 0:
+            before_first_fetch(trainer, lambda: self._continue(trainer))
         if self.saved is None:
             return
         if len(self.saved["processes"]) != trainer.world_size:
@@ -105,11 +107,10 @@ class RandomState(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._catch_up(trainer)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        if self.resumed:
-            count_epoch_that_begins(trainer)
+    def _continue(self, trainer: pl.Trainer) -> None:
+        """Continue just before the first batch is read, whose augmentation may draw numbers."""
+        count_epoch_that_begins(trainer)
         self._catch_up(trainer)
-        self.resumed = False
 
     def _restore(self, trainer: pl.Trainer) -> None:
         states = self.saved["processes"] if self.saved else []
@@ -117,12 +118,12 @@ class RandomState(pl.Callback):
             _set_state(states[trainer.global_rank])
 
     def _catch_up(self, trainer: pl.Trainer) -> None:
-        """Restore the step of logged values, and run a validation that was due."""
+        """Restore random states and the step of logged values; run a validation that was due."""
         if self.saved is None:
             return
+        self._restore(trainer)  # Lightning may have drawn a random number since on_train_start
         restore_logged_batches(trainer, self.saved["logged"])
         if self.saved["validate"]:
-            self._restore(trainer)  # Lightning has drawn a random number since on_train_start
             run_missed_validation(trainer, self.saved["epoch"])
         self.saved = None
 

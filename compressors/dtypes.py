@@ -41,7 +41,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
+    a, b = (t.detach().cpu().resolve_conj().resolve_neg().contiguous() for t in (a, b))
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
     bits = INTEGERS[a.dtype.itemsize]

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import chain, zip_longest
 from typing import TypeVar
 
-__all__ = ["abridged", "group_by", "grouped", "lookup", "name_of"]
+__all__ = ["abridged", "group_by", "grouped", "lookup", "name_of", "printable"]
 
 T = TypeVar("T")
 Key = TypeVar("Key")
@@ -27,6 +27,16 @@ def name_of(function: object) -> str:
         return name_of(function.func)
     name: str = getattr(function, "__name__", type(function).__name__)
     return name.rstrip("_")  # which only keeps a name apart from a word of Python's
+
+
+def printable(text: str) -> str:
+    """The text in one line, without control characters, which could rewrite what a terminal shows.
+
+    Example:
+        >>> print(printable("red" + chr(27) + "[31m.fitsmall"))
+        red\\x1b[31m.fitsmall
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:

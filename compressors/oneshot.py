@@ -100,7 +100,8 @@ def restore(module: Module, path: str | os.PathLike[str]) -> Module:
         for surgery in changes:
             expected = surgery.expect(module, expected)
         if problems := _differences(stored, expected):
-            raise ValueError("; ".join(problems))
+            more = [f"and {len(problems) - 9:,} more"] if len(problems) > 9 else []
+            raise ValueError("; ".join(problems[:9] + more))
         # The directory fits the module, so that its tensors need no more memory than the module's,
         # or a few times as much with the parts of sums and products.
         size = sum(spec.shape.numel() * spec.dtype.itemsize for spec in held.values())

@@ -1,12 +1,19 @@
 """The order of the tests, and the processor time that they take."""
 
 import multiprocessing.forkserver
+import os
 import resource
 import time
 
 import pytest
 
 _START = time.perf_counter()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _remember_runs_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Not in the home of whoever runs the tests."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 
 @pytest.hookimpl(trylast=True)

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import struct
+import tracemalloc
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -128,6 +129,13 @@ def test_mnist_is_read_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Mnist.load()
     monkeypatch.setattr(sources, "_MNIST", digests)
     train, test = Mnist.load()
+    bomb, *_ = (tmp_path / "mnist").iterdir()
+    bomb.write_bytes(gzip.compress(bytes(2**27), 1))  # half a megabyte
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="is not the original MNIST file"):
+        Mnist.load()
+    assert tracemalloc.get_traced_memory()[1] < 2**27
+    tracemalloc.stop()
     assert torch.equal(train.images[:, 0], images)
     assert test.labels.tolist() == [7, 1]
 

@@ -4,6 +4,7 @@ import copy
 import csv
 import io
 import pickle
+import random
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,7 @@ from fitsmall.callbacks import (
 )
 from fitsmall.compressors import restore
 from fitsmall.compressors.training import Stage
+from fitsmall.experiments.benchmarks.resume import draw_schedule, resume_points
 from fitsmall.experiments.benchmarks.soak import differences, outcome
 from training import (
     IMAGES,
@@ -159,6 +161,24 @@ def test_a_second_fit_goes_on(case: Case, tmp_path: Path) -> None:
     assert check.checked == 20
 
 
+@each_coupling
+def test_a_second_fit_of_another_module_starts_again(case: Case, tmp_path: Path) -> None:
+    """With windows in the rest of training, and no choice, best or average of the first module."""
+    guard, average = AccuracyGuard(tolerance=10.0), EMA(decay=0.5)
+    runner = trainer(tmp_path, *case.make(), guard, average)
+    runner.fit(Net(), loader(), validation())
+    runner.fit_loop.max_epochs = 6
+    module = Net()
+    guard.best = -1.0
+    runner.fit(module, loader(), validation())
+    case.check(module)
+    assert guard.best >= 0
+    plan = plan_of(runner)
+    assert plan is not None
+    assert plan.clock.steps == 20
+    assert plan.complete
+
+
 # Resume.
 
 ALL = CASES | BY_CRITERION
@@ -261,6 +281,20 @@ def test_validations_that_were_due_are_made_up_for(name: str, tmp_path: Path) ->
         folder = tmp_path / f"{len(settings)}"
         watchers = [lambda: AccuracyGuard(tolerance=0.0), lambda: ParetoCheckpoint(tmp_path)]
         resumed_equals_whole(folder, CASES[name], steps, *watchers, **settings)
+
+
+def test_every_point_of_a_training_with_rare_validations_can_be_resumed_from() -> None:
+    """With augmentation in the training process, before whose numbers a validation is made up."""
+    schedule = draw_schedule(random.Random(0)) | {
+        "max_epochs": 3,
+        "check_val_every_n_epoch": 2,
+        "val_check_interval": 5,
+        "accumulate_grad_batches": 3,
+        "limit_val_batches": 2,
+    }
+    found = resume_points(schedule)
+    assert len(found) == 7
+    assert {point: names for point, names in found.items() if names} == {}
 
 
 @every_case

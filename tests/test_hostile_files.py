@@ -6,6 +6,7 @@ them for version 3, once, with the code that introduces it; add the number to ``
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from fitsmall.compressors import Code, Dense, Factors, Sum, exact, load, same_bits, save
 from fitsmall.compressors.file.coding import CODERS
+from fitsmall.compressors.file.schema import Entry
 from fitsmall.experiments.benchmarks.fuzz_file import (
     accepts,
+    forge,
     greedy,
     mutate,
     put_together,
@@ -68,6 +71,27 @@ def test_files_that_promise_all_they_may_are_read(tmp_path: Path) -> None:
         taken.append(accepts(path, limit=None))
     # All but values that Huffman codes cannot decode from noise.
     assert taken == [True, False, *[True] * 7]
+
+
+def test_a_few_bytes_cannot_ask_for_a_day_of_work(tmp_path: Path) -> None:
+    """As by a full tree of sums, which needs no name for each of its 8,192 parts."""
+    path, half = tmp_path / "tree", torch.float16
+    tree = Entry("tree", (0,), half, "dense", half)
+    for _ in range(13):
+        tree = replace(tree, kind="sum", parts=(tree, tree))
+    file = forge("ans", [tree], b"")
+    assert len(file) < 400
+    path.write_bytes(file)
+    assert not accepts(path)
+    with pytest.raises(ValueError, match=f"lists more than {len(file) + 1024:,} tensors"):
+        load(path)
+
+
+def test_an_honest_directory_may_be_long(tmp_path: Path) -> None:
+    tied = torch.ones(1)
+    state = {f"layers.{i}.{name}": tied for i in range(1000) for name in ("a", "b", "c")}
+    save(tmp_path / "long", state)
+    assert len(load(tmp_path / "long")) == 3000
 
 
 def golden(version: int) -> dict[str, Tensor | Code]:

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import warnings
 from collections.abc import Callable
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
@@ -28,9 +29,9 @@ from fitsmall.callbacks import (
     ResumableLoader,
     WeightSharing,
 )
-from fitsmall.compressors import TopK, compress, restore
+from fitsmall.compressors import TopK, compress, load, restore, same_bits, save
 from fitsmall.compressors.training import Stage
-from training import Net, fit, loader, trainer, validation
+from training import IMAGES, Net, fit, loader, trainer, validation
 
 SETTINGS: list[tuple[Callable[[], Any], str]] = [
     (lambda: GradualPruning(95), r"fraction in \[0, 1\], got 95: for 95 % write 0.95"),
@@ -59,6 +60,9 @@ SETTINGS: list[tuple[Callable[[], Any], str]] = [
     (lambda: WeightSharing(overrides=[("fc", 3)]), "overrides maps patterns"),  # type: ignore[arg-type]
     (lambda: CompressedCheckpoint(weights="first"), "'last' or 'best', got 'first'"),  # type: ignore[arg-type]
     (lambda: CompressionMonitor(0), "every_n_epochs is at least 1, got 0"),
+    (lambda: AccuracyGuard("val/acc"), "of 'val/acc', more is usually better.*give mode='max'"),
+    (lambda: AccuracyGuard("BinaryAUROC"), "as of every auroc: give mode='max'"),
+    (lambda: ParetoCheckpoint("x", "val_top1"), "as of every top1: give mode='max'"),
     (lambda: AccuracyGuard(tolerance=-1), "a tolerance is at least 0, got -1"),
     (lambda: AccuracyGuard(mode="least"), "the mode of 'val/error' is min or max, got 'least'"),  # type: ignore[arg-type]
     (
@@ -181,6 +185,45 @@ def test_a_folder_that_cannot_be_written_into(kind: Any, tmp_path: Path) -> None
     message = r"file/folder.* cannot be written to .*: name another folder with dirpath"
     with pytest.raises(MisconfigurationException, match=message):
         fit(tmp_path, GradualPruning(), kind(tmp_path / "file" / "folder"))
+
+
+def test_tensors_that_no_file_can_hold_are_told_before_training(tmp_path: Path) -> None:
+    """Conjugate and negative views can be held: they are resolved."""
+
+    class Holder(Net):
+        def __init__(self, tensor: torch.Tensor) -> None:
+            super().__init__()
+            self.register_buffer("table", tensor)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # quantized and CSR tensors are deprecated, or a prototype
+        kinds = {
+            "a sparse_coo tensor: register a dense one": torch.eye(3).to_sparse(),
+            "a sparse_csr tensor: register a dense one": torch.eye(3).to_sparse_csr(),
+            "torch.quint8, which no file": torch.quantize_per_tensor(
+                IMAGES[0], 0.1, 0, torch.quint8
+            ),
+            "a nested tensor": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        }
+    for message, tensor in kinds.items():
+        for callback in (CompressedCheckpoint(tmp_path), ParetoCheckpoint(tmp_path)):
+            module = Holder(tensor)
+            match = f"{type(callback).__name__}: .*'table' is {message}.*persistent=False"
+            with pytest.raises(MisconfigurationException, match=match):
+                trainer(tmp_path, callback).fit(module, loader(), validation())
+    with pytest.raises(TypeError, match="'table' is on the meta device"):
+        save(tmp_path / "meta", {"table": torch.empty(3, device="meta")})
+    complex_ = torch.complex(IMAGES[0], IMAGES[1])
+    views = {"whole": complex_, "conjugate": complex_.conj(), "negative": complex_.conj().imag}
+    save(tmp_path / "views", views)
+    loaded = load(tmp_path / "views")
+    assert all(same_bits(loaded[name], view) for name, view in views.items())
+
+
+def test_one_cluster_without_zeros(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"one cluster all weights of .* would be equal"):
+        Plan([WeightSharing(1)], Net(), horizon=9)
+    assert Plan([GradualPruning(0.5), WeightSharing(1)], Net(), horizon=9).stages
 
 
 def test_a_set_of_files_that_cannot_be_written_any_more(tmp_path: Path) -> None:

@@ -334,3 +334,42 @@ def test_the_page_works_in_a_browser(runs: Path) -> None:
         assert len(view.pdf()) > 10_000
         assert not problems
         browser.close()
+
+
+def test_names_are_names_wherever_they_come_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not markup, mathematics, formulas or commands to a terminal; damaged results are named."""
+    odd = {
+        "tiny": "=1+1",
+        "small": "[red]$\\frac$ <img src=x>",
+        "medium": "esc\x1b[31m\nape",
+    }
+    runs = tmp_path / "runs"
+    write(runs, larger_is_better, seeds=2)
+    for path in runs.rglob("result.json"):
+        result = json.loads(path.read_text())
+        result["size"] = odd.get(result["size"], result["size"])
+        path.write_text(json.dumps(result))
+    damaged = [runs / name / "result.json" for name in ("cut", "empty", "list")]
+    for path, content in zip(damaged, ('{"size": "ti', "", "[1]"), strict=True):
+        path.parent.mkdir()
+        path.write_text(content)
+    console = Console(record=True, width=300, force_terminal=False)
+    page = write_report([runs], tmp_path / "report", console)
+    told = capsys.readouterr().err
+    for path in damaged:
+        assert f"left out: {path} is " in told
+    printed, html = console.export_text(), page.read_text()
+    document = (tmp_path / "report" / "report.md").read_text()
+    with open(tmp_path / "report" / "points.csv", newline="") as file:
+        sizes = {row["size"] for row in csv.DictReader(file)}
+    assert sizes == {"'=1+1", odd["small"], "esc\\x1b[31m\\nape", "large", "huge"}
+    for text in (printed, html, document):
+        assert "\x1b" not in text
+    assert odd["small"] in printed
+    assert "<img" not in html
+    assert "\\u003cimg" not in html
+    assert r"\[red]\$\\frac\$ \<img src=x>" in document
+    svg = (tmp_path / "report" / "envelope.svg").read_text()
+    assert svg.count("<!-- [red]") == 1  # a comment with the text, drawn as it is

@@ -1,5 +1,6 @@
 """The callbacks in Trainers as people have them: precisions, optimizers, processes, resumes."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,27 @@ from fitsmall.callbacks import (
     CompressedCheckpoint,
     CompressionMonitor,
     GradualPruning,
+    LearningCompression,
     Plan,
+    QuantizationAwareTraining,
+    RankLearning,
     WeightSharing,
     plan_of,
 )
-from fitsmall.compressors import CRITERIA
-from training import WEIGHTS, Adversaries, Idle, Net, Recorder, fit, loader, sparsity, trainer
+from fitsmall.compressors import CRITERIA, TopK
+from fitsmall.compressors.training.settings import settings_of
+from training import (
+    WEIGHTS,
+    Adversaries,
+    Idle,
+    ModelCheckpointAt,
+    Net,
+    Recorder,
+    fit,
+    loader,
+    sparsity,
+    trainer,
+)
 
 
 def test_max_steps_counts_every_optimizer_and_windows_follow(tmp_path: Path) -> None:
@@ -95,6 +111,58 @@ def test_a_longer_training_does_not_bring_pruned_weights_back(tmp_path: Path) ->
     assert len(recorder.seen) == 40
     assert len(set(recorder.sparsities())) == 1
     assert sparsity(module, *WEIGHTS) == pytest.approx(0.8, abs=2e-3)
+
+
+def test_settings_that_a_checkpoint_does_not_have_are_taken_or_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def resume(path: Path, stage: pl.Callback) -> Net:
+        caplog.clear()
+        module = Net()
+        trainer(tmp_path, stage).fit(module, loader(), ckpt_path=path)
+        return module
+
+    def refused(path: Path, stage: pl.Callback, match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            resume(path, stage)
+
+    def saved(step: int, stage: pl.Callback) -> Path:
+        saver = ModelCheckpointAt(tmp_path / type(stage).__name__, step)
+        fit(tmp_path, stage, saver, enable_checkpointing=True)
+        return Path(saver.dirpath or "") / f"step={step}.ckpt"
+
+    # Pruning ends at step 28, quantization begins at 12, and ranks are final at 20, of 40 steps.
+    path = saved(20, GradualPruning(0.8))
+    module = resume(path, GradualPruning(0.95, every=2))
+    assert sparsity(module, *WEIGHTS) == pytest.approx(0.95, abs=2e-3)
+    assert "resumed with other settings: sparsity=0.8 -> 0.95, every=None -> 2" in caplog.text
+    refused(path, GradualPruning(0.8, "adam"), "criterion=.*'adam', and the stage has begun: res")
+    path = saved(30, GradualPruning(0.8))
+    refused(path, GradualPruning(0.95), "sparsity=0.8 -> 0.95, and .* made its last choice: res")
+    path = saved(30, WeightSharing(8))
+    refused(path, WeightSharing(4), "clusters=8 -> 4, and the stage has begun")
+    path = saved(5, QuantizationAwareTraining(8))
+    refused(path, QuantizationAwareTraining(8, None), "activation_bits=8 -> None, .* the module")
+    resume(path, QuantizationAwareTraining(4))
+    assert "weight_bits=8 -> 4" in caplog.text
+    path = saved(20, QuantizationAwareTraining(8))
+    refused(path, QuantizationAwareTraining(4), "weight_bits=8 -> 4, and the stage has begun")
+    path = saved(25, RankLearning(keep_size=0.9))
+    refused(path, RankLearning(keep_size=0.5), "keep_size=0.9 -> 0.5, and .* its last choice")
+    with pytest.warns(UserWarning, match=r"RankLearning\(.*\) of the checkpoint is not in"):
+        resume(path, GradualPruning(0.5))
+
+
+def test_checkpoints_hold_all_settings_of_every_stage() -> None:
+    for stage in (
+        GradualPruning(),
+        WeightSharing(),
+        QuantizationAwareTraining(),
+        RankLearning(price=0.1),
+        LearningCompression(TopK(0.5)),
+    ):
+        names = inspect.signature(type(stage).__init__).parameters.keys() - {"self"}
+        assert settings_of(stage).keys() == names
 
 
 def test_a_dense_run_is_resumed_into_compression(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Compression in loops of one's own: equal to the Trainer's, bit for bit."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -416,3 +417,34 @@ def test_inputs_count_in_training_alone() -> None:
     collected: dict[str, Tensor] = {}
     norm.commit(collected)
     assert torch.equal(collected["input_norm"], torch.tensor([[5.0, 2.0]]))
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        training.QuantizationAwareTraining(4, None, "learned", start=0.2),
+        training.GradualPruning(0.5, coupling="straight_through", pruned_decay=0.1),
+    ],
+    ids=["learned scales", "decay of pruned weights"],
+)
+def test_sparse_gradients_stay_sparse(stage: Stage) -> None:
+    """As of a dense table, whose other rows have a gradient of zero."""
+    tables = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        table = nn.Embedding(30, 8, sparse=sparse)
+        optimizer = torch.optim.SGD(table.parameters(), lr=0.1)
+        plan = Plan([copy.deepcopy(stage)], table)
+        plan.hook([optimizer])
+        plan.begin(horizon=20)
+        for _ in range(20):
+            plan.open()
+            optimizer.zero_grad()
+            table(torch.arange(30)).square().sum().backward()
+            plan.restore_(optimizer)
+            optimizer.step()
+            plan.advance()
+        assert table.weight.grad is not None
+        assert table.weight.grad.is_sparse == sparse
+        tables.append(table.weight)
+    assert torch.allclose(*tables)

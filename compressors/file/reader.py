@@ -188,7 +188,7 @@ def _directory(file: BinaryIO, path: str) -> tuple[str, list[Entry], dict[str, i
         if start < HEADER.size or number >= len(CODER_NAMES):
             raise ValueError("its header is impossible")
         file.seek(start)
-        found = unpack(inflate(file.read(length)))
+        found = unpack(inflate(file.read(length)), size)
         check(found, start - HEADER.size)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error

@@ -10,6 +10,7 @@ import torch
 
 from fitsmall.compressors.file.coding import Symbols
 from fitsmall.compressors.file.reader import Payload, entries, payloads
+from fitsmall.compressors.naming import printable
 from fitsmall.compressors.surgery.kinds import changes
 from fitsmall.compressors.surgery.protocol import Changed, TensorSpec
 
@@ -167,7 +168,8 @@ class Report:
         ]
         rule = "-" * len(lines[0])
         lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
-        summary = f"{self.path.name}: {self.total:,} bytes, {self.ratio:.1f} times smaller than"
+        name = printable(self.path.name)
+        summary = f"{name}: {self.total:,} bytes, {self.ratio:.1f} times smaller than"
         smaller = [layer for layer in self.changed if layer.bytes < layer.bytes_before]
         before = ", with changed layers as they were" if smaller else ""
         changed = [f"{layer.layer}: {layer.description}" for layer in self.changed]

@@ -88,6 +88,10 @@ MAX_DEPTH = 16
 # hours. The writer pads to this bound.
 TERMS_IN_BYTE = 2**19
 
+# Tensors and parts of tensors that any file may have, on top of one for each of its bytes: an
+# inflated directory could list 64 times as many, and each takes a fraction of a millisecond.
+_FREE_PARTS = 1024
+
 # Names that most modules share, so that a small file does not spend bytes on spelling them.
 _COMMON_NAMES = (
     b".num_batches_tracked.running_mean.running_var.in_proj_weight.in_proj_bias.out_proj"
@@ -177,18 +181,22 @@ def pack(entries: Sequence[Entry]) -> bytes:
     return varint(len(entries)) + b"".join(map(_pack_entry, entries))
 
 
-def unpack(directory: bytes) -> list[Entry]:
+def unpack(directory: bytes, size: int | None = None) -> list[Entry]:
     """The entries of a directory.
 
+    Args:
+        directory: The directory, inflated.
+        size: Bytes of its file, which limit the number of tensors and parts.
+
     Raises:
-        ValueError: The directory is damaged.
+        ValueError: The directory is damaged, or lists too much.
 
     Example:
         >>> entry = Entry("weight", (20, 30), torch.float32, "sparse", floats=5, positions=9)
         >>> unpack(pack([entry])) == [entry]
         True
     """
-    reader = _Reader(directory)
+    reader = _Reader(directory, None if size is None else size + _FREE_PARTS)
     found: dict[str, Entry] = {}
     for _ in range(reader.varint()):
         entry = reader.entry()
@@ -339,8 +347,9 @@ def _fields(entry: Entry) -> list[int]:
 class _Reader:
     """Reads entries, and the numbers and strings in them, from an inflated directory."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, most: int | None) -> None:
         self.data, self.position = data, 0
+        self.parts, self.most = 0, most
 
     def entry(self) -> Entry:
         name = check_name(self.take(self.varint()).decode())
@@ -353,6 +362,9 @@ class _Reader:
 
     def fields(self, entry: Entry, depth: int) -> Entry:
         """The entry with what :func:`_fields` wrote after its kind."""
+        self.parts += 1
+        if self.most is not None and self.parts > self.most:
+            raise ValueError(f"its directory lists more than {self.most:,} tensors and parts")
         if entry.kind == "alias":
             if depth:
                 raise ValueError(f"{entry.name!r} has a part that is tied to another tensor")

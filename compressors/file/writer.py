@@ -2,7 +2,6 @@
 
 import os
 import struct
-import tempfile
 import weakref
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from fitsmall.compressors.codes import Code, Dense, Integer, Lookup, Sparse, Sum
 from fitsmall.compressors.dtypes import CODED, FLOATS
 from fitsmall.compressors.exact import exact
+from fitsmall.compressors.file.atomic import replaced
 from fitsmall.compressors.file.coding import CODERS, MAX_LEVELS, Coder, Streams
 from fitsmall.compressors.file.schema import (
     CODER_NAMES,
@@ -32,7 +32,7 @@ from fitsmall.compressors.file.schema import (
 )
 from fitsmall.compressors.lowrank import Factors
 
-__all__ = ["estimate", "save"]
+__all__ = ["check_storable", "estimate", "save"]
 
 
 def save(
@@ -46,13 +46,14 @@ def save(
     when it is complete.
 
     Args:
-        path: File to write; an existing one is replaced.
+        path: File to write; an existing one is replaced, and its permissions are kept.
         tensors: Tensors or codes by name. Tensors that share their memory are stored once, as is a
             code under several names.
         coder: ``"context"`` (smallest), ``"ans"`` (fastest to read) or ``"huffman"``.
 
     Raises:
-        TypeError: An entry is neither a tensor nor a code, or of a dtype that no file can hold.
+        TypeError: An entry is neither a tensor nor a code, or of a kind that no file can hold, see
+            :func:`check_storable`.
         ValueError: A name is longer than 1,024 characters, or cannot be printed.
 
     Example:
@@ -66,19 +67,37 @@ def save(
     path = Path(path)
     if coder not in CODER_NAMES:
         raise ValueError(f"unknown coder {coder!r}: choose one of {', '.join(CODER_NAMES)}")
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            _write(file, tensors, coder)
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return size
+    with replaced(path) as file:
+        _write(file, tensors, coder)
+        return file.tell()
+
+
+def check_storable(name: str, value: object) -> None:
+    """Check that a file can hold a tensor or a code under a name.
+
+    Raises:
+        TypeError: It is none, or a sparse, nested, or quantized tensor, or one without data.
+        ValueError: The name is longer than 1,024 characters, or cannot be printed.
+
+    Example:
+        >>> check_storable("weight", torch.eye(2).to_sparse())
+        Traceback (most recent call last):
+        TypeError: 'weight' is a sparse_coo tensor: register a dense one, with to_dense()
+    """
+    check_name(name)
+    if not isinstance(value, Tensor | Code):
+        raise TypeError(f"{name!r} is a {type(value).__name__}: only tensors can be stored")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name!r} is {value.dtype}, which no file can hold")
+    if not isinstance(value, Tensor):
+        return
+    if value.layout != torch.strided:
+        layout = str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name!r} is a {layout} tensor: register a dense one, with to_dense()")
+    if value.is_nested:
+        raise TypeError(f"{name!r} is a nested tensor: register one of its parts each")
+    if value.is_meta:
+        raise TypeError(f"{name!r} is on the meta device, without data: initialise it first")
 
 
 def estimate(tensors: Mapping[str, Tensor | Code]) -> int:
@@ -108,14 +127,12 @@ def _write(file: BinaryIO, tensors: Mapping[str, Tensor | Code], coder: str) -> 
     entries: list[Entry] = []
     ties = _Ties()
     for name, value in tensors.items():
-        if not isinstance(value, Tensor | Code):
-            raise TypeError(f"{name!r} is a {type(value).__name__}: only tensors can be stored")
-        check_name(name)
+        check_storable(name, value)
+        if isinstance(value, Tensor):
+            value = value.resolve_conj().resolve_neg()
         if tied := ties.entry(name, value, len(entries)):
             entries.append(tied)
             continue
-        if value.dtype not in DTYPES:
-            raise TypeError(f"{name!r} is {value.dtype}, which no file can hold")
         code = exact(value) if isinstance(value, Tensor) else _storable(value)
         entry, blobs = _encode(name, code, CODERS[coder])
         padding = max(0, entry.least_bytes - entry.bytes)
@@ -231,9 +248,3 @@ def _composed(name: str, code: Sum | Factors, parts: Sequence[Entry]) -> Entry:
 
 def _bytes(flat: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -110,9 +110,10 @@ class Factorization(Surgery):
         for mark in layout:
             layer, found, rest = mark.rpartition(f".{_MARK}")
             factors = [layout.get(f"{layer}.{part}.weight") for part in _PARTS]
-            if not found or rest or None in factors:  # a buffer of that name, of another layer
+            shapes = [factor.shape for factor in factors if factor and len(factor.shape) > 1]
+            if not found or rest or len(shapes) != 2:  # tensors of those names, of another layer
                 continue
-            reduce, expand = (factor.shape for factor in factors if factor is not None)
+            reduce, expand = shapes
             ranks[f"{layer}.weight"] = Rank(FORMS[any(n > 1 for n in expand[2:])], reduce[0])
         return cls(ranks) if ranks else None
 
@@ -200,6 +201,8 @@ class Factorization(Surgery):
         for name, form, rank in self._low:
             path = name.removesuffix(".weight")
             reduce, expand = (layout[f"{path}.{part}.weight"] for part in _PARTS)
+            if len(reduce.shape) != len(expand.shape):  # tensors of those names, of another layer
+                continue
             width = reduce.dtype.itemsize
             before = _product_shape(reduce.shape, expand.shape).numel()
             now = width * (reduce.shape.numel() + expand.shape.numel()) + 1  # the mark is a byte

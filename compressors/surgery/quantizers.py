@@ -317,9 +317,9 @@ class InputQuantizers(Surgery):
     def table(self, layout: Layout) -> list[Changed]:
         rows = []
         for layer in self.bits:
-            weight = _weight_of(layer, layout)
-            size = weight.shape.numel() * weight.dtype.itemsize if weight is not None else 0
-            rows.append(Changed(layer, "inputs are rounded", size, size))
+            if weight := _weight_of(layer, layout):  # else a buffer of that name
+                size = weight.shape.numel() * weight.dtype.itemsize
+                rows.append(Changed(layer, "inputs are rounded", size, size))
         return rows
 
 

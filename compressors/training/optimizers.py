@@ -14,6 +14,7 @@ __all__ = [
     "gradient_scale",
     "hooks_not_called",
     "learning_rate_fraction",
+    "like_gradient",
     "refuse",
     "unwrapped",
 ]
@@ -84,6 +85,11 @@ def learning_rate_fraction(optimizer: Optimizer) -> float:
     group = optimizer.param_groups[0]
     largest = max(float(group.get(name, 0.0)) for name in ("lr", "initial_lr", "max_lr"))
     return float(group["lr"]) / largest if largest else 1.0
+
+
+def like_gradient(dense: Tensor, gradient: Tensor) -> Tensor:
+    """Return a dense tensor in the layout of a gradient; a sparse one has only some of its rows."""
+    return dense.sparse_mask(gradient.coalesce()) if gradient.is_sparse else dense
 
 
 def gradient_of(parameter: nn.Parameter, scale: float) -> Tensor | None:

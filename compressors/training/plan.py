@@ -34,6 +34,7 @@ from fitsmall.compressors.training.optimizers import (
     refuse,
     unwrapped,
 )
+from fitsmall.compressors.training.settings import settings_of, take_settings
 from fitsmall.compressors.training.sharding import local, whole
 from fitsmall.compressors.training.stage import Stage
 from fitsmall.compressors.training.table import plan_table
@@ -348,17 +349,32 @@ class Plan:
         Latents are not among them: the optimizers' state has them.
         """
         stages = {
-            stage.key: {"chosen_at": stage.chosen_at, "choices": stage.choices()}
+            stage.key: {
+                "settings": settings_of(stage),
+                "chosen_at": stage.chosen_at,
+                "choices": stage.choices(),
+            }
             for stage in self.stages
         }
         return {"clock": self.clock.state_dict(), "stages": stages}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state that :meth:`state_dict` returned; other stages start fresh."""
+        """Take over the state that :meth:`state_dict` returned; other stages start fresh.
+
+        A stage that has not begun takes settings that differ from the saved ones. One that has
+        begun takes those that its next choice follows, such as a sparsity. The log tells which.
+
+        Raises:
+            ValueError: A stage cannot take a setting any more.
+        """
         self._loaded = True
         self.clock.load_state_dict(state["clock"])
+        unknown = state["stages"].keys() - {stage.key for stage in self.stages}
+        for key in sorted(unknown):
+            warn(f"{key} of the checkpoint is not in this training: what it chose is dropped")
         for stage in self.stages:
             if saved := state["stages"].get(stage.key):
+                take_settings(stage, saved)
                 stage.chosen_at = saved["chosen_at"]
                 stage.load_choices(saved["choices"], self.module)
         self.reselect()

@@ -176,6 +176,7 @@ class LearningCompression(Proximal):
     """
 
     order = 0
+    followed = frozenset({"projection", "schedule", "every"})
 
     def __init__(
         self,
@@ -199,15 +200,15 @@ class LearningCompression(Proximal):
                 "LearningCompression: projection is a Projection of fitsmall.compressors, such as "
                 f"TopK(0.9), or a mapping from patterns to projections, and got {projection!r}"
             )
-        self.by_pattern = dict(by_pattern)
+        self.projection = dict(by_pattern)  # by pattern
         self.projections: dict[str, Projection] = {}
 
     def describe(self) -> str:
-        return ", ".join(map(str, dict.fromkeys(self.by_pattern.values())))
+        return ", ".join(map(str, dict.fromkeys(self.projection.values())))
 
     def attach(self, module: nn.Module) -> None:
         super().attach(module)
-        self.projections = match(self.by_pattern, list(self.selection.chosen))
+        self.projections = match(self.projection, list(self.selection.chosen))
         self.selection = self.selection.without(
             {
                 name: "it has no projection"

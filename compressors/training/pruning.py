@@ -15,6 +15,7 @@ from fitsmall.compressors.prune import kept
 from fitsmall.compressors.schedules import Cubic, Schedule
 from fitsmall.compressors.select import match
 from fitsmall.compressors.structures import Structure, Unstructured, as_structure
+from fitsmall.compressors.training.optimizers import like_gradient
 from fitsmall.compressors.training.sharding import gather, local, shard
 from fitsmall.compressors.training.stage import Stage
 from fitsmall.compressors.training.statistics import Statistics
@@ -78,6 +79,9 @@ class GradualPruning(Stage):
     """
 
     order = 0
+    followed = frozenset(
+        {"sparsity", "overrides", "allocation", "schedule", "every", "pruned_decay"}
+    )
 
     def __init__(
         self,
@@ -267,7 +271,8 @@ class GradualPruning(Stage):
             gradient = parameters[name].grad
             if gradient is not None:
                 pruned = latent.masked_fill(self.masks[name] != 0, 0.0)
-                local(gradient).add_(pruned, alpha=self.pruned_decay * gradient_scale)
+                decayed = like_gradient(pruned, local(gradient))
+                local(gradient).add_(decayed, alpha=self.pruned_decay * gradient_scale)
 
     # Masks.
 

@@ -27,6 +27,7 @@ from fitsmall.compressors.surgery.quantizers import (
 from fitsmall.compressors.torch_internals import require
 from fitsmall.compressors.training.bitwidth_search import BitwidthSearch
 from fitsmall.compressors.training.messages import inform
+from fitsmall.compressors.training.optimizers import like_gradient
 from fitsmall.compressors.training.scales import INPUT_SUFFIX, ScaleLearning
 from fitsmall.compressors.training.sharding import gather, local, processes, shard, stack
 from fitsmall.compressors.training.stage import Stage
@@ -113,6 +114,8 @@ class QuantizationAwareTraining(Stage):
 
     order = 1
     num_updates = 10
+    followed = frozenset({"every", "freeze_norms"})
+    fixed = frozenset({"activation_bits", "activation_scale", "overrides"})
 
     def __init__(
         self,
@@ -159,6 +162,7 @@ class QuantizationAwareTraining(Stage):
                 f"QuantizationAwareTraining: observe_steps={observe_steps!r} is no number of "
                 "optimizer steps"
             )
+        self.average_bits, self.max_bytes = average_bits, max_bytes
         auto = weight_bits == "auto"
         self.search = BitwidthSearch(average_bits, max_bytes) if auto else None
         given = {"average_bits": average_bits, "max_bytes": max_bytes, "reallocate": reallocate}
@@ -406,7 +410,8 @@ class QuantizationAwareTraining(Stage):
             self.learning.gradients[name] = rows.sum(1).view(self.blocks[name])
         if parameter.grad is not None:
             grad = local(parameter.grad)
-            grad.copy_(clipped(grad.float(), levels, low, high))
+            dense = grad.to_dense().float() if grad.is_sparse else grad.float()
+            grad.copy_(like_gradient(clipped(dense, levels, low, high).to(grad.dtype), grad))
 
     def _counts(self, search: BitwidthSearch, name: str) -> bool:
         """Return whether a gradient counts for the next choice of bits."""

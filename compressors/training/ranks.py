@@ -85,6 +85,7 @@ class RankLearning(Proximal):
 
     order = -1
     num_updates = 10
+    followed = frozenset({"keep_flops", "keep_size", "price", "cost", "schedule", "every"})
 
     def __init__(
         self,
@@ -118,7 +119,7 @@ class RankLearning(Proximal):
         if cost not in ("size", "flops"):
             raise ValueError(f"RankLearning: unknown cost {cost!r}, choose size or flops")
         self.keep = None if name == "price" else value
-        self.price = price
+        self.keep_flops, self.keep_size, self.price = keep_flops, keep_size, price
         self.cost = cost if name == "price" else name.removeprefix("keep_")
 
     def describe(self) -> str:

@@ -75,6 +75,7 @@ class WeightSharing(Stage):
     """
 
     order = 1
+    followed = frozenset({"schedule", "every"})
 
     def __init__(
         self,
@@ -119,6 +120,15 @@ class WeightSharing(Stage):
                 if parameter.numel() <= counts[name]
             }
         )
+
+    def check(self, others: Sequence[Stage]) -> None:
+        counts = match(self.overrides, list(self.selection.chosen))
+        for name in self.selection.chosen.keys() - self.projected_before:
+            if counts.get(name, self.clusters) == 1:
+                raise ValueError(
+                    f"WeightSharing: with one cluster all weights of {name} would be equal, and "
+                    "its layer useless: give it 2 clusters or more, or prune it before"
+                )
 
     def reset(self) -> None:
         self.clusterings = {}

@@ -46,6 +46,13 @@ class Stage(ABC):
     num_updates: ClassVar[int] = 100
     """Number of choices over the window, unless ``every`` gives the steps between them."""
 
+    followed: ClassVar[frozenset[str]] = frozenset({"every"})
+    """Settings that the next choice follows if a training is resumed with other ones."""
+
+    fixed: ClassVar[frozenset[str]] = frozenset()
+    """Settings that shape the module before the stage begins: a resumed training cannot have other
+    ones."""
+
     def __init__(
         self,
         start: float,

@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     wants_traceback = bool(os.environ.get("HYDRA_FULL_ERROR"))
-    _import_from_working_directory()
+    if words[:1] in (["train"], ["complete"]):
+        _import_from_working_directory()
     try:
         if words[:1] == ["train"]:
             _train(words[1:])
@@ -57,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if wants_traceback or not _is_user_error(error):
             raise
-        print(f"fitsmall: {_one_line(error, words)}", file=sys.stderr)
+        from fitsmall.compressors.naming import printable
+
+        print(f"fitsmall: {printable(_one_line(error, words))}", file=sys.stderr)
         print("Set HYDRA_FULL_ERROR=1 in the environment for the traceback.", file=sys.stderr)
         sys.exit(2)
 
@@ -104,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "-o", "--output", type=Path, metavar="OUT", help="file to write (default: RUN/model.onnx)"
     )
+    _add_trust(export)
     export.set_defaults(run=_export)
     ranks = commands.add_parser("ranks", help="show the rank that each layer of a run needs")
     ranks.add_argument("folder", type=Path, metavar="RUN", help="folder of a run")
@@ -116,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     ranks.add_argument(
         "--images", type=int, default=512, help="number of training images (default: 512)"
     )
+    _add_trust(ranks)
     ranks.set_defaults(run=_ranks)
     report = commands.add_parser("report", help="compare the sizes and compressions of a sweep")
     report.add_argument("folders", type=Path, nargs="+", metavar="RUNS", help="folder of a sweep")
@@ -132,8 +137,19 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch", type=int, default=8, help="examples in a batch (default: 8)")
     bench.add_argument("--threads", type=int, default=1, help="threads (default: 1)")
     bench.add_argument("--rounds", type=int, default=15, help="turns of each engine (default: 15)")
+    _add_trust(bench)
     bench.set_defaults(run=_bench)
     return parser
+
+
+def _add_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="package that a run which was not made here may call; see docs/safety.md",
+    )
 
 
 def _import_from_working_directory() -> None:
@@ -185,21 +201,15 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _decompress(options: argparse.Namespace) -> None:
-    from safetensors.torch import save_file
+    from fitsmall.experiments.cli.decompress import decompress
 
-    from fitsmall.compressors import load
-
-    tensors = load(options.file, options.limit)
-    output = options.output or options.file.with_suffix(".safetensors")
-    save_file(tensors, output)
-    size = output.stat().st_size
-    print(f"{output}: {len(tensors)} tensors, {size:,} bytes")
+    print(decompress(options.file, options.output, options.limit))
 
 
 def _export(options: argparse.Namespace) -> None:
     from fitsmall.compressors.export.onnx import export_onnx
 
-    module, images = _load_run(options.folder)
+    module, images = _load_run(options.folder, options.trust)
     output = options.output or options.folder / "model.onnx"
     print(export_onnx(module, output, images, options.opset).table(len(images)))
 
@@ -217,7 +227,7 @@ def _bench(options: argparse.Namespace) -> None:
     ):
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: {remedy}")
-    module, images = _load_run(file.parent)
+    module, images = _load_run(file.parent, options.trust)
     table = bench(file, module, images, options.batch, options.threads, options.rounds)
     Console().print(table)
 
@@ -229,7 +239,7 @@ def _ranks(options: argparse.Namespace) -> None:
 
     if options.images < 2:
         raise ValueError(f"--images is split into two halves: give 2 or more; got {options.images}")
-    module, images = _load_run(options.folder, "train", options.images)
+    module, images = _load_run(options.folder, options.trust, "train", options.images)
     Console().print(rank_table(module, images, options.tolerance, options.folder / "ranks.png"))
 
 
@@ -265,17 +275,18 @@ def _dashboard(options: argparse.Namespace) -> None:
 
 
 def _load_run(
-    folder: Path, split: str = "test", limit: int | None = None
+    folder: Path, trusted: Sequence[str], split: str = "test", limit: int | None = None
 ) -> "tuple[Module, Tensor]":
     """The restored module of a run, and images: the first test batch, or training images up to a
-    limit."""
+    limit. Of a run that was not made here, only known classes and trusted packages are called."""
     import torch
     from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
     from fitsmall.compressors import restore
+    from fitsmall.experiments.run.trust import load_config
 
-    config = OmegaConf.load(folder / "config.yaml")
+    config = load_config(folder, trusted)
+    _import_from_working_directory()
     module = instantiate(config.model, _convert_="all")
     restore(module, folder / "model.fitsmall")
     data = instantiate(config.data, _convert_="all")

@@ -6,6 +6,7 @@ checkpoint has the fingerprint of the configuration in its name, so other settin
 """
 
 import csv
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -28,6 +29,7 @@ from fitsmall.experiments.run.metric_format import describe_metric, format_metri
 from fitsmall.experiments.run.picture import draw_run
 from fitsmall.experiments.run.processes import is_rank_zero
 from fitsmall.experiments.run.provenance import provenance
+from fitsmall.experiments.run.trust import remember
 
 __all__ = ["fit", "instantiate_group", "instantiate_node", "run_experiment"]
 
@@ -54,6 +56,7 @@ def run_experiment(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     if is_rank_zero():
         OmegaConf.save(config, folder / "config.yaml", resolve=True)
+        remember(folder)
     # A group without a chosen option, as in `callbacks=[]`, has no node.
     methods = instantiate_group(config.get("callbacks"))
     callbacks = [*methods, *instantiate_group(config.get("observers"))]
@@ -174,14 +177,21 @@ def fit(
     if resume is not None and resume.exists():
         # A sharded checkpoint is a folder.
         file = resume / "meta.pt" if resume.is_dir() else resume
-        saved = torch.load(file, map_location="cpu", weights_only=False)
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{resume} holds more than tensors and numbers, and reading it could run code of "
+                "its author: remove it to start again; or, if it is from this run, leave out what "
+                "your module and callbacks save, as by save_hyperparameters(ignore=[...])"
+            ) from error
         _reload_curve(loggers, int(saved["global_step"]))
     else:
         resume = None
         if config.init is not None:
             restore(model, config.init)
     log_configuration(loggers, config)
-    trainer.fit(model, datamodule=data, ckpt_path=resume)
+    trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
     return trainer, timer.time_elapsed()
 
 

@@ -17,6 +17,7 @@ from fitsmall.experiments.run.metric_format import describe_metric, format_metri
 from fitsmall.experiments.run.plot_style import (
     GRID,
     INK,
+    as_text,
     format_bytes,
     set_log_axes,
     set_title,
@@ -81,7 +82,7 @@ def _draw_curve(
         outwards = "right" if size == largest and len(marks) > 1 else "left"
         axes.scatter(size, error, marker="D", s=64, color=MARK, zorder=3, linewidths=0)
         axes.annotate(
-            f"{name}\n{format_bytes(size)}, {format_metric(metric, error)}",
+            f"{as_text(name)}\n{format_bytes(size)}, {format_metric(metric, error)}",
             (size, error),
             (8 if outwards == "right" else -8, 12),
             textcoords="offset points",
@@ -137,7 +138,7 @@ def _draw_bytes(axes: Axes, report: Report) -> None:
             color=INK,
             fontsize=9,
         )
-    axes.set_yticks(rows, names)
+    axes.set_yticks(rows, [as_text(name) for name in names])
     axes.margins(x=0.2)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
@@ -151,7 +152,7 @@ def _draw_ranks(axes: Axes, ranks: dict[str, list[float]]) -> None:
     colours = colormaps["viridis"](np.linspace(0, 0.9, max(1, len(factored))))
     for (name, values), colour in zip(factored.items(), colours, strict=True):
         heights = np.where(np.array(values) > 0, values, np.nan)
-        axes.plot(np.arange(1, len(values) + 1), heights, color=colour, label=name)
+        axes.plot(np.arange(1, len(values) + 1), heights, color=colour, label=as_text(name))
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch", color=INK, fontsize=10)

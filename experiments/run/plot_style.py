@@ -5,9 +5,19 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from fitsmall.compressors.naming import printable
 from fitsmall.experiments.run.metric_format import display_factor
 
-__all__ = ["FAINT", "GRID", "INK", "format_bytes", "set_log_axes", "set_title", "style_axes"]
+__all__ = [
+    "FAINT",
+    "GRID",
+    "INK",
+    "as_text",
+    "format_bytes",
+    "set_log_axes",
+    "set_title",
+    "style_axes",
+]
 
 INK, FAINT, GRID = "#22262e", "#8b929e", "#eceef1"
 
@@ -19,9 +29,19 @@ def style_axes(axes: Axes) -> None:
     axes.tick_params(colors=INK, labelsize=9)
 
 
+def as_text(name: str) -> str:
+    """A name that Matplotlib does not take for mathematics, without control characters.
+
+    Example:
+        >>> print(as_text("$x^2$"))
+        \\$x^2\\$
+    """
+    return printable(name).replace("$", r"\$")
+
+
 def set_title(axes: Axes, title: str, subtitle: str) -> None:
     """Write a title, and below it a smaller line that explains the axes."""
-    axes.set_title(title, loc="left", pad=26, fontsize=14, fontweight="bold", color=INK)
+    axes.set_title(as_text(title), loc="left", pad=26, fontsize=14, fontweight="bold", color=INK)
     axes.annotate(
         subtitle,
         (0, 1),

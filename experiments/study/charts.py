@@ -1,6 +1,7 @@
 """The interactive charts of a study's page."""
 
 import math
+from html import escape
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -42,7 +43,7 @@ def pareto_chart(study: Study) -> go.Figure:
                 opacity=0.13,
                 line={"width": 0},
                 hoverinfo="skip",
-                legendgroup=size,
+                legendgroup=escape(size),
                 showlegend=False,
             )
         figure.add_scatter(
@@ -51,8 +52,8 @@ def pareto_chart(study: Study) -> go.Figure:
             mode="lines",
             line={"color": colour, "width": 2},
             hoverinfo="skip",
-            name=size,
-            legendgroup=size,
+            name=escape(size),
+            legendgroup=escape(size),
         )
         own = [point for point in study.points if point.size == size]
         figure.add_scatter(
@@ -65,9 +66,9 @@ def pareto_chart(study: Study) -> go.Figure:
                 "symbol": [_SYMBOLS[point.kind] for point in own],
                 "line": {"color": colour, "width": 2},
             },
-            customdata=[[point.name, _describe(study, point)] for point in own],
+            customdata=[[escape(point.name), escape(_describe(study, point))] for point in own],
             hovertemplate="<b>%{customdata[0]}</b><br>%{customdata[1]}<extra></extra>",
-            legendgroup=size,
+            legendgroup=escape(size),
             showlegend=False,
             meta="points",
         )
@@ -101,7 +102,7 @@ def training_chart(study: Study) -> go.Figure:
                 y=[factor * error for _, error in curve],
                 mode="lines",
                 line={"color": colour, "width": 2, "dash": dash},
-                name=point.name,
+                name=escape(point.name),
                 hovertemplate="%{fullData.name}<br>%{y:.3g} after %{x:.3g}<extra></extra>",
             )
     figure.update_yaxes(type="log", dtick="D2", ticksuffix=" %" if factor == 100 else "")
@@ -124,12 +125,12 @@ def bits_heat_map(study: Study) -> go.Figure:
         ]
         for name in layers
     ]
-    names = [point.name.removeprefix(f"{largest}: ") for point in own]
+    names = [escape(point.name.removeprefix(f"{largest}: ")) for point in own]
     figure = _figure("", "")
     figure.add_heatmap(
         z=bits,
         x=names,
-        y=[name.removeprefix("net.") for name in layers],
+        y=[escape(name.removeprefix("net.")) for name in layers],
         colorscale="Viridis",
         zmin=0,
         colorbar={"title": {"text": "bits a weight"}, "thickness": 12},

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from fitsmall.compressors.naming import printable
 from fitsmall.experiments.study.analysis import LARGE, Study
 
 __all__ = ["checklist", "conclusions"]
@@ -12,7 +13,8 @@ def conclusions(study: Study) -> list[str]:
     claims = study.claims()
     sentences = []
     if study.diverged:
-        sentences.append(f"Left out because the error is not finite: {', '.join(study.diverged)}.")
+        folders = printable(", ".join(study.diverged))
+        sentences.append(f"Left out because the error is not finite: {folders}.")
     for rival, name in (
         ("dense", "the best dense one"),
         ("small", "the best of all that are smaller, however compressed,"),

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fitsmall.experiments.run.metric_format import describe_metric
-from fitsmall.experiments.run.plot_style import INK, set_log_axes, set_title, style_axes
+from fitsmall.experiments.run.plot_style import INK, as_text, set_log_axes, set_title, style_axes
 from fitsmall.experiments.study.analysis import Study
 from fitsmall.experiments.study.points import Point
 
@@ -44,7 +44,7 @@ def draw_envelopes(study: Study, path: Path) -> None:
     )
     for size, colour in zip(study.sizes, size_colours(len(study.sizes)), strict=True):
         envelope = study.envelope(size)
-        _draw_envelope(axes, envelope, colour, size)
+        _draw_envelope(axes, envelope, colour, as_text(size))
         others = [p for p in study.points if p.size == size and p not in envelope]
         _draw_points(axes, others, colour, 0.35)
     set_log_axes(axes, study.metric, ticks=(1, 1.2, 1.5, 2, 3, 4, 5, 7))

@@ -3,7 +3,7 @@
 from datetime import date
 
 from fitsmall.experiments.study.analysis import Study, format_budget
-from fitsmall.experiments.study.report_table import ReportTable
+from fitsmall.experiments.study.report_table import ReportTable, escape_markdown
 
 __all__ = ["describe_runs", "render_markdown"]
 
@@ -23,8 +23,8 @@ def render_markdown(
         checklist: Requirements of a comparison, and whether the study meets them.
     """
     parts = [
-        "\n".join(f"- {line}" for line in conclusions),
-        describe_runs(study),
+        "\n".join(f"- {escape_markdown(line)}" for line in conclusions),
+        escape_markdown(describe_runs(study)),
         "![Error against bytes](envelope.svg)",
         *(table.to_markdown() for table in tables),
         "### What a comparison should have (ShrinkBench)",

@@ -4,9 +4,9 @@ Comparisons of two points are paired by seed. A difference counts if it is large
 errors.
 """
 
-import json
 import math
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from scipy.stats import t as student
+
+from fitsmall.compressors.naming import printable
+from fitsmall.experiments.run.folder import read_result
 
 __all__ = ["Comparison", "Point", "Verdict", "compare", "group_points", "read_results"]
 
@@ -124,11 +127,17 @@ def compare(better: Mapping[int, float], worse: Mapping[int, float]) -> Comparis
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Read ``result.json`` of every run below a folder, and add each run's ``folder`` to it."""
-    return [
-        {**json.loads(path.read_text()), "folder": str(path.parent)}
-        for path in sorted(folder.rglob("result.json"))
-    ]
+    """Read ``result.json`` of every run below a folder, and add each run's ``folder`` to it.
+
+    Those that are damaged are left out, and named on standard error.
+    """
+    results = []
+    for path in sorted(folder.rglob("result.json")):
+        try:
+            results.append({**read_result(path), "folder": str(path.parent)})
+        except ValueError as error:
+            print(printable(f"left out: {error}"), file=sys.stderr)
+    return results
 
 
 def group_points(results: Iterable[dict[str, Any]]) -> list[Point]:

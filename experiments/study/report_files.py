@@ -3,9 +3,11 @@
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from fitsmall.compressors.naming import printable
 from fitsmall.experiments.study.analysis import Study, format_budget
 from fitsmall.experiments.study.conclusions import checklist, conclusions
 from fitsmall.experiments.study.envelope import draw_envelopes
@@ -72,4 +74,16 @@ def _write_runs(study: Study, path: Path) -> None:
             for point in points:
                 labels = [format_budget(budget), point.size, point.compression, point.fine_tune]
                 for seed, run in sorted(point.runs.items()):
-                    writer.writerow([*labels, seed, *(run[number] for number in numbers)])
+                    cells = [*labels, seed, *(run[number] for number in numbers)]
+                    writer.writerow(map(_cell, cells))
+
+
+def _cell(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula.
+
+    Example:
+        >>> _cell("=1+1"), _cell("64-10"), _cell(-0.5)
+        ("'=1+1", '64-10', -0.5)
+    """
+    text = printable(value) if isinstance(value, str) else value
+    return f"'{text}" if isinstance(text, str) and text.startswith(("=", "+", "-", "@")) else text

@@ -1,11 +1,12 @@
 """A table of a report, for a terminal, a document and a page."""
 
+import re
 from dataclasses import dataclass
 
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["ReportTable"]
+__all__ = ["ReportTable", "escape_markdown"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class ReportTable:
 
     def to_rich(self) -> Table:
         """The table for a terminal."""
-        table = Table(title=self.title, caption=self.note, title_justify="left")
+        title, caption = escape(self.title), escape(self.note)
+        table = Table(title=title, caption=caption, title_justify="left")
         for number, name in enumerate(self.head):
             table.add_column(escape(name), justify="right" if number else "left", overflow="fold")
         for row in self.rows:
@@ -50,8 +52,19 @@ class ReportTable:
         """
         lines = [_row(self.head), "|---" + "|--:" * (len(self.head) - 1) + "|"]
         lines += map(_row, self.rows)
-        return "\n".join([f"### {self.title}", "", self.note, "", *lines, ""])
+        title, note = escape_markdown(self.title), escape_markdown(self.note)
+        return "\n".join([f"### {title}", "", note, "", *lines, ""])
 
 
 def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return f"| {' | '.join(map(escape_markdown, cells))} |"
+
+
+def escape_markdown(text: str) -> str:
+    """The text as it is, where Markdown would take it for markup, HTML or mathematics.
+
+    Example:
+        >>> print(escape_markdown("a|b <img> $x$"))
+        a\\|b \\<img> \\$x\\$
+    """
+    return re.sub(r"([\\`*\[<|$])", r"\\\1", text)

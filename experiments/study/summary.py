@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fitsmall.experiments.run.folder import read_result
 from fitsmall.experiments.run.metric_format import describe_metric, display_factor
 
 __all__ = ["Summary", "summarize"]
@@ -60,7 +61,7 @@ class Summary(Callback):
         jobs = self.jobs
         folders = sorted(p for p in folder.iterdir() if p.is_dir()) if jobs is None else [*jobs]
         paths = [job / "result.json" for job in folders]
-        results = [(p.parent, json.loads(p.read_text())) for p in paths if p.is_file()]
+        results = [(p.parent, read_result(p)) for p in paths if p.is_file()]
         groups = summarize(r for job, r in results if jobs is None or r["fingerprint"] == jobs[job])
         (folder / "summary.json").write_text(json.dumps(groups, indent=2) + "\n")
         Console().print(_table(groups))

@@ -1,6 +1,5 @@
 """A sweeper that searches for the best trade-offs, by Optuna. A stopped search continues."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from hydra.core.override_parser.types import (
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra_plugins.fitsmall.jobs import JobSweeper
+
+from fitsmall.experiments.run.folder import read_result
 
 __all__ = ["Search"]
 
@@ -90,7 +91,7 @@ class Search(JobSweeper):
             returns.append(self.run_jobs(jobs, asked[0].number))
             for trial, job in zip(asked, jobs, strict=True):
                 path = job.folder / "result.json"
-                result = json.loads(path.read_text()) if path.is_file() else {}
+                result = read_result(path) if path.is_file() else {}
                 if result.get("fingerprint") == job.fingerprint:
                     study.tell(trial, self._values(result))
                 else:
