@@ -1,7 +1,9 @@
 """Compression without training: project a trained module in place, and restore a file."""
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -14,12 +16,15 @@ from fitsmall.compressors.projections import Projection
 from fitsmall.compressors.select import Selection, match, select
 from fitsmall.compressors.surgery.kinds import surgeries
 from fitsmall.compressors.surgery.legacy import with_marks
-from fitsmall.compressors.surgery.protocol import Layout, TensorSpec, layout_of
+from fitsmall.compressors.surgery.protocol import Layout, Surgery, TensorSpec, layout_of
 from fitsmall.compressors.torch_internals import require
 
 __all__ = ["compress", "restore"]
 
 Module = TypeVar("Module", bound=nn.Module)
+T = TypeVar("T")
+
+LOGGER = logging.getLogger("fitsmall")
 
 
 def compress(
@@ -72,11 +77,14 @@ def restore(module: Module, path: str | os.PathLike[str]) -> Module:
     """Load a file into a module of the plain class, bit for bit, and return the module.
 
     Layers that training changed are changed again: factored layers are replaced, and quantized
-    inputs get their quantizers. The file's directory is checked first, before memory is allocated:
+    inputs get their quantizers. The file of a LightningModule also goes into the bare network that
+    it wraps, and the file of a network into a module that only wraps it; the logger ``fitsmall``
+    says so. The file's directory is checked first, before memory is allocated:
     a file that does not fit raises an error and leaves the module as it is.
 
     Args:
-        module: Module of the class that was trained, with its original layers.
+        module: Module of the class that was trained, with its original layers; or the network in
+            it, or a module that wraps it.
         path: The file.
 
     Raises:
@@ -93,26 +101,89 @@ def restore(module: Module, path: str | os.PathLike[str]) -> Module:
     require("restore")
     _, directory = entries(path)
     held = {entry.name: TensorSpec(torch.Size(entry.shape), entry.dtype) for entry in directory}
-    plain = layout_of(_tensors_of(module))
-    stored = with_marks(held, plain, lambda mark: TensorSpec(mark.shape, mark.dtype))
     try:
-        changes, expected = surgeries(stored), plain
-        for surgery in changes:
-            expected = surgery.expect(module, expected)
-        if problems := _differences(stored, expected):
-            raise ValueError("; ".join(problems))
+        part, prefix, changes = _find_place(module, held)
         # The directory fits the module, so that its tensors need no more memory than the module's,
         # or a few times as much with the parts of sums and products.
         size = sum(spec.shape.numel() * spec.dtype.itemsize for spec in held.values())
-        tensors = with_marks(load(path, limit=4 * size), plain, lambda mark: mark)
+        loaded = _without(prefix, load(path, limit=4 * size))
+        tensors = with_marks(loaded, layout_of(part.state_dict()), lambda mark: mark)
         for surgery in changes:
             surgery.check_values(tensors)
     except ValueError as error:
         raise ValueError(f"{path} does not fit {type(module).__name__}: {error}") from error
     for surgery in changes:
-        surgery.replay(module)
-    module.load_state_dict(tensors)
+        surgery.replay(part)
+    part.load_state_dict(tensors)
     return module
+
+
+def _find_place(module: nn.Module, held: Layout) -> tuple[nn.Module, str, list[Surgery]]:
+    """Return the part of a module that a file is for.
+
+    It is the module itself; or, if all names in the file begin with the name of a wrapper, the
+    wrapped module; or, if those of the module do, the part that it wraps.
+
+    Args:
+        module: The module.
+        held: Layout of the file.
+
+    Returns:
+        The part, the beginning of the file's names, and the surgeries that the part needs.
+
+    Raises:
+        ValueError: The file is for no part of the module.
+    """
+    try:
+        return module, "", _changes(module, held)
+    except ValueError as error:
+        reasons = error
+    tensors = _tensors_of(module)
+    for prefix in _prefixes(held):
+        with suppress(ValueError):
+            changes = _changes(module, _without(prefix, held))
+            LOGGER.info(
+                f"restore: the file is of a module that wraps {type(module).__name__} as "
+                f"{prefix[:-1]!r}: its tensors are taken without this prefix"
+            )
+            return module, prefix, changes
+    for prefix in _prefixes(tensors):
+        with suppress(ValueError, AttributeError):  # hooks may give tensors any names
+            part = module.get_submodule(prefix[:-1])
+            changes = _changes(part, held)
+            LOGGER.info(
+                f"restore: the file is of a {type(part).__name__} as {type(module).__name__} has "
+                f"one in {prefix[:-1]!r}: its tensors are put there"
+            )
+            return part, "", changes
+    raise reasons
+
+
+def _changes(module: nn.Module, held: Layout) -> list[Surgery]:
+    """Return the surgeries that give a module a state dict of this layout.
+
+    Raises:
+        ValueError: There are none; the error tells all differences.
+    """
+    plain = layout_of(_tensors_of(module))
+    stored = with_marks(held, plain, lambda mark: TensorSpec(mark.shape, mark.dtype))
+    changes, expected = surgeries(stored), plain
+    for surgery in changes:
+        expected = surgery.expect(module, expected)
+    if problems := _differences(stored, expected):
+        raise ValueError("; ".join(problems))
+    return changes
+
+
+def _prefixes(names: Collection[str]) -> list[str]:
+    """Return the prefixes, ending in a dot, that all names have, the shortest first."""
+    parts = next(iter(names), "").split(".")
+    prefixes = [".".join([*parts[:n], ""]) for n in range(1, len(parts))]
+    return [prefix for prefix in prefixes if all(name.startswith(prefix) for name in names)]
+
+
+def _without(prefix: str, tensors: Mapping[str, T]) -> dict[str, T]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def _differences(stored: Layout, expected: Layout) -> list[str]:

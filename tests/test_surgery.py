@@ -85,6 +85,36 @@ def test_all_surgeries_are_put_back(tmp_path: Path) -> None:
     assert report.changed == tuple(changes(layout_of(net.state_dict())))
 
 
+def test_a_network_and_the_module_that_wraps_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As LightningModules wrap networks; all surgeries included."""
+
+    def wrapped(net: nn.Module) -> nn.Module:
+        wrapper = nn.Module()
+        wrapper.model = nn.Module()
+        wrapper.model.net = net
+        return wrapper
+
+    caplog.set_level("INFO", "fitsmall")
+    net, outer, inner = changed(plain()), tmp_path / "outer", tmp_path / "inner"
+    save(inner, net.state_dict())
+    save(outer, wrapped(net).state_dict())
+    bare, around = restore(plain(), outer), restore(wrapped(plain()), inner)
+    assert "wraps Sequential as 'model.net'" in caplog.messages[0]
+    assert "has one in 'model.net'" in caplog.messages[1]
+    for restored in (bare, around.model.net):
+        assert str(restored) == str(net)
+        assert torch.equal(restored(torch.ones(3, 12)), net(torch.ones(3, 12)))
+    # What fits only in part is refused, and leaves the module as it is.
+    mixed = wrapped(plain())
+    mixed.other = nn.Linear(2, 2)
+    before = mixed.other.weight.clone()
+    with pytest.raises(ValueError, match="does not fit Module"):
+        restore(mixed, inner)
+    assert torch.equal(mixed.other.weight, before)
+
+
 def test_files_without_marks_are_put_back(tmp_path: Path) -> None:
     """Files of the project's first name told of factors and quantizers by other names."""
     net, path = changed(plain()), tmp_path / "net.pressfit"
