@@ -122,5 +122,13 @@ class Surgery(ABC):
         return tensors
 
     @abstractmethod
+    def undo(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state dict that the plain module would have, and warn of what it cannot hold.
+
+        Args:
+            tensors: State dict of the changed module, without what later surgeries changed.
+        """
+
+    @abstractmethod
     def table(self, layout: Layout) -> list[Changed]:
         """Return a row for each changed layer, from the layout of the changed module."""

@@ -3,6 +3,7 @@
 Inputs are unsigned integers with an offset, ``x = s (q - z)``, with one scale for a whole tensor.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from fitsmall.compressors.quantize import clipped
 from fitsmall.compressors.surgery.protocol import Changed, Layout, Surgery, TensorSpec, layout_of
+from fitsmall.compressors.surgery.saving import warn_of_save_pretrained
 from fitsmall.compressors.torch_internals import has_forward_pre_hook, remove_forward_pre_hook
 
 __all__ = [
@@ -91,6 +93,7 @@ class ActivationQuantizer(nn.Module):
         # for inputs without a gradient.
         self.register_buffer("seen", torch.tensor([0.0, 0.0, -1.0]))
         self.register_buffer("staged", torch.tensor([0.0, 0.0, -1.0]), persistent=False)
+        self.register_state_dict_post_hook(warn_of_save_pretrained)  # type: ignore[no-untyped-call]
 
     def configure(self, bits: int, learned: bool) -> None:
         """Set the number of bits, and whether the scale is learned.
@@ -304,6 +307,18 @@ class InputQuantizers(Surgery):
             layer = module.get_submodule(name)
             if not hasattr(layer, QUANTIZER):
                 attach_quantizer(layer, bits, self.learned)
+
+    def undo(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rounded = [layer for layer in self.bits if tensors[_join(layer, QUANTIZER, "rounding")]]
+        if rounded:
+            names = ", ".join([*rounded[:3], *["..."] * (len(rounded) > 3)])
+            warnings.warn(
+                "to_plain: the plain class does not round inputs, and its outputs will differ: "
+                f"here those of {len(rounded)} layers are rounded ({names})",
+                stacklevel=3,
+            )
+        own = set(self.own_tensors(tensors))
+        return {name: tensor for name, tensor in tensors.items() if name not in own}
 
     def table(self, layout: Layout) -> list[Changed]:
         rows = []
