@@ -1,10 +1,11 @@
-"""Compression without training: project a trained module in place, and restore a file."""
+"""Compression without training: compress a trained module in place, and restore a file."""
 
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from fitsmall.compressors.codes import Code
 from fitsmall.compressors.file.reader import entries, load
 from fitsmall.compressors.projections import Projection
+from fitsmall.compressors.repair import batches_of, repair
 from fitsmall.compressors.select import Selection, match, select
 from fitsmall.compressors.surgery.kinds import surgeries
 from fitsmall.compressors.surgery.legacy import with_marks
@@ -32,13 +34,21 @@ def compress(
     plan: Projection | Mapping[str, Projection],
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
+    data: Iterable[Any] | None = None,
+    activation_bits: int | None = None,
 ) -> dict[str, Code]:
-    """Project the weights of a trained module in place, and return their codes by name.
+    """Compress a trained module in place without training, and return the codes of its weights.
 
     ::
 
-        compress(net, TopK(0.9) | KMeans(16))
+        compress(net, TopK(0.7) | KMeans(16), data=loader)
         save("net.fitsmall", net.state_dict())
+
+    Without data, each weight is projected: next to it comes a module of other outputs. With data,
+    layer by layer, the weights that the projection allows are fitted to the layer's own outputs
+    (:mod:`~fitsmall.compressors.surgeon`), biases are corrected, and batch-norms get new
+    statistics. Weights that see no such data, as those of embeddings, are projected, and a warning
+    names them. A forward pass for each layer is needed, and no labels.
 
     Args:
         module: Module whose weights are replaced by their projection.
@@ -46,9 +56,15 @@ def compress(
             names. The last pattern that matches counts; parameters without one stay as they are.
         include: See :func:`~fitsmall.compressors.select`.
         exclude: See :func:`~fitsmall.compressors.select`.
+        data: Batches like those of training: tensors, tuples or lists whose first entry is the
+            input, or dictionaries of arguments. The first 1,024 examples are used.
+        activation_bits: Bits of the inputs of the layers, 2 to 8, or None to leave them as they
+            are: post-training quantization, with ranges calibrated on the data.
 
     Raises:
-        ValueError: A pattern matches nothing, or a weight holds NaN.
+        ValueError: A pattern matches nothing, a weight or its inputs hold NaN, the module cannot
+            take the data, or inputs are to be rounded without data.
+        TypeError: The data are no batches.
 
     Example:
         >>> from fitsmall.compressors import TopK
@@ -61,8 +77,23 @@ def compress(
     # Without training, frozen parameters stay frozen: they are left out.
     chosen = Selection(selection.chosen, selection.skipped).checked().chosen
     by_pattern = {"*": plan} if isinstance(plan, Projection) else plan
+    projections = match(by_pattern, list(chosen))
+    if data is not None:
+        device = next(iter(chosen.values())).device
+        batches = batches_of(data, device)
+        codes, reasons = repair(module, chosen, projections, batches, activation_bits)
+        if reasons:
+            _warn_of_projected(reasons)
+        return codes
+    if activation_bits is not None:
+        raise ValueError("activation_bits needs data=..., to find the ranges of inputs")
+    warnings.warn(
+        "compress: nothing makes up for what is removed, and accuracy may fall: give it some "
+        "hundred inputs, data=loader, or fine-tune afterwards",
+        stacklevel=2,
+    )
     codes = {}
-    for name, projection in match(by_pattern, list(chosen)).items():
+    for name, projection in projections.items():
         try:
             codes[name] = projection.encode(chosen[name].detach())
         except ValueError as error:
@@ -71,6 +102,18 @@ def compress(
         for name, code in codes.items():
             chosen[name].copy_(code.decode())
     return codes
+
+
+def _warn_of_projected(reasons: Mapping[str, str]) -> None:
+    """Warn of weights that were not fitted to data; each reason once."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    listed = (f"{', '.join(found)} ({reason})" for reason, found in names.items())
+    warnings.warn(
+        f"compress: not fitted to data, but projected as they are: {'; '.join(listed)}",
+        stacklevel=3,
+    )
 
 
 def restore(module: Module, path: str | os.PathLike[str]) -> Module:

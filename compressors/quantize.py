@@ -5,17 +5,20 @@ The grid is symmetric, with a scale ``s`` for each output channel, tensor or gro
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from fitsmall.compressors.codes import Code, Dense, Integer
 from fitsmall.compressors.lattice import LARGEST, blocked, spread, unblocked
+from fitsmall.compressors.levels import Levels
 from fitsmall.compressors.projections import Projection
 
 __all__ = [
     "TRANSPOSED",
+    "Grid",
     "Quantize",
     "bounds",
     "clipped",
@@ -232,9 +235,35 @@ class Quantize(Projection):
         integers = rows.round_().clamp_(low, high).to(torch.int8)
         return Integer(Dense(scales), unblocked(integers, blocks, weight.shape))
 
+    def levels(self, weight: Tensor, importance: Tensor) -> Levels:
+        if self.bits == 16:
+            return Levels()
+        blocks = scale_shape(weight.shape, self.granularity, self.axis)
+        scales = spread(scales_of(weight, self.bits, blocks), weight.shape).expand(weight.shape)
+        return Grid(scales, self.bits)
+
     def after(self, code: Code) -> Code:
         # Zero is a level of every grid.
         return self.encode(code.decode())
+
+
+@dataclass(frozen=True)
+class Grid(Levels):
+    """Integers of so many bits times scales.
+
+    Args:
+        scales: Scale of each weight, of the weight's shape.
+        bits: 2 to 8.
+    """
+
+    scales: Tensor
+    bits: int
+
+    def view(self, shape: Sequence[int]) -> Self:
+        return replace(self, scales=self.scales.reshape(tuple(shape)))
+
+    def nearest(self, values: Tensor, column: int) -> Tensor:
+        return _grid(values, self.scales[..., column], *bounds(self.bits))
 
 
 def half(weight: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fitsmall.compressors.quantize import clipped
+from fitsmall.compressors.quantize import TRANSPOSED, clipped
 from fitsmall.compressors.surgery.protocol import Changed, Layout, Surgery, TensorSpec, layout_of
 from fitsmall.compressors.surgery.saving import warn_of_save_pretrained
 from fitsmall.compressors.torch_internals import has_forward_pre_hook, remove_forward_pre_hook
 
 __all__ = [
+    "QUANTIZED_INPUTS",
     "QUANTIZER",
     "ActivationQuantizer",
     "InputQuantizers",
@@ -26,6 +27,9 @@ __all__ = [
 ]
 
 QUANTIZER = "input_quantizer"
+
+# Layers with one input, of activations.
+QUANTIZED_INPUTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 # Buffer that marks a quantized input in a state dict.
 _MARK = f"{QUANTIZER}.bits"
@@ -153,6 +157,31 @@ class ActivationQuantizer(nn.Module):
         if self.learned and mean > 0:
             scale = 2 * mean / self.high**0.5
         self.log_scale.copy_(scale.clamp_min(torch.finfo(scale.dtype).tiny).log())
+
+    @torch.no_grad()
+    def calibrate(self, low: float, high: float, values: Tensor) -> None:
+        """Choose a range by the squared error of rounding, and round from now on.
+
+        Args:
+            low: Smallest value, 0 or below.
+            high: Largest value, 0 or above.
+            values: Sample of the values.
+
+        Example:
+            >>> quantizer = ActivationQuantizer(bits=2)
+            >>> quantizer.calibrate(0.0, 1.5, torch.tensor([0.0, 0.5, 1.0, 1.5]))
+            >>> quantizer(torch.tensor([0.1, 0.4, 9.0]))
+            tensor([0.0000, 0.5000, 1.5000])
+        """
+
+        def cover(fraction: float) -> float:
+            self.reset()
+            self.staged.copy_(torch.tensor([fraction * low, fraction * high, 0.0]))
+            self.commit()
+            self.active = True
+            return float((self(values.float()) - values.float()).square().sum())
+
+        cover(min((1 - step / 40 for step in range(32)), key=cover))
 
     def drop(self) -> None:
         """Drop the staged range."""

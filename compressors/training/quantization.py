@@ -21,6 +21,7 @@ from fitsmall.compressors.quantize import (
 )
 from fitsmall.compressors.select import match
 from fitsmall.compressors.surgery.quantizers import (
+    QUANTIZED_INPUTS,
     ActivationQuantizer,
     InputQuantizers,
     detach_quantizer,
@@ -36,9 +37,6 @@ __all__ = ["QuantizationAwareTraining"]
 
 # Layers that use running statistics once they are frozen.
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-# Layers with one input, of activations.
-_QUANTIZED_INPUTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 Bits = int | Sequence[int | str | None]
 
@@ -212,7 +210,7 @@ class QuantizationAwareTraining(Stage):
             self.blocks[name] = scale_shape(parameter.shape, self.granularity, axis)
             functional = isinstance(_parent(module, name), nn.MultiheadAttention)
             bits = self.bits[name][1] if name.endswith("weight") else None
-            if bits is not None and isinstance(layer, _QUANTIZED_INPUTS) and not functional:
+            if bits is not None and isinstance(layer, QUANTIZED_INPUTS) and not functional:
                 input_bits[_layer(name)] = bits
             elif name.endswith("weight"):
                 self._plain.append(layer)
