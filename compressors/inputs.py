@@ -69,7 +69,7 @@ class Watch(TorchFunctionMode):
 
 
 class Moments:
-    """Moments of the inputs that a weight multiplies, over batches.
+    """Moments of the inputs that a weight multiplies, and of those that it did, over batches.
 
     Attributes:
         low: Smallest value of an input, or 0.
@@ -80,12 +80,20 @@ class Moments:
         self.low = self.high = 0.0
         self._counts: Tensor | None = None
         self._count = 0
-        self._sum: Tensor | None = None
-        self._second: Tensor | None = None
+        self._sums: list[Tensor] = []
         self._values: list[Tensor] = []
 
-    def __call__(self, function: Any, weight: Tensor, named: Mapping[str, Any]) -> None:
-        """Take in the inputs of one use."""
+    def __call__(
+        self, function: Any, weight: Tensor, named: Mapping[str, Any], original: Tensor
+    ) -> None:
+        """Take in the inputs of one use.
+
+        Args:
+            function: The function.
+            weight: The weight.
+            named: Its arguments by name.
+            original: The input of the same use in the original network.
+        """
         x = named["input"]
         if function is F.embedding:
             counts = torch.bincount(x.flatten(), minlength=len(weight))
@@ -96,11 +104,14 @@ class Moments:
         self._values.append(x.flatten()[:: max(1, x.numel() // _SAMPLE)])
         if function in _TRANSPOSED:
             return
-        for rows in _rows(function, x.float(), weight, named):
-            mean, second = rows.sum(1).double(), (rows.mT @ rows).double()
+        parts = (_rows(function, each.float(), weight, named) for each in (x, original))
+        for rows, others in zip(*parts, strict=True):
+            sums = [rows.sum(1), others.sum(1), rows.mT @ rows, others.mT @ rows]
             self._count += rows.shape[1]
-            self._sum = mean if self._sum is None else self._sum + mean
-            self._second = second if self._second is None else self._second + second
+            self._sums = [
+                mine.double() + so_far.to(mine.device)
+                for mine, so_far in zip(sums, self._sums or [torch.zeros(())] * 4, strict=True)
+            ]
 
     @property
     def values(self) -> Tensor:
@@ -108,9 +119,9 @@ class Moments:
         return torch.cat(self._values)
 
     @property
-    def mean(self) -> Tensor | None:
-        """Mean of the inputs, of shape ``(groups, n)``; None if none were multiplied."""
-        return None if self._sum is None else self._sum / self._count
+    def means(self) -> tuple[Tensor, Tensor] | None:
+        """Means of inputs and of original inputs, of shape ``(groups, n)``; None without any."""
+        return (self._sums[0] / self._count, self._sums[1] / self._count) if self._sums else None
 
     @property
     def frequencies(self) -> Tensor | None:
@@ -120,30 +131,36 @@ class Moments:
         counts = self._counts.double() + 1  # rows that were never read may be read later
         return counts / counts.mean()
 
-    def hessian(self, weight: Tensor, centred: bool) -> Tensor | None:
-        """Return the second moment of the inputs, of shape ``(groups, n, n)``.
+    def seconds(self, weight: Tensor, centred: bool) -> tuple[Tensor, Tensor] | None:
+        """Return the second moments ``x x^T`` and ``x_0 x^T``, of shape ``(groups, n, n)``.
 
         The input of an embedding is one row alone, and its second moment the identity. Where an
         embedding is also multiplied, both uses count the same.
 
         Args:
             weight: The weight.
-            centred: Whether it is that about the mean, the covariance.
+            centred: Whether they are those about the means, covariances.
 
         Returns:
-            The second moment; None for transposed convolutions.
+            Those of the inputs ``x``, and with original inputs ``x_0``; None for transposed
+            convolutions.
         """
-        second = None
-        if self._second is not None and self.mean is not None:
-            second = self._second / self._count
+        found = None
+        if self.means is not None:
+            now, then = self.means
+            found = self._sums[2] / self._count, self._sums[3] / self._count
             if centred:
-                second = second - self.mean[:, :, None] * self.mean[:, None]
+                found = (
+                    found[0] - now[:, :, None] * now[:, None],
+                    found[1] - then[:, :, None] * now[:, None],
+                )
         if self._counts is None:
-            return second
+            return found
         eye = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)[None]
-        if second is None:
-            return eye
-        return second + eye * second.diagonal(dim1=1, dim2=2).mean()
+        if found is None:
+            return eye, eye
+        eye = eye * found[0].diagonal(dim1=1, dim2=2).mean()
+        return found[0] + eye, found[1] + eye
 
 
 def _rows(function: Any, x: Tensor, weight: Tensor, named: Mapping[str, Any]) -> Iterator[Tensor]:
@@ -218,7 +235,9 @@ class Statistics:
         self._sum: Tensor | float = 0.0
         self._squares: Tensor | float = 0.0
 
-    def __call__(self, function: Any, mean: Tensor, named: Mapping[str, Any]) -> None:
+    def __call__(
+        self, function: Any, mean: Tensor, named: Mapping[str, Any], original: Tensor
+    ) -> None:
         """Take in the inputs of one use, with channels in dimension 1."""
         x = named["input"].double()
         others = [d for d in range(x.dim()) if d != 1]

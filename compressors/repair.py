@@ -1,11 +1,13 @@
 """Repair: a trained module is compressed layer by layer, each fitted to the data that reach it.
 
 Layers come in the order in which a forward pass reaches them, so that the inputs of each are those
-that the compressed layers before it produce. A weight is fitted to its layer's own outputs, see
-:mod:`~fitsmall.compressors.surgeon`, and a bias takes the mean of their error; the layer's input
-may be rounded from then on. A batch-norm gets the statistics of its input.
+that the compressed layers before it produce. A weight is fitted to the outputs that its layer had
+in the original network, see :mod:`~fitsmall.compressors.surgeon`, and a bias takes the mean of
+their error; the layer's input may be rounded from then on. A batch-norm gets the statistics of its
+input.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -130,6 +132,7 @@ class _Repair:
         activation_bits: int | None,
     ) -> None:
         self.module, self.batches, self.projections = module, batches, projections
+        self.original = copy.deepcopy(module).eval()
         self.weights = {name: weights[name] for name in projections}
         self.names: dict[Tensor, str] = {weight: name for name, weight in self.weights.items()}
         self.bits = activation_bits
@@ -167,16 +170,16 @@ class _Repair:
         weight, before = self.weights[name], self.weights[name].double()
         bias = None if use.bias in self.names else use.bias
         # A bias, or the norm after the layer, takes the mean of the error.
-        hessian = moments.hessian(weight, centred=use.normed or bias is not None)
-        if hessian is None:
+        seconds = moments.seconds(weight, centred=use.normed or bias is not None)
+        if seconds is None:
             self.reasons[name] = "it belongs to a transposed convolution"
         else:
-            if not (hessian.isfinite().all() and weight.isfinite().all()):
+            if not (seconds[0].isfinite().all() and weight.isfinite().all()):
                 raise ValueError(
                     f"{name}, or inputs of its layer, hold NaN or infinity: did training diverge?"
                 )
             try:
-                found = fit(weight, hessian, self.projections[name], moments.frequencies)
+                found = fit(weight, self.projections[name], *seconds, moments.frequencies)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             if found is None:
@@ -184,9 +187,13 @@ class _Repair:
             else:
                 weight.copy_(found)
         self._project(name)
-        if bias is not None and moments.mean is not None:
-            lost = (before - weight).reshape(len(moments.mean), -1, moments.mean.shape[1])
-            bias += (lost @ moments.mean[..., None]).flatten().to(bias.dtype)
+        if bias is not None and moments.means is not None:
+            now, then = moments.means
+            shape = (len(now), -1, now.shape[1])
+            mean = (
+                before.view(shape) @ then[..., None] - weight.double().view(shape) @ now[..., None]
+            )
+            bias += mean.flatten().to(bias.dtype)
 
     def _round_inputs(self, name: str, moments: Moments) -> None:
         """Round the inputs of a weight's layer from now on, in the range that does it best."""
@@ -234,18 +241,34 @@ class _Repair:
 
     def _feed(self, tensor: Tensor, calls: list[int], see: Moments | Statistics) -> None:
         """Show all uses of a tensor; nothing after the last one of a batch is computed."""
+        name = self.names.get(tensor)
+        twin = self.original.get_parameter(name) if name is not None else None
+        originals: list[Tensor] = []
         left = 0
+
+        def before_original(function: Any, used: Tensor, named: Mapping[str, Any]) -> None:
+            if used is twin:
+                originals.append(named["input"])
+                if len(originals) == left:
+                    raise _Reached
 
         def before(function: Any, used: Tensor, named: Mapping[str, Any]) -> None:
             nonlocal left
             if used is tensor:
-                see(function, used, named)
+                x = named["input"]
+                original = originals.pop(0) if originals else x
+                # Data may take another path through the compressed network.
+                see(function, used, named, original if original.shape == x.shape else x)
                 left -= 1
                 if not left:
                     raise _Reached
 
         for (args, kwargs), left in zip(self.batches, calls, strict=True):
             if left:
+                originals.clear()
+                if twin is not None:
+                    with suppress(_Reached), Watch(before_original):
+                        self.original(*args, **kwargs)
                 with suppress(_Reached), Watch(before):
                     self.module(*args, **kwargs)
 

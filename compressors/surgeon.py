@@ -1,8 +1,10 @@
 r"""Optimal brain surgeon: the weights that a projection allows, fitted to a layer's own outputs.
 
-A layer ``y = W x`` is compressed to ``V`` with the least mean squared error of its outputs,
+A layer ``y = W x_0`` is compressed to ``V`` with the least mean squared error of its outputs, where
+its inputs have become ``x``, since layers before it are compressed:
 
-    min over V of tr (W - V) H (W - V)^T,    H = mean of x x^T over data.
+    min over V of mean |W x_0 - V x|^2  =  min over V of tr (U - V) H (U - V)^T,
+    H = mean of x x^T,    C = mean of x_0 x^T,    U = W C H^-1.
 
 ``H`` is the Hessian of each row, and its off-diagonal part tells how the other weights make up for
 the error of one (Hassibi and Stork, 1993). The problem is solved in three steps:
@@ -44,15 +46,20 @@ _TINY = 1e-300
 
 
 def fit(
-    weight: Tensor, hessian: Tensor, projection: Projection, frequencies: Tensor | None = None
+    weight: Tensor,
+    projection: Projection,
+    hessian: Tensor,
+    cross: Tensor | None = None,
+    frequencies: Tensor | None = None,
 ) -> Tensor | None:
     """Return the weight that a projection allows whose layer comes closest to its own outputs.
 
     Args:
         weight: Weight ``W``, of shape ``(outputs, inputs, ...)``. Its zeros stay zero.
+        projection: The projection.
         hessian: Second moment ``H`` of the inputs, in double precision and of shape
             ``(groups, n, n)``, where each group of outputs sees ``n`` inputs.
-        projection: The projection.
+        cross: Second moment ``C`` of original inputs with inputs; by default ``H``.
         frequencies: Positive weights of the errors of each output; by default all are 1.
 
     Returns:
@@ -65,10 +72,13 @@ def fit(
     Example:
         >>> from fitsmall.compressors import TopK
         >>> weight, same = torch.tensor([[3.0, 2.0]]), torch.ones(1, 2, 2).double()
-        >>> fit(weight, same, TopK(0.5))  # two inputs that are always equal
+        >>> fit(weight, TopK(0.5), same)  # two inputs that are always equal
         tensor([[4.9802, 0.0000]])
     """
     w, h = weight.double().reshape(len(hessian), -1, hessian.shape[1]), _damped(hessian)
+    unpruned = w != 0
+    if cross is not None:
+        w = w + torch.linalg.solve(h, w @ (cross - hessian), left=False)
     rows = w.new_ones(len(weight)) if frequencies is None else frequencies
     rows = rows.view(len(w), -1, 1)
     importance = (rows * h.diagonal(dim1=1, dim2=2)[:, None]).reshape(weight.shape)
@@ -78,7 +88,7 @@ def fit(
     def support(values: Tensor) -> Tensor:
         return projection.support(values.view_as(weight)).view_as(w)
 
-    mask = _support(rows.sqrt() * w, h, support) & (w != 0)
+    mask = _support(rows.sqrt() * w, h, support) & unpruned
     v = _least_squares(w, h, mask)
     levels = projection.levels(v.view_as(weight).to(weight.dtype), importance)
     assert levels is not None  # as for the weight itself
