@@ -10,6 +10,7 @@ with ``--test`` on test data.
 
 import argparse
 import copy
+import logging
 import statistics
 import time
 import warnings
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--test", action="store_true", help="measure on test data")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     options.folder.mkdir(parents=True, exist_ok=True)
     table = Table(title="One-shot: 70 % zeros, 16 values a tensor", show_edge=False)
     for column in ("network", "measure", "dense", "without data", "with data", "seconds"):
