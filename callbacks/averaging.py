@@ -1,5 +1,6 @@
 """Exponential moving average of the weights, as compressed as the weights themselves."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from fitsmall.callbacks.driver import drive, plan_of, stages_of
 from fitsmall.callbacks.lightning_internals import require
@@ -26,18 +27,53 @@ class EMA(ProjectedAverage, EMAWeightAveraging):
     the *latents* ``u`` are averaged. Validation, checkpoints and the module after training use
     ``P(a)``, the average projected with the current masks and clusters of the weights.
 
-    It is Lightning's ``EMAWeightAveraging`` and takes its arguments: ``decay``, ``use_buffers``,
-    ``update_every_n_steps``, ``update_starting_at_step``, ``update_starting_at_epoch`` and
-    ``device``. Until the first update the weights themselves are validated and saved. Its position
-    in the Trainer's list does not matter.
+    Parameters are averaged, and buffers that are floating-point *and* saved in the state dict, such
+    as the statistics of batch-norm. All other buffers are copies of the module's: an average of
+    integers is no integer, and one of a constant differs from it in the last bit.
+
+    It is Lightning's ``EMAWeightAveraging``. Until the first update the weights themselves are
+    validated and saved. Its position in the Trainer's list does not matter.
+
+    Args:
+        decay: Weight ``d`` of the average so far, in [0, 1].
+        use_buffers: Whether buffers are averaged; otherwise all of them are copied.
+        update_every_n_steps: Optimizer steps from one update to the next.
+        update_starting_at_step: Step of the first update.
+        update_starting_at_epoch: Epoch from which on its end is an update too.
+        device: Device of the average; by default the module's.
+
+    Raises:
+        MisconfigurationException: The decay is no fraction.
     """
 
     # The averages by name, while their projections are in the module for a validation. A default,
     # since on_exception may come before setup.
     _averages: Mapping[str, Tensor] = MappingProxyType({})
     _fitting = True
-    # Settings of changed layers: pairs of the average's buffer and the module's.
-    _settings: list[tuple[Tensor, Tensor]] | None = None
+    # Names of the tensors that are not averaged.
+    _copied: list[str] | None = None
+
+    def __init__(
+        self,
+        decay: float = 0.999,
+        use_buffers: bool = True,
+        update_every_n_steps: int = 1,
+        update_starting_at_step: int | None = None,
+        update_starting_at_epoch: int | None = None,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        if not isinstance(decay, int | float) or not 0 <= decay <= 1:
+            raise MisconfigurationException(
+                f"EMA: decay is a fraction in [0, 1], got {decay!r}; name a device by device=..."
+            )
+        super().__init__(
+            device=device,
+            use_buffers=use_buffers,
+            decay=decay,
+            update_every_n_steps=update_every_n_steps,
+            update_starting_at_step=update_starting_at_step,
+            update_starting_at_epoch=update_starting_at_epoch,
+        )
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         require("EMA")
@@ -49,7 +85,7 @@ class EMA(ProjectedAverage, EMAWeightAveraging):
         if stages_of(trainer):  # they change layers, before the average becomes a copy of these
             drive(trainer, pl_module, stage)
         self._averages = {}
-        self._settings = None
+        self._copied = None
         self._fitting = stage == "fit"
         if self._fitting and not trainer.global_step:  # a new training
             self._latest_update_step, self._latest_update_epoch = 0, -1
@@ -59,11 +95,11 @@ class EMA(ProjectedAverage, EMAWeightAveraging):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         super().on_train_batch_end(trainer, _Latent(pl_module), *args, **kwargs)  # type: ignore[arg-type]
-        self._copy_settings(pl_module)
+        self._copy_others(pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_end(trainer, _Latent(pl_module))  # type: ignore[arg-type]
-        self._copy_settings(pl_module)
+        self._copy_others(pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._fitting:
@@ -106,15 +142,21 @@ class EMA(ProjectedAverage, EMAWeightAveraging):
         return {**averages, **_projections(pl_module, averages)}
 
     @torch.no_grad()
-    def _copy_settings(self, pl_module: pl.LightningModule) -> None:
-        """Copy the settings of changed layers, which cannot be averaged."""
-        if self._settings is None:  # once: layers do not change under averaging
-            assert self._average_model is not None
-            averages = dict(self._average_model.module.named_buffers())
-            buffers = dict(pl_module.named_buffers())
-            self._settings = [(averages[name], buffers[name]) for name in own_tensors(buffers)]
-        for average, buffer in self._settings:
-            average.copy_(buffer)
+    def _copy_others(self, pl_module: pl.LightningModule) -> None:
+        """Copy what is not averaged."""
+        assert self._average_model is not None
+        averages, tensors = _tensors_of(self._average_model.module), _tensors_of(pl_module)
+        if self._copied is None:  # once: layers do not change under averaging
+            saved = pl_module.state_dict(keep_vars=True).keys()
+            averaged = {
+                name
+                for name, tensor in tensors.items()
+                if isinstance(tensor, nn.Parameter) or name in saved
+                if tensor.is_floating_point() or tensor.is_complex()
+            }
+            self._copied = [*(tensors.keys() - averaged), *own_tensors(tensors)]
+        for name in self._copied:
+            averages[name].copy_(tensors[name])
 
     @property
     def _started(self) -> bool:
@@ -151,6 +193,10 @@ class _Latent:
 
     def buffers(self) -> Iterator[Tensor]:
         return self.module.buffers()
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    return dict(itertools.chain(module.named_parameters(), module.named_buffers()))
 
 
 def _projections(module: pl.LightningModule, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:

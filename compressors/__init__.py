@@ -27,6 +27,7 @@ from fitsmall.compressors.schedules import (
 from fitsmall.compressors.select import Selection, select
 from fitsmall.compressors.structures import Block, NofM, Structure, Unstructured
 from fitsmall.compressors.surgery.factors import Factored, factorize
+from fitsmall.compressors.surgery.kinds import to_plain
 from fitsmall.compressors.surgery.quantizers import ActivationQuantizer
 
 __all__ = [
@@ -76,4 +77,5 @@ __all__ = [
     "same_bits",
     "save",
     "select",
+    "to_plain",
 ]

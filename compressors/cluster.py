@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fitsmall.compressors.codes import Code, Dense, Lookup, Sparse
+from fitsmall.compressors.levels import Levels
 from fitsmall.compressors.projections import Projection
 
-__all__ = ["KMeans", "assign", "linear"]
+__all__ = ["Codebook", "KMeans", "assign", "linear"]
 
 # Up to this many distinct values k-means is exact; above, values are grouped into as many equal
 # bins, whose error is far below that of a cluster.
@@ -67,13 +68,22 @@ class KMeans(Projection):
             return Lookup(Dense(codebook), index.view(weight.shape))
         return Sparse(mask, Lookup(Dense(codebook), index))
 
-    def centroids(self, values: Tensor) -> Tensor:
+    def levels(self, weight: Tensor, importance: Tensor) -> Levels:
+        mask = weight != 0
+        return Codebook(self.centroids(weight[mask], importance[mask]))
+
+    def centroids(self, values: Tensor, importance: Tensor | None = None) -> Tensor:
         """Return the optimal codebook of values: at most ``k`` centroids, ascending.
+
+        Args:
+            values: The values.
+            importance: Positive weights of their squared errors; by default all are 1.
 
         Raises:
             ValueError: A centroid overflows or underflows the codebook's dtype.
         """
-        exact = _centroids(values.flatten(), self.clusters)
+        flat = None if importance is None else importance.flatten().double().cpu()
+        exact = _centroids(values.flatten(), self.clusters, flat)
         rounded = exact.to(getattr(torch, self.codebook_dtype)).to(values.dtype)
         if not (rounded.isfinite() & (rounded != 0)).all():
             raise ValueError(
@@ -82,6 +92,20 @@ class KMeans(Projection):
             )
         levels: Tensor = rounded.unique()
         return levels
+
+
+@dataclass(frozen=True)
+class Codebook(Levels):
+    """The values of a codebook.
+
+    Args:
+        codebook: Ascending values.
+    """
+
+    codebook: Tensor
+
+    def nearest(self, values: Tensor, column: int) -> Tensor:
+        return self.codebook[assign(values.contiguous(), self.codebook)]
 
 
 def linear(values: Tensor, clusters: int) -> Tensor:
@@ -119,7 +143,7 @@ def assign(values: Tensor, codebook: Tensor) -> Tensor:
     return torch.bucketize(values, edges)
 
 
-def _centroids(values: Tensor, clusters: int) -> Tensor:
+def _centroids(values: Tensor, clusters: int, importance: Tensor | None) -> Tensor:
     """Return at most ``clusters`` optimal centroids, ascending."""
     # A tensor that is clustered already must not change. For most others the first values show that
     # they are not, without sorting all of them.
@@ -127,26 +151,34 @@ def _centroids(values: Tensor, clusters: int) -> Tensor:
         levels: Tensor = values.unique()
         if levels.numel() <= clusters:
             return levels
-    counts, points = _histogram(values.double().cpu())
+    counts, points = _histogram(values.double().cpu(), importance)
     ends = _partition(counts, points, clusters)
     sums = np.add.reduceat(counts * points, ends[:-1])
     centroids = sums / np.add.reduceat(counts, ends[:-1])
     return torch.from_numpy(centroids).to(values)
 
 
-def _histogram(values: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return numbers of values and their points: distinct values, or means of bins if too many."""
-    points = counts = None
+def _histogram(
+    values: Tensor, importance: Tensor | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return weights of values and their points: distinct values, or means of bins if too many.
+
+    The weight of a value is the sum of its importances, or its number.
+    """
+    points = index = None
     if values[: 4 * BINS].unique().numel() <= BINS:  # otherwise all need not be sorted
-        points, counts = values.unique(return_counts=True)
-    if points is None or counts is None or points.numel() > BINS:
+        points, index = values.unique(return_inverse=True)
+    if points is None or index is None or points.numel() > BINS:
         low, high = values.min(), values.max()
-        bins = ((values - low) * (BINS / (high - low))).long().clamp_max(BINS - 1)
-        counts = torch.bincount(bins, minlength=BINS)
-        sums = torch.bincount(bins, weights=values, minlength=BINS)
-        counts, sums = counts[counts > 0], sums[counts > 0]
-        points = sums / counts
-    return counts.double().numpy(), points.numpy()
+        index = ((values - low) * (BINS / (high - low))).long().clamp_max(BINS - 1)
+        points = None
+    importance = torch.ones_like(values) if importance is None else importance
+    counts = torch.bincount(index, importance)
+    if points is None:
+        sums = torch.bincount(index, values * importance)
+        filled = counts > 0
+        counts, points = counts[filled], sums[filled] / counts[filled]
+    return counts.numpy(), points.numpy()
 
 
 @numba.njit(cache=True)

@@ -1,8 +1,11 @@
-"""Compression without training: project a trained module in place, and restore a file."""
+"""Compression without training: compress a trained module in place, and restore a file."""
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +14,19 @@ from torch.nn.parameter import is_lazy
 from fitsmall.compressors.codes import Code
 from fitsmall.compressors.file.reader import entries, load
 from fitsmall.compressors.projections import Projection
+from fitsmall.compressors.repair import batches_of, repair
 from fitsmall.compressors.select import Selection, match, select
 from fitsmall.compressors.surgery.kinds import surgeries
 from fitsmall.compressors.surgery.legacy import with_marks
-from fitsmall.compressors.surgery.protocol import Layout, TensorSpec, layout_of
+from fitsmall.compressors.surgery.protocol import Layout, Surgery, TensorSpec, layout_of
 from fitsmall.compressors.torch_internals import require
 
 __all__ = ["compress", "restore"]
 
 Module = TypeVar("Module", bound=nn.Module)
+T = TypeVar("T")
+
+LOGGER = logging.getLogger("fitsmall")
 
 
 def compress(
@@ -27,13 +34,21 @@ def compress(
     plan: Projection | Mapping[str, Projection],
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
+    data: Iterable[Any] | None = None,
+    activation_bits: int | None = None,
 ) -> dict[str, Code]:
-    """Project the weights of a trained module in place, and return their codes by name.
+    """Compress a trained module in place without training, and return the codes of its weights.
 
     ::
 
-        compress(net, TopK(0.9) | KMeans(16))
+        compress(net, TopK(0.7) | KMeans(16), data=loader)
         save("net.fitsmall", net.state_dict())
+
+    Without data, each weight is projected: next to it comes a module of other outputs. With data,
+    layer by layer, the weights that the projection allows are fitted to the layer's own outputs
+    (:mod:`~fitsmall.compressors.surgeon`), biases are corrected, and batch-norms get new
+    statistics. Weights that see no such data, as those of embeddings, are projected, and a warning
+    names them. A forward pass for each layer is needed, and no labels.
 
     Args:
         module: Module whose weights are replaced by their projection.
@@ -41,9 +56,15 @@ def compress(
             names. The last pattern that matches counts; parameters without one stay as they are.
         include: See :func:`~fitsmall.compressors.select`.
         exclude: See :func:`~fitsmall.compressors.select`.
+        data: Batches like those of training: tensors, tuples or lists whose first entry is the
+            input, or dictionaries of arguments. The first 1,024 examples are used.
+        activation_bits: Bits of the inputs of the layers, 2 to 8, or None to leave them as they
+            are: post-training quantization, with ranges calibrated on the data.
 
     Raises:
-        ValueError: A pattern matches nothing, or a weight holds NaN.
+        ValueError: A pattern matches nothing, a weight or its inputs hold NaN, the module cannot
+            take the data, or inputs are to be rounded without data.
+        TypeError: The data are no batches.
 
     Example:
         >>> from fitsmall.compressors import TopK
@@ -56,8 +77,23 @@ def compress(
     # Without training, frozen parameters stay frozen: they are left out.
     chosen = Selection(selection.chosen, selection.skipped).checked().chosen
     by_pattern = {"*": plan} if isinstance(plan, Projection) else plan
+    projections = match(by_pattern, list(chosen))
+    if data is not None:
+        device = next(iter(chosen.values())).device
+        batches = batches_of(data, device)
+        codes, reasons = repair(module, chosen, projections, batches, activation_bits)
+        if reasons:
+            _warn_of_projected(reasons)
+        return codes
+    if activation_bits is not None:
+        raise ValueError("activation_bits needs data=..., to find the ranges of inputs")
+    warnings.warn(
+        "compress: nothing makes up for what is removed, and accuracy may fall: give it some "
+        "hundred inputs, data=loader, or fine-tune afterwards",
+        stacklevel=2,
+    )
     codes = {}
-    for name, projection in match(by_pattern, list(chosen)).items():
+    for name, projection in projections.items():
         try:
             codes[name] = projection.encode(chosen[name].detach())
         except ValueError as error:
@@ -68,15 +104,30 @@ def compress(
     return codes
 
 
+def _warn_of_projected(reasons: Mapping[str, str]) -> None:
+    """Warn of weights that were not fitted to data; each reason once."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    listed = (f"{', '.join(found)} ({reason})" for reason, found in names.items())
+    warnings.warn(
+        f"compress: not fitted to data, but projected as they are: {'; '.join(listed)}",
+        stacklevel=3,
+    )
+
+
 def restore(module: Module, path: str | os.PathLike[str]) -> Module:
     """Load a file into a module of the plain class, bit for bit, and return the module.
 
     Layers that training changed are changed again: factored layers are replaced, and quantized
-    inputs get their quantizers. The file's directory is checked first, before memory is allocated:
+    inputs get their quantizers. The file of a LightningModule also goes into the bare network that
+    it wraps, and the file of a network into a module that only wraps it; the logger ``fitsmall``
+    says so. The file's directory is checked first, before memory is allocated:
     a file that does not fit raises an error and leaves the module as it is.
 
     Args:
-        module: Module of the class that was trained, with its original layers.
+        module: Module of the class that was trained, with its original layers; or the network in
+            it, or a module that wraps it.
         path: The file.
 
     Raises:
@@ -93,27 +144,90 @@ def restore(module: Module, path: str | os.PathLike[str]) -> Module:
     require("restore")
     _, directory = entries(path)
     held = {entry.name: TensorSpec(torch.Size(entry.shape), entry.dtype) for entry in directory}
-    plain = layout_of(_tensors_of(module))
-    stored = with_marks(held, plain, lambda mark: TensorSpec(mark.shape, mark.dtype))
     try:
-        changes, expected = surgeries(stored), plain
-        for surgery in changes:
-            expected = surgery.expect(module, expected)
-        if problems := _differences(stored, expected):
-            more = [f"and {len(problems) - 9:,} more"] if len(problems) > 9 else []
-            raise ValueError("; ".join(problems[:9] + more))
+        part, prefix, changes = _find_place(module, held)
         # The directory fits the module, so that its tensors need no more memory than the module's,
         # or a few times as much with the parts of sums and products.
         size = sum(spec.shape.numel() * spec.dtype.itemsize for spec in held.values())
-        tensors = with_marks(load(path, limit=4 * size), plain, lambda mark: mark)
+        loaded = _without(prefix, load(path, limit=4 * size))
+        tensors = with_marks(loaded, layout_of(part.state_dict()), lambda mark: mark)
         for surgery in changes:
             surgery.check_values(tensors)
     except ValueError as error:
         raise ValueError(f"{path} does not fit {type(module).__name__}: {error}") from error
     for surgery in changes:
-        surgery.replay(module)
-    module.load_state_dict(tensors)
+        surgery.replay(part)
+    part.load_state_dict(tensors)
     return module
+
+
+def _find_place(module: nn.Module, held: Layout) -> tuple[nn.Module, str, list[Surgery]]:
+    """Return the part of a module that a file is for.
+
+    It is the module itself; or, if all names in the file begin with the name of a wrapper, the
+    wrapped module; or, if those of the module do, the part that it wraps.
+
+    Args:
+        module: The module.
+        held: Layout of the file.
+
+    Returns:
+        The part, the beginning of the file's names, and the surgeries that the part needs.
+
+    Raises:
+        ValueError: The file is for no part of the module.
+    """
+    try:
+        return module, "", _changes(module, held)
+    except ValueError as error:
+        reasons = error
+    tensors = _tensors_of(module)
+    for prefix in _prefixes(held):
+        with suppress(ValueError):
+            changes = _changes(module, _without(prefix, held))
+            LOGGER.info(
+                f"restore: the file is of a module that wraps {type(module).__name__} as "
+                f"{prefix[:-1]!r}: its tensors are taken without this prefix"
+            )
+            return module, prefix, changes
+    for prefix in _prefixes(tensors):
+        with suppress(ValueError, AttributeError):  # hooks may give tensors any names
+            part = module.get_submodule(prefix[:-1])
+            changes = _changes(part, held)
+            LOGGER.info(
+                f"restore: the file is of a {type(part).__name__} as {type(module).__name__} has "
+                f"one in {prefix[:-1]!r}: its tensors are put there"
+            )
+            return part, "", changes
+    raise reasons
+
+
+def _changes(module: nn.Module, held: Layout) -> list[Surgery]:
+    """Return the surgeries that give a module a state dict of this layout.
+
+    Raises:
+        ValueError: There are none; the error tells all differences.
+    """
+    plain = layout_of(_tensors_of(module))
+    stored = with_marks(held, plain, lambda mark: TensorSpec(mark.shape, mark.dtype))
+    changes, expected = surgeries(stored), plain
+    for surgery in changes:
+        expected = surgery.expect(module, expected)
+    if problems := _differences(stored, expected):
+        more = [f"and {len(problems) - 9:,} more"] if len(problems) > 9 else []
+        raise ValueError("; ".join(problems[:9] + more))
+    return changes
+
+
+def _prefixes(names: Collection[str]) -> list[str]:
+    """Return the prefixes, ending in a dot, that all names have, the shortest first."""
+    parts = next(iter(names), "").split(".")
+    prefixes = [".".join([*parts[:n], ""]) for n in range(1, len(parts))]
+    return [prefix for prefix in prefixes if all(name.startswith(prefix) for name in names)]
+
+
+def _without(prefix: str, tensors: Mapping[str, T]) -> dict[str, T]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def _differences(stored: Layout, expected: Layout) -> list[str]:

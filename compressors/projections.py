@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fitsmall.compressors.codes import Code, Sum
+from fitsmall.compressors.levels import Levels
 
 __all__ = ["Additive", "Chain", "Projection"]
 
@@ -28,6 +29,22 @@ class Projection(ABC):
     def project(self, weight: Tensor) -> Tensor:
         """The tensor nearest to ``weight`` that the code can hold."""
         return self.encode(weight).decode()
+
+    def support(self, weight: Tensor) -> Tensor:
+        """The mask of the weights that may differ from zero: where the nearest tensor does."""
+        return weight != 0
+
+    def levels(self, weight: Tensor, importance: Tensor) -> Levels | None:
+        """The values that each weight of the support may take.
+
+        With this method :func:`~fitsmall.compressors.compress` fits the projection to data; without
+        it, ``None``, weights are projected as they are.
+
+        Args:
+            weight: The weight, zero where it is pruned.
+            importance: Positive weights of the squared errors, of the same shape.
+        """
+        return None
 
     def after(self, code: Code) -> Code:
         """The code of an earlier projection, with its float leaves coded by this one."""
@@ -99,3 +116,13 @@ class Chain(Projection):
 
     def encode(self, weight: Tensor) -> Code:
         return self.then.after(self.first.encode(weight))
+
+    def support(self, weight: Tensor) -> Tensor:
+        first = self.first.support(weight)
+        return first & self.then.support(weight * first)
+
+    def levels(self, weight: Tensor, importance: Tensor) -> Levels | None:
+        first = self.first.levels(weight, importance)
+        if first is None or not first.any_value:
+            return None
+        return self.then.levels(weight, importance)

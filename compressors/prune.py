@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fitsmall.compressors.codes import Code, Dense, Sparse
+from fitsmall.compressors.codes import Dense, Sparse
+from fitsmall.compressors.levels import Levels
 from fitsmall.compressors.projections import Projection
 from fitsmall.compressors.structures import Structure, Unstructured, as_structure, support
 
@@ -61,7 +62,7 @@ class TopK(Projection):
         structure = "" if self.structure == Unstructured() else f", structure={self.structure}"
         return f"TopK(sparsity={self.sparsity}{structure})"
 
-    def encode(self, weight: Tensor) -> Code:
+    def encode(self, weight: Tensor) -> Sparse:
         weight = weight.detach()
         reason = self.structure.refusal(weight.shape)
         if reason is not None:
@@ -72,3 +73,9 @@ class TopK(Projection):
         keep = kept(self.structure.num_sets(weight.shape), self.sparsity)
         mask = self.structure.mask(scores, keep) & (weight != 0)
         return Sparse(mask, Dense(weight[mask]))
+
+    def support(self, weight: Tensor) -> Tensor:
+        return self.encode(weight).mask
+
+    def levels(self, weight: Tensor, importance: Tensor) -> Levels:
+        return Levels()

@@ -5,17 +5,20 @@ The grid is symmetric, with a scale ``s`` for each output channel, tensor or gro
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from fitsmall.compressors.codes import Code, Dense, Integer
 from fitsmall.compressors.lattice import LARGEST, blocked, spread, unblocked
+from fitsmall.compressors.levels import Levels
 from fitsmall.compressors.projections import Projection
 from fitsmall.compressors.weights import Matrices
 
 __all__ = [
+    "Grid",
     "Quantize",
     "bounds",
     "clipped",
@@ -192,17 +195,47 @@ class Quantize(Projection):
             return Dense(half(weight))
         if weight.dim() == 0 or not weight.numel():
             return Dense(weight)
-        form = Matrices("", outputs=self.axis, inputs=1 - self.axis)
-        blocks = form.scale_shape(weight.shape, self.granularity)
+        blocks = self._blocks(weight)
         scales = scales_of(weight, self.bits, blocks)
         low, high = bounds(self.bits)
         rows = blocked(weight, blocks) / blocked(scales, blocks)
         integers = rows.round_().clamp_(low, high).to(torch.int8)
         return Integer(Dense(scales), unblocked(integers, blocks, weight.shape))
 
+    def levels(self, weight: Tensor, importance: Tensor) -> Levels:
+        if self.bits == 16:
+            return Levels()
+        scales = scales_of(weight, self.bits, self._blocks(weight))
+        scales = spread(scales, weight.shape).expand(weight.shape)
+        return Grid(scales, self.bits)
+
+    def _blocks(self, weight: Tensor) -> tuple[int, ...]:
+        """Return the number of scales along each dimension of a weight."""
+        form = Matrices("", outputs=self.axis, inputs=1 - self.axis)
+        return form.scale_shape(weight.shape, self.granularity)
+
     def after(self, code: Code) -> Code:
         # Zero is a level of every grid.
         return self.encode(code.decode())
+
+
+@dataclass(frozen=True)
+class Grid(Levels):
+    """Integers of so many bits times scales.
+
+    Args:
+        scales: Scale of each weight, of the weight's shape.
+        bits: 2 to 8.
+    """
+
+    scales: Tensor
+    bits: int
+
+    def view(self, shape: Sequence[int]) -> Self:
+        return replace(self, scales=self.scales.reshape(tuple(shape)))
+
+    def nearest(self, values: Tensor, column: int) -> Tensor:
+        return _grid(values, self.scales[..., column], *bounds(self.bits))
 
 
 def half(weight: Tensor) -> Tensor:

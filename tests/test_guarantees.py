@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from cases import BY_CRITERION, CASES, Case, each_coupling, every_case, every_criterion
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -495,8 +496,35 @@ def test_an_exception_in_a_validation_saves_the_weights_and_the_average(tmp_path
 def test_without_methods_it_is_lightning_s_own(tmp_path: Path) -> None:
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
-    ours, theirs = fit(tmp_path, EMA(decay=0.9)), fit(tmp_path, EMAWeightAveraging(decay=0.9))
-    assert not list(differences(dict(ours.state_dict()), dict(theirs.state_dict())))
+    ours, theirs = fit(tmp_path, EMA(0.9)), fit(tmp_path, EMAWeightAveraging(decay=0.9))
+    # But for a count of batches, of which Lightning's takes the average.
+    assert list(differences(dict(ours.state_dict()), dict(theirs.state_dict()))) == [
+        "/body.1.num_batches_tracked"
+    ]
+
+
+def test_what_is_constant_or_integer_is_not_averaged(tmp_path: Path) -> None:
+    class Positions(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("position_ids", torch.arange(512), persistent=False)  # BERT's
+            self.register_buffer("rates", 1e4 ** -torch.linspace(0, 1, 40), persistent=False)
+            self.count = nn.Parameter(torch.tensor([7, 9]), requires_grad=False)
+            self.seen: dict[str, Tensor] = {}
+
+        def validation_step(self, batch: list[Tensor], _: int) -> None:
+            own = dict(self.named_buffers()) | dict(self.named_parameters())
+            self.seen = {name: tensor.detach().clone() for name, tensor in own.items()}
+
+    module, plain = Positions(), Positions()
+    runner = trainer(tmp_path, EMA(0.9))
+    runner.fit(module, loader(), validation())
+    plain.load_state_dict(module.state_dict())
+    restored = dict(plain.named_buffers()) | dict(plain.named_parameters())
+    assert not list(differences(module.seen, restored))
+    assert int(plain.body[1].num_batches_tracked) == 40
+    with pytest.raises(MisconfigurationException, match="got 'cpu'; name a device"):
+        EMA("cpu")  # type: ignore[arg-type]
 
 
 def test_validation_after_training_does_not_bring_the_average_back(tmp_path: Path) -> None:

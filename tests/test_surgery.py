@@ -1,6 +1,8 @@
 """Surgery: what training changed is told by the file, and put back whole or not at all."""
 
+import copy
 import itertools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from fitsmall.compressors import (
     load,
     restore,
     save,
+    to_plain,
 )
 from fitsmall.compressors.surgery.kinds import changes, surgeries
 from fitsmall.compressors.surgery.protocol import layout_of
@@ -83,6 +86,71 @@ def test_all_surgeries_are_put_back(tmp_path: Path) -> None:
     report = inspect(path)
     assert "changed layers: 0: rank 2 (channels); 0.reduce: inputs" in report.table()
     assert report.changed == tuple(changes(layout_of(net.state_dict())))
+
+
+def test_a_network_and_the_module_that_wraps_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As LightningModules wrap networks; all surgeries included."""
+
+    def wrapped(net: nn.Module) -> nn.Module:
+        wrapper = nn.Module()
+        wrapper.model = nn.Module()
+        wrapper.model.net = net
+        return wrapper
+
+    caplog.set_level("INFO", "fitsmall")
+    net, outer, inner = changed(plain()), tmp_path / "outer", tmp_path / "inner"
+    save(inner, net.state_dict())
+    save(outer, wrapped(net).state_dict())
+    bare, around = restore(plain(), outer), restore(wrapped(plain()), inner)
+    assert "wraps Sequential as 'model.net'" in caplog.messages[0]
+    assert "has one in 'model.net'" in caplog.messages[1]
+    for restored in (bare, around.model.net):
+        assert str(restored) == str(net)
+        assert torch.equal(restored(torch.ones(3, 12)), net(torch.ones(3, 12)))
+    # What fits only in part is refused, and leaves the module as it is.
+    mixed = wrapped(plain())
+    mixed.other = nn.Linear(2, 2)
+    before = mixed.other.weight.clone()
+    with pytest.raises(ValueError, match="does not fit Module"):
+        restore(mixed, inner)
+    assert torch.equal(mixed.other.weight, before)
+
+
+def test_other_libraries_get_plain_weights(tmp_path: Path) -> None:
+    """Hugging Face's save_pretrained loses what is changed, and says so unless it gets them."""
+
+    class Pretrained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 6, 3, padding=1)
+            self.body = plain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(self.conv(x).mean((2, 3)).repeat(1, 2))
+
+        def save_pretrained(self, path: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+            torch.save(state_dict or self.state_dict(), path)
+
+    net, path, images = Pretrained(), tmp_path / "net.pt", torch.randn(3, 4, 5, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net.save_pretrained(path)
+        factorize(net, {"conv.weight": Rank("separable", 3), "body.0.weight": Rank("channels", 2)})
+        net.save_pretrained(path, state_dict=to_plain(net))
+        net.state_dict()
+    other = Pretrained()
+    other.load_state_dict(torch.load(path))
+    torch.testing.assert_close(other(images), net(images))
+    InputQuantizers({"body.0.reduce": 4, "body.2": 8}).apply(net)
+    net.body[2].input_quantizer.active = True
+    with pytest.warns(UserWarning, match=r"does not round inputs, .* 1 layers .*\(body\.2\)"):
+        other.load_state_dict(to_plain(net))
+    torch.testing.assert_close(other.conv(images), net.conv(images))
+    for changed_one in (net, copy.deepcopy(net).body):
+        with pytest.warns(UserWarning, match="layers of low rank initialised again; use save"):
+            Pretrained.save_pretrained(changed_one, path)
 
 
 def test_files_without_marks_are_put_back(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from fitsmall.compressors.surgery.factorable import (
 from fitsmall.compressors.surgery.moments import Successor, transplant_
 from fitsmall.compressors.surgery.protocol import Changed, Layout, Surgery, TensorSpec
 from fitsmall.compressors.surgery.quantizers import detach_quantizer
+from fitsmall.compressors.surgery.saving import warn_of_save_pretrained
 from fitsmall.compressors.torch_internals import move_hooks, require
 from fitsmall.compressors.weights import is_conv1d
 
@@ -52,11 +53,12 @@ class Factored(nn.Sequential):
         self.inputs_first = inputs_first
         number = torch.tensor(FORMS.index(form), dtype=torch.uint8)
         self.register_buffer("factor_form", number.to(self.expand.weight.device))
+        self.register_state_dict_post_hook(warn_of_save_pretrained)  # type: ignore[no-untyped-call]
 
     @property
     def left(self) -> Tensor:
         """The ``m x r`` factor."""
-        return matrix(self.expand.weight, _side(self.expand))
+        return matrix(self.expand.weight, _side(self.expand.weight))
 
     @property
     def right(self) -> Tensor:
@@ -66,8 +68,7 @@ class Factored(nn.Sequential):
     @property
     def weight(self) -> Tensor:
         """The weight of the one layer that computes the same, ``U V``."""
-        shape = _product_shape(self.reduce.weight.shape, self.expand.weight.shape)
-        weight = tensor(self.left @ self.right, shape, self.form)
+        weight = _product(self.reduce.weight, self.expand.weight, self.form)
         return weight.T if self.inputs_first else weight
 
     @property
@@ -78,7 +79,7 @@ class Factored(nn.Sequential):
 
     def like_left(self, factor: Tensor) -> Tensor:
         """Return an ``m x r`` matrix in the shape of the weight of ``expand``."""
-        return tensor(factor, self.expand.weight.shape, _side(self.expand))
+        return tensor(factor, self.expand.weight.shape, _side(self.expand.weight))
 
     def like_right(self, factor: Tensor) -> Tensor:
         """Return an ``r x n`` matrix in the shape of the weight of ``reduce``."""
@@ -195,6 +196,23 @@ class Factorization(Surgery):
             else:
                 found[f"{path}.expand.{own}"] = value
         return found
+
+    @torch.no_grad()
+    def undo(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        low = {name.removesuffix(".weight") for name, _, _ in self._low}
+        plain = {}
+        for name, value in tensors.items():
+            path, _, own = name.rpartition(".")
+            layer, _, part = path.rpartition(".")
+            if layer not in low or part not in _PARTS:
+                if path not in low or own != _MARK:
+                    plain[name] = value
+            elif own == "bias":
+                plain[f"{layer}.bias"] = value
+            elif part == "reduce":
+                pair: Any = module.get_submodule(layer)
+                plain[f"{layer}.weight"] = pair.weight
+        return plain
 
     def table(self, layout: Layout) -> list[Changed]:
         rows = []
@@ -344,9 +362,15 @@ def _successors(name: str, pair: Factored) -> tuple[Successor, Successor]:
     )
 
 
-def _side(expand: nn.Module) -> str:
+def _side(expand: Tensor) -> str:
     """Return the form in which the second layer's weight is the left factor."""
-    return "separable" if isinstance(expand, nn.Conv2d) else "channels"
+    return "separable" if expand.dim() == 4 else "channels"
+
+
+def _product(reduce: Tensor, expand: Tensor, form: str) -> Tensor:
+    """Return the weight of the one layer that computes what two layers with these weights do."""
+    left, right = matrix(expand, _side(expand)), matrix(reduce)
+    return tensor(left @ right, _product_shape(reduce.shape, expand.shape), form)
 
 
 def _shapes(shape: Sequence[int], form: str, rank: int) -> tuple[torch.Size, torch.Size]:

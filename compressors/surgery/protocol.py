@@ -122,5 +122,14 @@ class Surgery(ABC):
         return tensors
 
     @abstractmethod
+    def undo(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state dict that the plain module would have, and warn of what it cannot hold.
+
+        Args:
+            module: The changed module, which stays as it is.
+            tensors: Its state dict, without what later surgeries changed.
+        """
+
+    @abstractmethod
     def table(self, layout: Layout) -> list[Changed]:
         """Return a row for each changed layer, from the layout of the changed module."""

@@ -3,6 +3,7 @@
 Inputs are unsigned integers with an offset, ``x = s (q - z)``, with one scale for a whole tensor.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -13,9 +14,12 @@ from torch.optim import Optimizer
 
 from fitsmall.compressors.quantize import clipped
 from fitsmall.compressors.surgery.protocol import Changed, Layout, Surgery, TensorSpec, layout_of
+from fitsmall.compressors.surgery.saving import warn_of_save_pretrained
 from fitsmall.compressors.torch_internals import has_forward_pre_hook, remove_forward_pre_hook
+from fitsmall.compressors.weights import TRANSPOSED
 
 __all__ = [
+    "QUANTIZED_INPUTS",
     "QUANTIZER",
     "ActivationQuantizer",
     "InputQuantizers",
@@ -24,6 +28,9 @@ __all__ = [
 ]
 
 QUANTIZER = "input_quantizer"
+
+# Layers with one input, of activations.
+QUANTIZED_INPUTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 # Buffer that marks a quantized input in a state dict.
 _MARK = f"{QUANTIZER}.bits"
@@ -100,6 +107,7 @@ class ActivationQuantizer(nn.Module):
         # for inputs without a gradient.
         self.register_buffer("seen", torch.tensor([0.0, 0.0, -1.0]))
         self.register_buffer("staged", torch.tensor([0.0, 0.0, -1.0]), persistent=False)
+        self.register_state_dict_post_hook(warn_of_save_pretrained)  # type: ignore[no-untyped-call]
 
     def configure(self, bits: int, learned: bool) -> None:
         """Set the number of bits, and whether the scale is learned.
@@ -159,6 +167,31 @@ class ActivationQuantizer(nn.Module):
         if self.learned and mean > 0:
             scale = 2 * mean / self.high**0.5
         self.log_scale.copy_(scale.clamp_min(torch.finfo(scale.dtype).tiny).log())
+
+    @torch.no_grad()
+    def calibrate(self, low: float, high: float, values: Tensor) -> None:
+        """Choose a range by the squared error of rounding, and round from now on.
+
+        Args:
+            low: Smallest value, 0 or below.
+            high: Largest value, 0 or above.
+            values: Sample of the values.
+
+        Example:
+            >>> quantizer = ActivationQuantizer(bits=2)
+            >>> quantizer.calibrate(0.0, 1.5, torch.tensor([0.0, 0.5, 1.0, 1.5]))
+            >>> quantizer(torch.tensor([0.1, 0.4, 9.0]))
+            tensor([0.0000, 0.5000, 1.5000])
+        """
+
+        def cover(fraction: float) -> float:
+            self.reset()
+            self.staged.copy_(torch.tensor([fraction * low, fraction * high, 0.0]))
+            self.commit()
+            self.active = True
+            return float((self(values.float()) - values.float()).square().sum())
+
+        cover(min((1 - step / 40 for step in range(32)), key=cover))
 
     def drop(self) -> None:
         """Drop the staged range."""
@@ -313,6 +346,18 @@ class InputQuantizers(Surgery):
             layer = module.get_submodule(name)
             if not hasattr(layer, QUANTIZER):
                 attach_quantizer(layer, bits, self.learned)
+
+    def undo(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rounded = [layer for layer in self.bits if tensors[_join(layer, QUANTIZER, "rounding")]]
+        if rounded:
+            names = ", ".join([*rounded[:3], *["..."] * (len(rounded) > 3)])
+            warnings.warn(
+                "to_plain: the plain class does not round inputs, and its outputs will differ: "
+                f"here those of {len(rounded)} layers are rounded ({names})",
+                stacklevel=3,
+            )
+        own = set(self.own_tensors(tensors))
+        return {name: tensor for name, tensor in tensors.items() if name not in own}
 
     def table(self, layout: Layout) -> list[Changed]:
         rows = []

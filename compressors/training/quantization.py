@@ -20,6 +20,7 @@ from fitsmall.compressors.quantize import (
 )
 from fitsmall.compressors.select import match
 from fitsmall.compressors.surgery.quantizers import (
+    QUANTIZED_INPUTS,
     ActivationQuantizer,
     InputQuantizers,
     detach_quantizer,
@@ -31,15 +32,12 @@ from fitsmall.compressors.training.optimizers import like_gradient
 from fitsmall.compressors.training.scales import INPUT_SUFFIX, ScaleLearning
 from fitsmall.compressors.training.sharding import gather, local, processes, shard, stack
 from fitsmall.compressors.training.stage import Stage
-from fitsmall.compressors.weights import TRANSPOSED, is_conv1d, owner
+from fitsmall.compressors.weights import is_conv1d, owner
 
 __all__ = ["QuantizationAwareTraining"]
 
 # Layers that use running statistics once they are frozen.
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-# Layers with one input, of activations.
-_QUANTIZED_INPUTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 Bits = int | Sequence[int | str | None]
 
@@ -223,7 +221,7 @@ class QuantizationAwareTraining(Stage):
             self.blocks[name] = form.scale_shape(parameter.shape, self.granularity)
             path, layer, own_name = owner(module, name)
             attention = isinstance(_parent(module, path), nn.MultiheadAttention)
-            called = (isinstance(layer, _QUANTIZED_INPUTS) or is_conv1d(layer)) and not attention
+            called = (isinstance(layer, QUANTIZED_INPUTS) or is_conv1d(layer)) and not attention
             bits = self.bits[name][1]
             if own_name == "weight" and bits is not None and called:
                 input_bits[path] = bits

@@ -1,0 +1,35 @@
+"""Levels: the values that a projection allows each weight, once its choice is made.
+
+A projection chooses a codebook, or scales. After that choice every weight is on its own: it is one
+of its levels. A solver may then round weights one by one, each to the level that makes up best for
+the errors of the others.
+"""
+
+from collections.abc import Sequence
+from typing import Self
+
+from torch import Tensor
+
+__all__ = ["Levels"]
+
+
+class Levels:
+    """Any value. A subclass allows fewer, and says which is the nearest."""
+
+    @property
+    def any_value(self) -> bool:
+        """Whether a weight may have any value."""
+        return type(self) is Levels
+
+    def view(self, shape: Sequence[int]) -> Self:
+        """Return the levels of the weight in another shape."""
+        return self
+
+    def nearest(self, values: Tensor, column: int) -> Tensor:
+        """Return the level nearest to each of the values of one column.
+
+        Args:
+            values: Values of the weights ``[..., column]``.
+            column: Number of the column.
+        """
+        return values

@@ -1,0 +1,306 @@
+"""Repair: a trained module is compressed layer by layer, each fitted to the data that reach it.
+
+Layers come in the order in which a forward pass reaches them, so that the inputs of each are those
+that the compressed layers before it produce. A weight is fitted to the outputs that its layer had
+in the original network, see :mod:`~fitsmall.compressors.surgeon`, and a bias takes the mean of
+their error; the layer's input may be rounded from then on. A batch-norm gets the statistics of its
+input.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fitsmall.compressors.codes import Code
+from fitsmall.compressors.inputs import Moments, Statistics, Watch
+from fitsmall.compressors.projections import Projection
+from fitsmall.compressors.surgeon import fit
+from fitsmall.compressors.surgery.quantizers import (
+    QUANTIZED_INPUTS,
+    QUANTIZER,
+    attach_quantizer,
+    detach_quantizer,
+)
+from fitsmall.compressors.torch_internals import map_tensors, tensors_in
+
+__all__ = ["batches_of", "repair"]
+
+# Examples that are used; more take longer, and hardly help.
+_EXAMPLES = 1024
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def batches_of(data: Iterable[Any], device: torch.device) -> list[Call]:
+    """Return the arguments of a module for each batch, until there are 1,024 examples.
+
+    Args:
+        data: Batches: tensors, tuples or lists whose first entry is the input, or dictionaries of
+            arguments by name.
+        device: Device of the module.
+
+    Raises:
+        TypeError: The data are no batches.
+        ValueError: There are none.
+
+    Example:
+        >>> batches_of([(torch.ones(2, 3), "label")], torch.device("cpu"))
+        [((tensor([[1., 1., 1.],
+                [1., 1., 1.]]),), {})]
+    """
+    forms = "a tensor, a tuple or list whose first entry is the input, or a dictionary of arguments"
+    if isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"data is an iterable of batches, such as a DataLoader or [batch], and got a "
+            f"{type(data).__name__}; a batch is {forms}"
+        )
+    calls: list[Call] = []
+    examples = 0
+    for batch in data:
+        first = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
+        if isinstance(first, Mapping):
+            call: Call = (), dict(first)
+        elif isinstance(first, Tensor):
+            call = (first,), {}
+        else:
+            raise TypeError(
+                f"batch {len(calls)} of data is a {type(batch).__name__}: it is {forms}"
+            )
+        calls.append(map_tensors(lambda tensor: tensor.to(device), call))
+        tensors = tensors_in(call)
+        examples += len(tensors[0]) if tensors and tensors[0].dim() else 1
+        if examples >= _EXAMPLES:
+            break
+    if not calls:
+        raise ValueError("data has no batch: is it an iterator that was used before?")
+    return calls
+
+
+@torch.no_grad()
+def repair(
+    module: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    projections: Mapping[str, Projection],
+    batches: list[Call],
+    activation_bits: int | None,
+) -> tuple[dict[str, Code], dict[str, str]]:
+    """Compress weights of a module in place, fitted to data.
+
+    If it fails, the module is as it was.
+
+    Args:
+        module: The module.
+        weights: Parameters by name.
+        projections: Projection of each of them.
+        batches: See :func:`batches_of`.
+        activation_bits: Bits of the inputs of these weights' layers, or None.
+
+    Returns:
+        Codes by name, and the reason for each one that could not be fitted to data.
+
+    Raises:
+        ValueError: The module cannot take the data, a weight or its inputs hold NaN, or a
+            projection refuses a weight.
+    """
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    work = _Repair(module, weights, projections, batches, activation_bits)
+    try:
+        with _evaluating(module):
+            work.run()
+    except BaseException:
+        for layer in work.attached:
+            detach_quantizer(layer)
+        module.load_state_dict(before)
+        raise
+    return {name: work.codes[name] for name in projections}, work.reasons
+
+
+class _Repair:
+    """State of a repair, see :func:`repair`."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        projections: Mapping[str, Projection],
+        batches: list[Call],
+        activation_bits: int | None,
+    ) -> None:
+        self.module, self.batches, self.projections = module, batches, projections
+        self.original = copy.deepcopy(module).eval()
+        self.weights = {name: weights[name] for name in projections}
+        self.names: dict[Tensor, str] = {weight: name for name, weight in self.weights.items()}
+        self.bits = activation_bits
+        self.codes: dict[str, Code] = {}
+        self.reasons: dict[str, str] = {}
+        self.attached: list[nn.Module] = []
+
+    def run(self) -> None:
+        uses = self._survey()
+        for name, weight in self.weights.items():
+            if weight not in uses:
+                self.reasons[name] = "no product of it with data was seen"
+                self._project(name)
+        for tensor, use in uses.items():
+            if tensor in self.names:
+                moments = Moments()
+                self._feed(tensor, use.calls, moments)
+                self._fit(self.names[tensor], moments, use)
+                self._round_inputs(self.names[tensor], moments)
+            elif self.codes:
+                statistics = Statistics()
+                self._feed(tensor, use.calls, statistics)
+                statistics.write_(tensor, use.variance)
+
+    def _project(self, name: str) -> None:
+        """Project a weight as it is."""
+        try:
+            self.codes[name] = self.projections[name].encode(self.weights[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        self.weights[name].copy_(self.codes[name].decode())
+
+    def _fit(self, name: str, moments: Moments, use: "_Use") -> None:
+        """Fit a weight to its layer's own outputs, and correct the bias."""
+        weight, before = self.weights[name], self.weights[name].double()
+        bias = None if use.bias in self.names else use.bias
+        # A bias, or the norm after the layer, takes the mean of the error.
+        seconds = moments.seconds(weight, centred=use.normed or bias is not None)
+        if seconds is None:
+            self.reasons[name] = "it belongs to a transposed convolution"
+        else:
+            if not (seconds[0].isfinite().all() and weight.isfinite().all()):
+                raise ValueError(
+                    f"{name}, or inputs of its layer, hold NaN or infinity: did training diverge?"
+                )
+            try:
+                found = fit(weight, self.projections[name], *seconds, moments.frequencies)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            if found is None:
+                self.reasons[name] = f"{self.projections[name]} has no levels to choose from"
+            else:
+                weight.copy_(found)
+        self._project(name)
+        if bias is not None and moments.means is not None:
+            now, then = moments.means
+            shape = (len(now), -1, now.shape[1])
+            mean = (
+                before.view(shape) @ then[..., None] - weight.double().view(shape) @ now[..., None]
+            )
+            bias += mean.flatten().to(bias.dtype)
+
+    def _round_inputs(self, name: str, moments: Moments) -> None:
+        """Round the inputs of a weight's layer from now on, in the range that does it best."""
+        layer = self.module.get_submodule(name.rpartition(".")[0])
+        if self.bits is None or not isinstance(layer, QUANTIZED_INPUTS):
+            return
+        if moments.low == moments.high:
+            self.reasons[name] = "its inputs are zero in all data, and are not rounded"
+            return
+        if not hasattr(layer, QUANTIZER):
+            self.attached.append(layer)
+        quantizer = attach_quantizer(layer, self.bits)
+        quantizer.calibrate(moments.low, moments.high, moments.values)
+
+    # Forward passes.
+
+    def _survey(self) -> dict[Tensor, "_Use"]:
+        """Return the weights, and the means of batch-norms, in the order of their first use."""
+        layers = self.module.modules()
+        means = {getattr(layer, "running_mean", None) for layer in layers} - {None}
+        uses: dict[Tensor, _Use] = {}
+        last: tuple[Any, Any] = None, None
+
+        def before(function: Any, tensor: Tensor, named: Mapping[str, Any]) -> None:
+            if tensor in self.names or tensor in means:
+                use = uses.setdefault(tensor, _Use([0] * len(self.batches)))
+                use.calls[number] += 1
+                use.bias, use.variance = named.get("bias"), named.get("running_var")
+            if tensor in means and named["input"] is last[1] and last[0] in uses:
+                uses[last[0]].normed = True
+
+        def after(tensor: Tensor, output: Tensor) -> None:
+            nonlocal last
+            last = tensor, output
+
+        for number, (args, kwargs) in enumerate(self.batches):
+            try:
+                with Watch(before, after):
+                    self.module(*args, **kwargs)
+            except Exception as error:
+                raise ValueError(
+                    f"{type(self.module).__name__} cannot take batch {number} of data: {error}"
+                ) from error
+        return uses
+
+    def _feed(self, tensor: Tensor, calls: list[int], see: Moments | Statistics) -> None:
+        """Show all uses of a tensor; nothing after the last one of a batch is computed."""
+        name = self.names.get(tensor)
+        twin = self.original.get_parameter(name) if name is not None else None
+        originals: list[Tensor] = []
+        left = 0
+
+        def before_original(function: Any, used: Tensor, named: Mapping[str, Any]) -> None:
+            if used is twin:
+                originals.append(named["input"])
+                if len(originals) == left:
+                    raise _Reached
+
+        def before(function: Any, used: Tensor, named: Mapping[str, Any]) -> None:
+            nonlocal left
+            if used is tensor:
+                x = named["input"]
+                original = originals.pop(0) if originals else x
+                # Data may take another path through the compressed network.
+                see(function, used, named, original if original.shape == x.shape else x)
+                left -= 1
+                if not left:
+                    raise _Reached
+
+        for (args, kwargs), left in zip(self.batches, calls, strict=True):
+            if left:
+                originals.clear()
+                if twin is not None:
+                    with suppress(_Reached), Watch(before_original):
+                        self.original(*args, **kwargs)
+                with suppress(_Reached), Watch(before):
+                    self.module(*args, **kwargs)
+
+
+@dataclass
+class _Use:
+    """How a network uses a weight, or a batch-norm.
+
+    Args:
+        calls: Number of uses in each batch.
+        bias: What is added to the product.
+        variance: Running variance of a batch-norm.
+        normed: Whether a batch-norm takes the product.
+    """
+
+    calls: list[int]
+    bias: Any = None
+    variance: Any = None
+    normed: bool = False
+
+
+class _Reached(BaseException):
+    """Ends a forward pass; no module catches it by mistake."""
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Put all modules into evaluation mode for a while."""
+    modes = {layer: layer.training for layer in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for layer, training in modes.items():
+            layer.training = training

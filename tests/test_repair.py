@@ -1,0 +1,168 @@
+"""Repair: one-shot compression that is fitted to data, and a word on what cannot be fitted."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fitsmall.compressors import (
+    Block,
+    KMeans,
+    NofM,
+    Projection,
+    Quantize,
+    TopK,
+    Truncate,
+    compress,
+    restore,
+    save,
+)
+from fitsmall.compressors.surgery.quantizers import attach_quantizer
+
+
+class Net(nn.Module):
+    """Layers of many kinds: grouped, strided, dilated, padded in all ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(4, 16, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 16, 3, stride=2, padding="valid", groups=4)
+        self.conv3 = nn.Conv1d(16, 12, 3, padding="same", padding_mode="circular", dilation=2)
+        self.fc = nn.Linear(12, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv2(torch.relu(self.norm1(self.conv1(images))))
+        return self.fc(torch.relu(self.conv3(torch.relu(x).flatten(2))).mean(2))
+
+
+class Text(nn.Module):
+    """An embedding that also gives the outputs, and a position that no product uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(30, 16)
+        self.fc = nn.Linear(16, 16)
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, text: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = torch.tanh(self.fc(self.embedding(text)))
+        return nn.functional.linear(x, weight=self.embedding.weight)
+
+
+def net() -> Net:
+    """A network with the statistics of its data, as training leaves them."""
+    torch.manual_seed(0)
+    made = Net()
+    made.norm1.momentum = None
+    nn.init.uniform_(made.norm1.bias, -0.5, 0.5)
+    made(images())
+    return made.eval()
+
+
+def images() -> Tensor:
+    """Smooth images, whose pixels are as correlated as those of real ones."""
+    rough = torch.randn(64, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    return nn.functional.interpolate(rough, size=(9, 9), mode="bilinear")
+
+
+@torch.no_grad()
+def error(whole: nn.Module, compressed: nn.Module, inputs: Tensor) -> float:
+    expected, found = whole(inputs), compressed(inputs)
+    return float((expected - found).square().mean() / expected.var())
+
+
+@pytest.mark.parametrize(
+    "projection",
+    [
+        TopK(0.7),
+        TopK(0.5, NofM(2, 4)),
+        TopK(0.5, Block(2, 2)),
+        KMeans(8),
+        Quantize(4),
+        TopK(0.7) | KMeans(16),
+        TopK(0.7) | Quantize(4),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:compress. nothing makes up")
+def test_data_repair_what_a_projection_breaks(projection: Projection, tmp_path: Path) -> None:
+    whole, plain, fitted = net(), net(), net().train()
+    compress(plain, projection)
+    codes = compress(fitted, projection, data=[(images(), "labels")])
+    assert fitted.training
+    assert error(whole, fitted.eval(), images()) < 0.2 * error(whole, plain, images())
+    # Codes and module are what the projection allows, and so what the file holds.
+    for name, code in codes.items():
+        weight = fitted.get_parameter(name).detach()
+        assert torch.equal(code.decode(), weight)
+        assert torch.equal(projection.project(weight), weight)
+    save(tmp_path / "net", fitted.state_dict())
+    restored = restore(Net(), tmp_path / "net").eval()
+    assert torch.equal(restored(images()), fitted(images()))
+
+
+def test_what_cannot_be_fitted_is_named() -> None:
+    torch.manual_seed(0)
+    whole = Text()
+    plain, fitted = copy.deepcopy(whole), copy.deepcopy(whole)
+    text = torch.randint(20, (50, 8))  # ten rows are never read
+    with pytest.warns(UserWarning, match="nothing makes up .* data=loader"):
+        compress(plain, TopK(0.5))
+    plan: dict[str, Projection] = {"*": TopK(0.5), "fc": Truncate(8)}
+    with pytest.warns(UserWarning, match="as they are") as said:
+        compress(fitted, plan, data=[{"text": text[:20]}, {"text": text[20:]}])
+    (warning,) = said
+    assert "form='channels') has no levels to choose from)" in str(warning.message)
+    assert "unused.weight (no product of it with data was seen)" in str(warning.message)
+    assert "embedding" not in str(warning.message)
+    # Rows that are read often are worth more than others.
+    expected = whole(text)[..., :20]
+    losses = [(net(text)[..., :20] - expected).square().mean() for net in (fitted, plain)]
+    assert losses[0] < 0.7 * losses[1]
+
+
+def test_a_layer_with_equal_inputs_needs_one_of_them() -> None:
+    """Its weights make up for each other, and those of dead inputs are never kept."""
+    layer, rows = nn.Linear(4, 1, bias=False), torch.randn(100, 1) * torch.tensor([[1.0, 1, 1, 0]])
+    expected = layer(rows)
+    compress(layer, TopK(0.75), data=[rows])
+    torch.testing.assert_close(layer(rows), expected, rtol=0.05, atol=0)
+
+
+def test_bad_data_are_refused_and_leave_the_module_as_it_is() -> None:
+    module = net()
+    before = copy.deepcopy(module.state_dict())
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (images(), TypeError, "data is an iterable of batches, .* got a Tensor"),
+        (["text"], TypeError, "batch 0 of data is a str"),
+        (iter(()), ValueError, "no batch: .* used before"),
+        ([images()[:, :3]], ValueError, "Net cannot take batch 0 of data: .* channels"),
+        ([images(), images() * torch.nan], ValueError, r"conv1\.weight, or inputs .* NaN"),
+    ]
+    for data, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            compress(module, Quantize(8), data=data, activation_bits=8)
+    with pytest.raises(ValueError, match="activation_bits needs data"):
+        compress(module, Quantize(8), activation_bits=8)
+    assert module.state_dict().keys() == before.keys()
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_quantization_after_training_in_one_call(tmp_path: Path) -> None:
+    whole, quantized = net(), net()
+    compress(quantized, Quantize(8), data=[images()], activation_bits=8)
+    assert int(quantized.conv2.input_quantizer.bits) == 8
+    assert 0 < error(whole, quantized, images()) < 1e-3
+    save(tmp_path / "net", quantized.state_dict())
+    restored = restore(Net(), tmp_path / "net").eval()
+    assert torch.equal(restored(images()), quantized(images()))
+    # Fewer bits cut off outliers.
+    outliers = torch.cat([torch.rand(1, 1000), torch.full((1, 1), 20.0)], 1)
+    quantizer = attach_quantizer(nn.Linear(1, 1), 3)
+    quantizer.calibrate(0.0, 20.0, outliers)
+    assert 1 < quantizer(torch.tensor([30.0])) < 20
