@@ -4,7 +4,7 @@ FITSMALL_DATA=... python -m fitsmall.experiments.benchmarks.defaults
     [--networks cnn ...] [--pairs magnitude/lamp ...] [--seeds 3] [--output FILE]
 
 A CNN and a perceptron learn MNIST, a transformer and an LSTM the bytes of Python's standard
-library, for 600 steps each, of which the first 420 prune gradually. The table shows the loss on
+library, for 400 steps each, of which the first 280 prune gradually. The table shows the loss on
 held-out training data, mean over seeds, as a multiple of the best pair's in the same cell. No test
 data is used.
 """
@@ -28,19 +28,16 @@ from fitsmall.compressors.training import GradualPruning, Plan
 from fitsmall.experiments.data.sources import mnist
 from fitsmall.experiments.data.text import StandardLibrary
 from fitsmall.experiments.models.networks import MLP, LeNet5
-from fitsmall.experiments.models.transformer import Transformer
 
 __all__ = ["NETWORKS", "PAIRS", "main", "train"]
 
-STEPS = 600
+STEPS = 400
 SPARSITIES = (0.5, 0.8, 0.9)
 PAIRS = [
     *(("magnitude", allocation) for allocation in ("global", "uniform", "erk", "lamp")),
     *(("adam", allocation) for allocation in ("global", "lamp")),
     ("hessian", "global"),
     ("gradient", "global"),
-    ("movement", "global"),
-    ("random", "uniform"),
 ]
 
 Batch = tuple[Tensor, Tensor]
@@ -57,6 +54,26 @@ class LSTM(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         logits: Tensor = self.head(self.lstm(self.embedding(text))[0])
+        return logits
+
+
+class Transformer(nn.Module):
+    """A language model of bytes from torch's own layers, with their usual initial values."""
+
+    def __init__(self, width: int = 64, depth: int = 2, length: int = 64) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, width)
+        self.position = nn.Parameter(0.02 * torch.randn(length, width))
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width))
+        self.head = nn.Linear(width, 256)
+
+    def forward(self, text: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(text.shape[1])
+        x = self.blocks(self.embedding(text) + self.position, mask, is_causal=True)
+        logits: Tensor = self.head(x)
         return logits
 
 
@@ -93,7 +110,7 @@ def _texts(length: int = 64, held_out: int = 400) -> tuple[Batch, Batch]:
 NETWORKS = {
     "cnn": Task(LeNet5, _images, 1e-3),
     "perceptron": Task(lambda: MLP([784, 300, 100, 10]), _images, 1e-3),
-    "transformer": Task(lambda: Transformer(width=64, depth=2), _texts, 2e-3),
+    "transformer": Task(Transformer, _texts, 2e-3),
     "lstm": Task(LSTM, _texts, 5e-3),
 }
 
