@@ -165,7 +165,7 @@ def test_what_a_layer_multiplies_by_is_sparse() -> None:
         parametrizations.spectral_norm(nn.Linear(8, 8)),
         parametrizations.orthogonal(nn.Linear(8, 8)),
     )
-    plan = train(net, GradualPruning(0.75, allocation="uniform", stop=0.5))
+    plan = train(net, GradualPruning(0.75, "magnitude", "uniform", stop=0.5))
     assert [int((layer.weight == 0).sum()) for layer in net] == [48, 48, 0]
     reason = "its layer computes the weight from it by more than scaling"
     assert f"left out ({reason}): 2.parametrizations.weight.original;" in str(plan)
@@ -273,3 +273,12 @@ def test_low_coverage_warns(
     if warned:
         assert "position_embeddings.weight (50%: learned positions)" in text
         assert "add a second GradualPruning(include=['position_embeddings.weight'])" in text
+
+
+def test_a_layer_that_loses_nearly_everything_is_named(recwarn: pytest.WarningsRecorder) -> None:
+    net = nn.Sequential(nn.Linear(8, 400), nn.Linear(400, 8))
+    with torch.no_grad():
+        net[1].weight *= 1e-4
+    train(net, GradualPruning(0.6, "magnitude", stop=0.5))
+    text = "\n".join(str(warning.message) for warning in recwarn)
+    assert text.count("GradualPruning: 1.weight kept less than a hundredth of the average den") == 1

@@ -11,10 +11,12 @@ from torch.optim import Optimizer
 from fitsmall.compressors.allocation import Allocation, SetScores, as_allocation
 from fitsmall.compressors.criteria import Criterion, as_criterion
 from fitsmall.compressors.dtypes import INTEGERS
+from fitsmall.compressors.naming import abridged, grouped
 from fitsmall.compressors.prune import kept
 from fitsmall.compressors.schedules import Cubic, Schedule
 from fitsmall.compressors.select import match
 from fitsmall.compressors.structures import Structure, Unstructured, as_structure
+from fitsmall.compressors.training.messages import warn
 from fitsmall.compressors.training.optimizers import like_gradient
 from fitsmall.compressors.training.sharding import gather, local, shard
 from fitsmall.compressors.training.stage import Stage
@@ -42,7 +44,8 @@ class GradualPruning(Stage):
             ``gradient``, ``activation``, ``hessian``, ``adam``, ``movement`` or ``random``), a
             function ``(weight, statistics) -> score``, or a
             :class:`~fitsmall.compressors.Criterion` of a function and the statistics that it needs;
-            see :mod:`fitsmall.compressors.criteria`.
+            see :mod:`fitsmall.compressors.criteria`. The default compares layers of any scale;
+            a global threshold on magnitudes spares embeddings and empties other layers.
         allocation: How the sparsity is spread over tensors: a name (``global``, ``uniform``,
             ``erk`` or ``lamp``), or a function ``(scores by name, sparsity) -> number of kept sets
             by name``; by default ``global``. See :mod:`fitsmall.compressors.allocation`.
@@ -72,7 +75,7 @@ class GradualPruning(Stage):
         >>> from fitsmall.compressors.training import Plan
         >>> print(Plan([GradualPruning(0.9, stop=0.5)], nn.Linear(20, 10), horizon=1000))
         Compression plan of 210 parameters
-          GradualPruning: sparsity 0.9 (global magnitude), hard, steps 0 to 500
+          GradualPruning: sparsity 0.9 (global adam), hard, steps 0 to 500
             acts on 95.2 %:
               weight  200  95.2 %
           left out (a bias or a norm): bias; 4.8 %, 40 bytes
@@ -86,7 +89,7 @@ class GradualPruning(Stage):
     def __init__(
         self,
         sparsity: float | None = None,
-        criterion: str | Criterion | Callable[..., Tensor] = "magnitude",
+        criterion: str | Criterion | Callable[..., Tensor] = "adam",
         allocation: str | Allocation | Callable[..., Mapping[str, int]] | None = None,
         schedule: Schedule | None = None,
         start: float = 0.0,
@@ -129,6 +132,7 @@ class GradualPruning(Stage):
         self.allocation = as_allocation("global" if allocation is None else allocation)
         self.pruned_decay = pruned_decay
         self._coupling = coupling
+        self._sparse: set[str] = set()  # weights that a warning has named
         # Dimension along which a layer divides by norms, by the names of its weight.
         self._normed: dict[str, int] = {}
         self.statistics = Statistics(self.criterion.statistics)
@@ -300,6 +304,28 @@ class GradualPruning(Stage):
             if name in self._normed:
                 _keep_slices_(mask, weights[name], self._normed[name])
             self.masks[name] = _bits(shard(mask, self.selection.chosen[name]))
+        self._warn_of_sparse_layers(free, keep)
+
+    def _warn_of_sparse_layers(self, names: Sequence[str], keep: Mapping[str, int]) -> None:
+        """Warn, once, of layers whose density is below a hundredth of all layers' together."""
+        num_sets, kept_sets = {}, {}
+        for name in names:
+            matrices = self._matrices(name)
+            num_sets[name] = sum(map(self.structure.num_sets, matrices.values()))
+            kept_sets[name] = sum(keep[part] for part in matrices)
+        average = sum(kept_sets.values()) / max(1, sum(num_sets.values()))
+        sparse = [
+            name
+            for name in names
+            if kept_sets[name] < 0.01 * average * num_sets[name] and name not in self._sparse
+        ]
+        self._sparse.update(sparse)
+        if sparse:
+            warn(
+                f"GradualPruning: {abridged([pattern for pattern, _ in grouped(sparse)])} kept "
+                f"less than a hundredth of the average density of {average:.2g}: give them a "
+                "sparsity of their own with overrides, or choose another criterion or allocation"
+            )
 
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
         # On the bits, since a product with 0 would make -0 of negative weights.
@@ -334,7 +360,7 @@ class GradualPruning(Stage):
     # State.
 
     def reset(self) -> None:
-        self.masks = {}
+        self.masks, self._sparse = {}, set()
         self.statistics.reset()
 
     def choices(self) -> dict[str, Any]:
