@@ -93,6 +93,32 @@ class Subject(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-3)
 
 
+class AdversarialSubject(Subject):
+    """A generator and a discriminator that take turns, stepped by hand."""
+
+    def __init__(self, entry: Entry) -> None:
+        super().__init__(entry)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: dict[str, Any], _: int) -> None:  # type: ignore[override]
+        optimizers: Any = self.optimizers()
+        for sign, optimizer in zip((1, -1), optimizers, strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(sign * self(**batch).tanh().mean())
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        parts: Any = self.net
+        return [
+            torch.optim.Adam(part.parameters(), lr=1e-3)
+            for part in (parts.generator, parts.discriminator)
+        ]
+
+
+def _subject(entry: Entry) -> Subject:
+    return (AdversarialSubject if "GAN" in entry.family else Subject)(entry)
+
+
 class WrongError(Exception):
     """A check failed."""
 
@@ -126,7 +152,7 @@ def _trainer(
     entry: Entry, method: str, folder: Path
 ) -> tuple[pl.Trainer, Subject, list[Any], CompressedCheckpoint]:
     pl.seed_everything(0, verbose=False)
-    module, file = Subject(entry), CompressedCheckpoint(folder, coder="ans")
+    module, file = _subject(entry), CompressedCheckpoint(folder, coder="ans")
     batches = [dict(entry.batch()) for _ in range(STEPS)]
     trainer = pl.Trainer(
         max_epochs=1,
@@ -171,7 +197,7 @@ def _check(
     """
     if file.path is None:
         raise WrongError("no file was written")
-    fresh = restore(Subject(entry), file.path).eval()
+    fresh = restore(_subject(entry), file.path).eval()
     module.eval()
     for name, tensor in module.state_dict().items():
         if not same_bits(fresh.state_dict()[name], tensor):

@@ -328,6 +328,50 @@ class UNet(nn.Module):
         return image
 
 
+class Standardised(nn.Module):
+    """A convolution that standardises its weight in the forward pass, as in NFNets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 3, 3, 3))
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, std = self.weight.mean((1, 2, 3), True), self.weight.std((1, 2, 3), keepdim=True)
+        maps = nn.functional.conv2d(x, (self.weight - mean) / (std + 1e-5), padding=1).relu()
+        logits: Tensor = self.head(maps.mean((2, 3)))
+        return logits
+
+
+class Experts(nn.Module):
+    """A router and four fused experts, each token through the best one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 4)
+        self.up = nn.Parameter(0.2 * torch.randn(4, 24, 16))
+        self.down = nn.Parameter(0.2 * torch.randn(4, 16, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates, best = self.router(x).softmax(-1).max(-1)
+        hidden = torch.einsum("ni,noi->no", x, self.up[best]).relu()
+        outputs: Tensor = torch.einsum("ni,noi->no", hidden, self.down[best]) * gates[:, None]
+        return outputs
+
+
+class Adversaries(nn.Module):
+    """A generator and its discriminator, each with an optimizer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 16))
+        self.discriminator = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        judged: Tensor = self.discriminator(self.generator(x))
+        return judged
+
+
 def _words() -> Mapping[str, Any]:
     return {"x": torch.randint(0, 50, (4, 9))}
 
@@ -345,6 +389,9 @@ _add("Bags", "EmbeddingBag", Bags, _words)
 _add("Attention", "nn.Transformer", Attention, _words)
 _add("WeightNormed", "Weight norm", WeightNormed, lambda: {"x": torch.randn(4, 8, 16)})
 _add("UNet", "U-Net", UNet, _images(16))
+_add("Standardised", "Weight standardisation", Standardised, _images(12))
+_add("Experts", "Mixture of experts", Experts, lambda: {"x": torch.randn(12, 16)})
+_add("Adversaries", "GAN, manual optimization", Adversaries, lambda: {"x": torch.randn(12, 8)})
 
 
 # ------------------------------------------------------------------------- graphs, adapters, demos
