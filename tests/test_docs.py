@@ -114,7 +114,7 @@ def test_the_one_shot_snippet_has_its_warning(page: Path) -> None:
     """It ruins a trained network, unless it is fine-tuned."""
     text = TEXTS[page]
     for found in re.finditer(r"^ *compress\(", text, re.MULTILINE):
-        assert "9.5" in text[max(0, found.start() - 1000) : found.end() + 1000]
+        assert "86.6" in text[max(0, found.start() - 1000) : found.end() + 1000]
 
 
 def test_the_readme_is_short() -> None:
