@@ -77,6 +77,8 @@ class Statistics:
             parameters: All parameters of the module by name.
         """
         self._parameters = parameters
+        # Layers that were replaced are gone.
+        self._own = {name: own for name, own in self._own.items() if name in parameters}
         if "input_norm" in self.needed:
             self._norms = {
                 name: InputNorm(module.get_submodule(selection.forms[name].layer), weight)

@@ -358,7 +358,7 @@ def accepts(path: Path, limit: int | None = LIMIT) -> bool:
     )
     accepted = []
     for read in readers:
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             read()
             accepted.append(True)
@@ -367,9 +367,9 @@ def accepts(path: Path, limit: int | None = LIMIT) -> bool:
             if type(error) is not ValueError or str(path) not in message or "\n" in message:
                 raise RuntimeError(f"refused by {error!r}") from error
             accepted.append(False)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         if seconds > SECONDS + SECONDS_PER_BYTE * path.stat().st_size:
-            raise RuntimeError(f"reading took {seconds:.1f} seconds")
+            raise RuntimeError(f"reading took {seconds:.1f} seconds of the processor")
     return all(accepted[:3])
 
 
