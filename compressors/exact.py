@@ -39,7 +39,7 @@ def exact(tensor: Tensor) -> Code:
     kept = int(mask.count_nonzero())  # a sum would make integers of all
     levels = _levels(bits.flatten(), limit=min(MAX_LEVELS, kept // 2))
     integers = _integers(tensor)
-    if integers is not None and (levels is None or _is_smaller(integers, len(levels))):
+    if integers is not None and _is_smaller(integers, kept, levels):
         return integers
     if levels is not None:
         codebook, order = levels.view(tensor.dtype).sort(stable=True)
@@ -63,6 +63,8 @@ def _integers(tensor: Tensor) -> Integer | None:
     layouts = [[rows, 1, *one], [1, columns, *one]]
     groups = [n for n in range(columns // 2, _SMALLEST_GROUP - 1, -1) if columns % n == 0]
     layouts += [[rows, columns // group, *one] for group in groups]
+    if len(others) == 1:  # fused experts, a matrix each, with outputs first or last
+        layouts += [[rows, columns, 1], [rows, 1, *others]]
     for blocks in layouts:
         count = math.prod(blocks)
         # In most tensors the first block shows already that there is no grid.
@@ -75,10 +77,17 @@ def _integers(tensor: Tensor) -> Integer | None:
     return None
 
 
-def _is_smaller(code: Integer, levels: int) -> bool:
-    """Whether integers and their scales take less than indexes and a codebook of ``levels``."""
-    saved = math.log2(max(1, levels)) - math.log2(max(1, sum(code.bounds)))
-    return code.integers.numel() * saved + 16 * levels > 16 * code.scales.shape.numel()
+def _is_smaller(code: Integer, kept: int, levels: Tensor | None) -> bool:
+    """Whether integers and their scales take less than indexes and a codebook of ``levels``.
+
+    Where there is none, as of few weights, these would be stored as floats.
+    """
+    integer, scales = math.log2(max(1, sum(code.bounds))), code.scales.shape.numel()
+    if levels is None:
+        width = 8 * code.scales.dtype.itemsize
+        return kept * integer + width * scales < kept * width
+    saved = math.log2(max(1, len(levels))) - integer
+    return code.integers.numel() * saved + 16 * len(levels) > 16 * scales
 
 
 def _levels(bits: Tensor, limit: int) -> Tensor | None:

@@ -114,6 +114,9 @@ def test_exact_finds_the_code_that_made_a_tensor_small() -> None:
     assert isinstance(pruned, Sparse)
     assert isinstance(pruned.values, Dense)
     assert isinstance(exact(KMeans(8).project(raw)), Lookup)
+    single = torch.zeros(256, 64)  # a scale for each row would take 1,024 bytes
+    single[0, 0] = 0.3
+    assert exact(single).bits() < 500
     both = exact((TopK(0.9) | KMeans(8)).project(raw))
     assert isinstance(both, Sparse)
     assert isinstance(both.values, Lookup)

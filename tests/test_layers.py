@@ -158,6 +158,19 @@ def test_every_kind_of_layer(layer: str, tmp_path: Path) -> None:
     assert torch.equal(fresh.eval()(x), module(x))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_file_of_quantized_experts_is_small(transposed: bool, tmp_path: Path) -> None:
+    """Eight experts of 64 x 64 with four bits each: half a byte a weight, and scales."""
+    module = Experts(transposed)
+    module.up = nn.Parameter(torch.randn(8, 64, 64))
+    Plan([stage := QuantizationAwareTraining(4, None)], module)
+    stage.choose({"up": module.up.detach()}, strength=1.0)
+    with torch.no_grad():
+        stage.project_("up", module.up, strength=1.0)
+    size = save(tmp_path / "file", {"up": module.up.detach()})
+    assert size < 8 * 64 * 64 // 2 + 8 * 64 * 2 + 200
+
+
 def test_what_a_layer_multiplies_by_is_sparse() -> None:
     """Weight norm and spectral norm keep zeros; an orthogonal weight is left out and said so."""
     net = nn.Sequential(
