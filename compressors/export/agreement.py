@@ -68,7 +68,7 @@ def agreement_of(expected: Sequence[Tensor], found: Sequence[Tensor]) -> Agreeme
     return Agreement(worst, least.equal, least.decided, least.examples)
 
 
-def sensitivity(module: nn.Module, arguments: Arguments) -> float:
+def sensitivity(module: nn.Module, arguments: Arguments, expected: Sequence[Tensor]) -> float:
     """Return the difference of a module's outputs from those with noise before its quantizers.
 
     Noise is uniform, up to 1e-4 of the range of a quantizer. A value that it moves to the next
@@ -78,8 +78,8 @@ def sensitivity(module: nn.Module, arguments: Arguments) -> float:
     Args:
         module: Module with quantizers of inputs.
         arguments: Arguments of its forward.
+        expected: Outputs without noise.
     """
-    expected = outputs_of(module, arguments)
     generator = torch.Generator().manual_seed(0)
 
     def add_noise(quantizer: ActivationQuantizer, inputs: tuple[Tensor]) -> tuple[Tensor]:

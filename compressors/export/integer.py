@@ -62,9 +62,13 @@ def to_integers_(module: nn.Module, bits: int = 8) -> list[str]:
         layer.largest = quantizer.high * int(integers.abs().max())
         detach_quantizer(layer)
         layer.register_forward_pre_hook(_round_input, with_kwargs=True)
-        # Whoever reads the weight gets that of the integers.
-        del layer.weight
-        kind = type(layer)
+        # Whoever reads the weight gets that of the integers. Copies share the class of a layer with
+        # parametrizations, which therefore stays as it is.
+        kind = parametrize.type_before_parametrizations(layer)
+        if parametrize.is_parametrized(layer):
+            del layer.parametrizations
+        else:
+            del layer.weight
         layer.__class__ = type(kind.__name__, (kind,), {"weight": property(_dequantized)})
         names.append(name)
     return names
@@ -75,10 +79,10 @@ def _integers_of(layer: Any, highest: int) -> tuple[int, Tensor, Tensor] | None:
 
     A channel with integers above ``highest`` is rounded, with a larger scale. With weight norm and
     other parametrizations that scale each output channel, integers are those of the tensor that is
-    scaled; the parametrization is removed.
+    scaled.
     """
     own = [name for name in _WEIGHTS if name in dict(layer.named_parameters())]
-    if not own:
+    if not own or parametrize.is_parametrized(layer, "bias"):
         return None
     latent, weight = layer.get_parameter(own[0]), layer.weight
     form = matrices_of(layer, own[0])
@@ -92,7 +96,6 @@ def _integers_of(layer: Any, highest: int) -> tuple[int, Tensor, Tensor] | None:
         factors = ((rows * levels).sum(1) / levels.square().sum(1)).nan_to_num(0.0)
         if not torch.allclose(levels * factors[:, None], rows, atol=0.0):
             return None
-        parametrize.remove_parametrizations(layer, "weight")
         scales = scales * factors.abs()
         integers = integers * factors.sign().to(torch.int8)[:, None]
     excess = (integers.abs().amax(1) / highest).clamp_min(1.0)
@@ -159,7 +162,8 @@ def add_biases_after_(module: nn.Module) -> None:
             continue
         spatial = [1] * (layer.integers.dim() - 2)
         layer.register_buffer("offset", layer.bias.detach().view(-1, *spatial))
-        layer.bias = None
+        # Conv1D always adds its bias.
+        layer.bias = nn.Parameter(torch.zeros_like(layer.bias)) if is_conv1d(layer) else None
         layer.register_forward_hook(_add_bias)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fitsmall.compressors.export.agreement import Agreement, agreement_of, sensitivity
 from fitsmall.compressors.export.engines import ENGINES, session
@@ -117,7 +117,7 @@ def export_onnx(
         )
     if unknown := [engine for engine in engines if engine not in ENGINES]:
         raise ValueError(f"unknown engine {unknown[0]!r}, choose among {', '.join(ENGINES)}")
-    rounding = copy.deepcopy(module).cpu().float().eval()
+    rounding = _copied(module)
     quantized = copy.deepcopy(rounding)
     integer = to_integers_(quantized, weight_bits)
     if not integer:
@@ -129,7 +129,14 @@ def export_onnx(
         )
     arguments = Arguments.of(examples)
     expected = outputs_of(rounding, arguments)
-    tolerance = max(_TOLERANCE, 2 * sensitivity(rounding, arguments))
+    if not expected:
+        raise ValueError(f"the forward of {type(module).__name__} returns no tensors to compare")
+    if not agreement_of(expected, outputs_of(rounding, arguments)).difference < _EXACT:
+        raise ValueError(
+            f"{path} was not written, since the forward of {type(module).__name__} returns NaN, or "
+            "other outputs each time: it must depend on nothing but its inputs"
+        )
+    tolerance = max(_TOLERANCE, 2 * sensitivity(rounding, arguments, expected))
     floats = outputs_of(float_copy(quantized), arguments)
     fold_norms_(quantized, arguments)
     folded = outputs_of(float_copy(quantized), arguments)
@@ -139,32 +146,48 @@ def export_onnx(
             "the outputs: please report this"
         )
     layers = {name for name, layer in quantized.named_modules() if has_weight(layer)}
-    add_biases_after_(quantized)
+    separate = copy.deepcopy(quantized)
+    add_biases_after_(separate)
+    if agreement_of(folded, outputs_of(float_copy(separate), arguments)).difference < _EXACT:
+        quantized = separate  # else a bias is read by others too
     path = Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "made.onnx"
         write_onnx(quantized, made, examples, opset)
-        names, threads = arguments.names(quantized), torch.get_num_threads()
-        agreement, failures = {}, []
-        for engine in engines:
-            try:
-                run = session(engine, made, threads, names=names)
-                found = agreement_of(expected, run(arguments.tensors))
-            except ImportError:  # Export.table says so
-                continue
-            except Exception as error:  # noqa: BLE001  each engine has its own classes
-                failures.append(f"{engine} cannot run it: {cause_of(error)}")
-                continue
-            if found.difference < tolerance and found.equal >= _AGREEMENT:
-                agreement[engine] = found
-                continue
-            failures.append(f"in {engine} {found}, where {tolerance:.2g} is tolerated")
+        names = arguments.names(quantized)
+        agreement, failures = _run(engines, made, names, arguments, expected, tolerance)
         if failures:
             remedy = _remedy(list(agreement), "cannot run it" in failures[0], weight_bits)
             raise ValueError(f"{path} was not written, since {failures[0]}. {remedy}")
         os.replace(made, path)
     floating = tuple(sorted(layers - set(integer)))
     return Export(path, path.stat().st_size, tuple(integer), floating, agreement)
+
+
+def _run(
+    engines: Sequence[str],
+    file: Path,
+    names: Sequence[str],
+    arguments: Arguments,
+    expected: Sequence[Tensor],
+    tolerance: float,
+) -> tuple[dict[str, Agreement], list[str]]:
+    """Return the agreement of engines that agree, and what is wrong in each of the others."""
+    agreement, failures = {}, []
+    for engine in engines:
+        try:
+            run = session(engine, file, torch.get_num_threads(), names=names)
+            found = agreement_of(expected, run(arguments.tensors))
+        except ImportError:  # Export.table says so
+            continue
+        except Exception as error:  # noqa: BLE001  each engine has its own classes
+            failures.append(f"{engine} cannot run it: {cause_of(error)}")
+            continue
+        if found.difference < tolerance and found.equal >= _AGREEMENT:
+            agreement[engine] = found
+        else:
+            failures.append(f"in {engine} {found}, where {tolerance:.2g} is tolerated")
+    return agreement, failures
 
 
 def _remedy(agree: list[str], unread: bool, weight_bits: int) -> str:
@@ -179,7 +202,19 @@ def _remedy(agree: list[str], unread: bool, weight_bits: int) -> str:
         return f"For a file that is run in {' and '.join(agree)} alone, pass {words}."
     if unread:
         return "Export the part of the network without the operators that it names."
-    return "The forward must depend on nothing but its inputs."
+    return "Train with more bits or for longer, so that rounding moves its outputs less."
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """Return a copy in float32 on the CPU, in evaluation mode."""
+    # Layers with the old weight norm hold a weight that was computed, which has a gradient.
+    computed = {
+        id(value): value.detach()
+        for layer in module.modules()
+        for value in vars(layer).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(module, computed).cpu().float().eval()
 
 
 def _no_operator(cause: str) -> str:
@@ -236,7 +271,6 @@ def _quietly() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
-            warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -256,7 +290,7 @@ def unquantized(module: nn.Module, examples: Examples) -> nn.Module:
         module: Quantized module; it stays as it is.
         examples: Inputs with examples in the first dimension, as for :func:`export_onnx`.
     """
-    quantized = copy.deepcopy(module).cpu().float().eval()
+    quantized = _copied(module)
     to_integers_(quantized)
     fold_norms_(quantized, Arguments.of(examples))
     return float_copy(quantized)

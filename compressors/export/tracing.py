@@ -4,6 +4,7 @@ import inspect
 import logging
 import os
 import traceback
+import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -126,26 +127,34 @@ def trace(
     Raises:
         ValueError: The forward cannot be traced.
     """
+    positional, named = arguments.positional, arguments.named
+    if dynamic and len(arguments) == 1:  # of one example, torch makes a graph for one alone
+        positional = tuple(torch.cat([x, x]) for x in positional)
+        named = {name: torch.cat([x, x]) for name, x in named.items()}
     size: Any = {0: torch.export.Dim("batch")} if dynamic else None
-    shapes = tuple(size for _ in arguments.positional), dict.fromkeys(arguments.named, size)
-    inputs = arguments.positional, arguments.named
+    shapes = tuple(size for _ in positional), dict.fromkeys(named, size)
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with redirect_stderr(StringIO()):  # before it raises an error, torch prints the graph
-            return torch.export.export(_Traced(module), inputs, dynamic_shapes=shapes, strict=False)
+        # Before it raises an error, torch prints the graph. The old weight norm sets an attribute.
+        with redirect_stderr(StringIO()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")
+            return torch.export.export(
+                _Traced(module), (positional, named), dynamic_shapes=shapes, strict=False
+            )
     except Exception as error:
-        remedy = (
-            "Its shapes must follow from those of the inputs, for any number of examples from 2 on."
-            if dynamic
-            else "Its control flow must not depend on values of tensors: use torch.where or "
-            "torch.cond, or export the part of the network without it."
-        )
+        if str(error).startswith("Constraints violated"):
+            raise ValueError(
+                f"the forward of {type(module).__name__} is for {len(arguments)} examples alone: "
+                "derive shapes from those of the inputs, as in x.reshape(len(x), -1)"
+            ) from error
         place = _place(error)
         raise ValueError(
             f"the forward of {type(module).__name__} cannot be traced"
-            f"{f', {place}' if place else ''}: {cause_of(error)}. {remedy}"
+            f"{f', {place}' if place else ''}: {cause_of(error)}. Its control flow and its shapes "
+            "must not depend on values of tensors: use torch.where or torch.cond, or export the "
+            "part of the network without it."
         ) from error
     finally:
         logger.setLevel(level)
