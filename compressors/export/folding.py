@@ -87,7 +87,8 @@ def _followed_by_norms(module: nn.Module, arguments: Arguments) -> list[tuple[st
         # Batch-norm acts on the second dimension, and the outputs of a Linear are the last.
         second = not isinstance(before, nn.Linear) or read.meta["val"].dim() == 2
         grouped = isinstance(before, TRANSPOSED) and before.groups > 1
-        once = readers[getattr(weight, "name", "")] == 1 == calls[mean]
+        own = [node.name for node in source.args[1:3] if hasattr(node, "name")]  # weight, bias
+        once = all(readers[name] == 1 for name in own) and calls[mean] == 1
         once = once and len(_readers(source)) == len(read.users) == 1
         fits = hasattr(before, "integers") and mean and once and second and not grouped
         if fits and _is_norm_and_rest(layers[after], read.meta["val"].shape):

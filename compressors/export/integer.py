@@ -17,7 +17,7 @@ from fitsmall.compressors.surgery.quantizers import QUANTIZER, detach_quantizer
 from fitsmall.compressors.torch_internals import remove_forward_pre_hook
 from fitsmall.compressors.weights import TRANSPOSED, is_conv1d, matrices_of
 
-__all__ = ["OPSET", "add_biases_after_", "float_copy", "has_weight", "to_integers_"]
+__all__ = ["OPSET", "add_biases_after_", "can_be_integer", "float_copy", "to_integers_"]
 
 # The oldest opset of ONNX with a scale for each channel in DequantizeLinear.
 OPSET = 13
@@ -28,7 +28,7 @@ _WEIGHTS = ("weight", "parametrizations.weight.original1", "parametrizations.wei
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
-def has_weight(layer: nn.Module) -> bool:
+def can_be_integer(layer: nn.Module) -> bool:
     """Return whether a layer is of a kind that can compute with integers."""
     return isinstance(layer, _LAYERS) or is_conv1d(layer)
 
@@ -44,7 +44,7 @@ def to_integers_(module: nn.Module, bits: int = 8) -> list[str]:
     layer: Any
     for name, layer in module.named_modules():
         quantizer = getattr(layer, QUANTIZER, None)
-        if not has_weight(layer) or quantizer is None or not quantizer.active:
+        if not can_be_integer(layer) or quantizer is None or not quantizer.active:
             continue
         found = _integers_of(layer, 2 ** (bits - 1) - 1)
         if found is None:

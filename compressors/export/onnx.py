@@ -19,8 +19,8 @@ from fitsmall.compressors.export.folding import fold_norms_
 from fitsmall.compressors.export.integer import (
     OPSET,
     add_biases_after_,
+    can_be_integer,
     float_copy,
-    has_weight,
     to_integers_,
 )
 from fitsmall.compressors.export.tracing import (
@@ -145,7 +145,7 @@ def export_onnx(
             f"{path} was not written, since folding batch-norm into the layers before it changed "
             "the outputs: please report this"
         )
-    layers = {name for name, layer in quantized.named_modules() if has_weight(layer)}
+    layers = {name for name, layer in quantized.named_modules() if can_be_integer(layer)}
     separate = copy.deepcopy(quantized)
     add_biases_after_(separate)
     if agreement_of(folded, outputs_of(float_copy(separate), arguments)).difference < _EXACT:
