@@ -16,8 +16,8 @@ __all__ = [
     "PRIVATE",
     "TESTED",
     "Private",
-    "clear_forward_pre_hooks",
     "has_forward_pre_hook",
+    "has_vnni",
     "is_there",
     "map_tensors",
     "move_hooks",
@@ -123,12 +123,6 @@ def remove_forward_pre_hook(layer: nn.Module, hook: Callable[..., Any]) -> None:
         layer._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def clear_forward_pre_hooks(layer: nn.Module) -> None:
-    """Remove all forward pre-hooks of a layer."""
-    layer._forward_pre_hooks.clear()
-    layer._forward_pre_hooks_with_kwargs.clear()
-
-
 def move_hooks(layer: nn.Module, successor: nn.Module) -> None:
     """Give a successor a layer's hooks: the same dictionaries, so that handles stay valid."""
     for hooks in _HOOKS:
@@ -161,6 +155,14 @@ def probe_of(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Paramete
     probe.param_groups = [{**group, "params": [parameter]}]
     probe.state = type(optimizer.state)(dict)
     return probe
+
+
+# The processor.
+
+
+def has_vnni() -> bool:
+    """Return whether the processor adds products of 8-bit integers in 32 bits (VNNI)."""
+    return bool(getattr(torch.cpu, "_is_vnni_supported", lambda: True)())
 
 
 # Nested inputs and outputs.

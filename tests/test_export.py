@@ -7,41 +7,20 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from exporting import GENERATOR, operators, quantized, worst
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from fitsmall.callbacks import QuantizationAwareTraining
 from fitsmall.compressors import Quantize, compress
-from fitsmall.compressors.export.engines import ENGINES, session
-from fitsmall.compressors.export.onnx import Agreement, Export, export_onnx
+from fitsmall.compressors.export.agreement import Agreement, agreement_of, sensitivity
+from fitsmall.compressors.export.engines import ENGINES, Run, session
+from fitsmall.compressors.export.onnx import export_onnx
+from fitsmall.compressors.export.tracing import Arguments, outputs_of
 from fitsmall.compressors.surgery.quantizers import attach_quantizer
 from fitsmall.experiments.cli.main import main
 from fitsmall.experiments.models.networks import ResNet
 from training import IMAGES, Net, fit
-
-GENERATOR = torch.Generator().manual_seed(0)
-
-
-def quantized(net: nn.Module, inputs: tuple[Tensor, ...], bits: int) -> nn.Module:
-    """A network with random norms, of both signs, and quantizers that have seen inputs.
-
-    Weights have 7 bits at most, with which no processor's sums saturate.
-    """
-    for norm in net.modules():
-        if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
-            for parameter in norm.parameters():
-                nn.init.normal_(parameter, generator=GENERATOR)
-    layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-    quantizers = [attach_quantizer(m, bits) for m in net.modules() if isinstance(m, layers)]
-    for quantizer in quantizers:
-        quantizer.observing = True
-    net.train()(*inputs)
-    for quantizer in quantizers:
-        quantizer.commit()
-        quantizer.observing, quantizer.active = False, True
-    transposed = [n for n, m in net.named_modules() if isinstance(m, nn.ConvTranspose2d)]
-    bits = min(bits, 7)
-    compress(net, {"*": Quantize(bits)} | {n: Quantize(bits, axis=1) for n in transposed})
-    return net.eval()
 
 
 class Up(nn.Module):
@@ -60,17 +39,6 @@ class Up(nn.Module):
         x = torch.relu(self.norm2(self.up(torch.relu(self.norm1(self.down(x))))))
         y = self.last(x)
         return self.norm3(y) + y
-
-
-def worst(found: Export) -> Agreement:
-    """Over the engines, both of which have run it."""
-    assert found.agreement.keys() == {"onnxruntime", "OpenVINO"}
-    each = found.agreement.values()
-    return Agreement(max(a.difference for a in each), min(a.equal for a in each))
-
-
-def operators(path: Path) -> list[str]:
-    return [node.op_type for node in onnx.load(path).graph.node]
 
 
 def test_a_residual_network_is_all_integers(tmp_path: Path) -> None:
@@ -115,11 +83,12 @@ def test_a_run_is_exported_from_the_command_line(
     words = ["callbacks=[quantize]", "callbacks.quantize.weight_bits=7", "reference=false"]
     words += ["trainer.max_epochs=2", "trainer.enable_progress_bar=false", "hydra.run.dir=run"]
     main(["train", *words])
-    main(["export", "run"])
+    main(["export", "run", "--weight-bits", "7", "--engines", "onnxruntime", "OpenVINO"])
     told = capsys.readouterr().out
     assert "integer layers: 3 (net.fc1, net.fc2, net.fc3)" in told
     for engine in ("onnxruntime", "OpenVINO"):
-        assert f"{engine} against the module, on 360 examples: 100.00 % of the predic" in told
+        assert f"{engine} against the module: outputs differ by 0.0" in told
+    assert told.count("of 360 examples") == told.count("100.00 % of their predictions are") == 2
     assert operators(tmp_path / "run" / "model.onnx").count("QuantizeLinear") == 3
 
 
@@ -197,6 +166,59 @@ def test_inputs_and_outputs_keep_their_order(tmp_path: Path) -> None:
         assert (right.shape, left.shape) == ((3, 4), (3, 5))
 
 
+def test_the_remedy_for_an_engine_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 6, generator=GENERATOR)
+    net = quantized(nn.Sequential(nn.Linear(6, 6)), (x,), 8)
+    compress(net, Quantize(8))
+    run, path = ENGINES["OpenVINO"][0], tmp_path / "net.onnx"
+
+    def saturating(file: str, *settings: Any) -> Run:
+        inner = run(file, *settings)
+        weights = [numpy_helper.to_array(t) for t in onnx.load(file).graph.initializer]
+        if max(abs(w.astype(int)).max() for w in weights if w.dtype == "int8") <= 63:
+            return inner
+        return lambda inputs: [y.clamp_max(0.1) for y in inner(inputs)]
+
+    monkeypatch.setitem(ENGINES, "OpenVINO", (saturating, "openvino"))
+    with pytest.raises(ValueError, match=r"OpenVINO outputs differ .*pass engines=\['onnxruntime'"):
+        export_onnx(net, path, x)
+    assert export_onnx(net, path, x, engines=["onnxruntime"]).agreement.keys() == {"onnxruntime"}
+    monkeypatch.setattr("fitsmall.compressors.export.onnx.has_vnni", lambda: False)
+    with pytest.raises(
+        ValueError, match=r"no VNNI, .* export with weight_bits=7 \(--weight-bits 7"
+    ):
+        export_onnx(net, path, x)
+    found = export_onnx(net, path, x, weight_bits=7)
+    assert 1e-4 < worst(found).difference < 0.02
+    monkeypatch.setattr("fitsmall.compressors.export.onnx.sensitivity", lambda *_: 1.0)
+    assert worst(export_onnx(net, path, x)).difference > 0.2
+
+
+def test_a_network_is_as_sensitive_as_its_rounding() -> None:
+    x = torch.tensor([[0.0, 1.0], [0.5, 1.0]])  # of the levels 0, 1/3, 2/3 and 1
+    net = nn.Sequential(nn.Linear(2, 1, bias=False))
+    nn.init.ones_(net[0].weight)
+    quantizer = attach_quantizer(net[0], 2)
+    quantizer.log_scale.fill_(1 / 3).log_()
+    quantizer.active = True
+    arguments = Arguments.of(x)
+    with torch.no_grad():
+        expected = outputs_of(net, arguments)
+        assert sensitivity(net, Arguments.of(x[:1]), [expected[0][:1]]) == 0.0
+        assert sensitivity(net, arguments, expected) == pytest.approx(0.2)
+
+
+def test_differences_are_compared_by_scale_and_predictions_by_margin() -> None:
+    inf = float("inf")
+    mine = torch.tensor([[4.0, 0.0, -inf], [0.5, 0.4, -inf]])
+    found = agreement_of([mine, mine > 0], [mine + torch.tensor([[0.0], [0.2]]), mine > 0])
+    assert found == Agreement(pytest.approx(0.05), 1.0, 1, 2)
+    swapped = agreement_of([mine], [mine[:, [1, 0, 2]]])
+    assert (swapped.difference, swapped.decided) == (1.0, 0)
+    assert str(swapped).endswith("of 2 examples 0 have a margin above that")
+
+
 def test_weights_of_seven_bits_never_saturate(tmp_path: Path) -> None:
     # Two products of 8 bits, 2 * 127 * 255, are more than the 16 bits in which processors without
     # VNNI add them.
@@ -215,7 +237,7 @@ def test_an_engine_that_is_missing_is_named(
     monkeypatch.setitem(sys.modules, "openvino", None)
     found = export_onnx(module, tmp_path / "net.onnx", IMAGES)
     assert found.agreement.keys() == {"onnxruntime"}
-    told = found.table(len(IMAGES))
+    told = found.table()
     assert "\nOpenVINO: not verified, pip install -e '.[openvino]'" in told
     with pytest.raises(ImportError, match=r"OpenVINO is missing: pip install -e '\.\[openvino"):
         session("OpenVINO", tmp_path / "net.onnx", threads=1)

@@ -10,70 +10,123 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fitsmall.compressors.lattice import blocked, lattice, unblocked
 from fitsmall.compressors.surgery.quantizers import QUANTIZER, detach_quantizer
-from fitsmall.compressors.torch_internals import clear_forward_pre_hooks
-from fitsmall.compressors.weights import TRANSPOSED, matrices_of
+from fitsmall.compressors.torch_internals import remove_forward_pre_hook
+from fitsmall.compressors.weights import TRANSPOSED, is_conv1d, matrices_of
 
-__all__ = ["LAYERS", "OPSET", "add_biases_after_", "float_copy", "to_integers_"]
+__all__ = ["OPSET", "add_biases_after_", "can_be_integer", "float_copy", "to_integers_"]
 
 # The oldest opset of ONNX with a scale for each channel in DequantizeLinear.
 OPSET = 13
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+# Names of the parameter with a layer's levels, plain and under parametrizations.
+_WEIGHTS = ("weight", "parametrizations.weight.original1", "parametrizations.weight.original")
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
-def to_integers_(module: nn.Module) -> list[str]:
-    """Replace quantized weights by integers in layers with quantized inputs; return their names."""
+def can_be_integer(layer: nn.Module) -> bool:
+    """Return whether a layer is of a kind that can compute with integers."""
+    return isinstance(layer, _LAYERS) or is_conv1d(layer)
+
+
+def to_integers_(module: nn.Module, bits: int = 8) -> list[str]:
+    """Replace quantized weights by integers in layers with quantized inputs; return their names.
+
+    Args:
+        module: Module, which is changed in place.
+        bits: Most bits of a weight: channels of more are rounded to this many.
+    """
     names = []
+    layer: Any
     for name, layer in module.named_modules():
         quantizer = getattr(layer, QUANTIZER, None)
-        if not isinstance(layer, LAYERS) or quantizer is None or not quantizer.active:
+        if not can_be_integer(layer) or quantizer is None or not quantizer.active:
             continue
-        blocks = matrices_of(layer, "weight").scale_shape(layer.weight.shape, "channel")
-        found = lattice(blocked(layer.weight, blocks))
+        found = _integers_of(layer, 2 ** (bits - 1) - 1)
         if found is None:
             continue
-        scales, integers = found
-        shape = layer.weight.shape
-        del layer.weight
+        axis, scales, integers = found
         layer.register_buffer("scales", torch.where(scales > 0, scales, 1.0))
-        layer.register_buffer("integers", unblocked(integers, blocks, shape).contiguous())
+        layer.register_buffer("integers", integers)
+        layer.output_axis = axis
         scale, zero = quantizer.log_scale.exp(), quantizer.zero_point
         layer.register_buffer("input_scale", scale.clone())
         layer.register_buffer("input_zero", zero.round().to(torch.uint8))
         # ONNX has 8 bits: clipping leaves the levels of fewer bits, with the same scale.
         clip = float(-zero * scale), float((quantizer.high - zero) * scale)
-        layer.clip = clip if quantizer.high < 255 else None  # type: ignore[assignment]
+        layer.clip = clip if quantizer.high < 255 else None
         layer.largest = quantizer.high * int(integers.abs().max())
         detach_quantizer(layer)
-        layer.register_forward_pre_hook(_dequantize, with_kwargs=True)
+        layer.register_forward_pre_hook(_round_input, with_kwargs=True)
+        # Whoever reads the weight gets that of the integers. Copies share the class of a layer with
+        # parametrizations, which therefore stays as it is.
+        kind = parametrize.type_before_parametrizations(layer)
+        if parametrize.is_parametrized(layer):
+            del layer.parametrizations
+        else:
+            del layer.weight
+        layer.__class__ = type(kind.__name__, (kind,), {"weight": property(_dequantized)})
         names.append(name)
     return names
 
 
-def _dequantize(
-    layer: Any, inputs: tuple[Any, ...], named: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Set a layer's weight, and return its input, as ONNX's operators compute them."""
-    symbolic: Any = torch.onnx.ops.symbolic
-    axis = int(isinstance(layer, TRANSPOSED))
-    weight, x = layer.integers, inputs[0] if inputs else named.pop("input")
-    layer.weight = symbolic(
+def _integers_of(layer: Any, highest: int) -> tuple[int, Tensor, Tensor] | None:
+    """Return output dimension, scales and integers of a layer's weight, or None if it has none.
+
+    A channel with integers above ``highest`` is rounded, with a larger scale. With weight norm and
+    other parametrizations that scale each output channel, integers are those of the tensor that is
+    scaled.
+    """
+    own = [name for name in _WEIGHTS if name in dict(layer.named_parameters())]
+    if not own or parametrize.is_parametrized(layer, "bias"):
+        return None
+    latent, weight = layer.get_parameter(own[0]), layer.weight
+    form = matrices_of(layer, own[0])
+    blocks = form.scale_shape(weight.shape, "channel")
+    found = lattice(blocked(latent, blocks))
+    if found is None:
+        return None
+    scales, integers = found
+    if latent is not weight:
+        rows, levels = blocked(weight, blocks), integers * scales[:, None]
+        factors = ((rows * levels).sum(1) / levels.square().sum(1)).nan_to_num(0.0)
+        if not torch.allclose(levels * factors[:, None], rows, atol=0.0):
+            return None
+        scales = scales * factors.abs()
+        integers = integers * factors.sign().to(torch.int8)[:, None]
+    excess = (integers.abs().amax(1) / highest).clamp_min(1.0)
+    scales, integers = scales * excess, (integers / excess[:, None]).round().to(torch.int8)
+    return form.outputs, scales, unblocked(integers, blocks, weight.shape).contiguous()
+
+
+def _dequantized(layer: Any) -> Tensor:
+    """Return the weight of an integer layer, as ONNX's operator computes it."""
+    weight: Tensor = torch.onnx.ops.symbolic(
         "DequantizeLinear",
-        (weight, layer.scales),
-        attrs={"axis": axis},
+        (layer.integers, layer.scales),
+        attrs={"axis": layer.output_axis},
         dtype=torch.float32,
-        shape=weight.shape,
+        shape=layer.integers.shape,
         version=OPSET,
     )
+    return weight
+
+
+def _round_input(
+    layer: Any, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the input of a layer, rounded by ONNX's operators."""
+    x = inputs[0] if inputs else named.pop("input")
     if layer.clip is not None:
         x = x.clamp(*layer.clip)
     grid = layer.input_scale, layer.input_zero
     kinds = (("QuantizeLinear", torch.uint8), ("DequantizeLinear", torch.float32))
     for operator, dtype in kinds:
-        x = symbolic(operator, (x, *grid), dtype=dtype, shape=x.shape, version=OPSET)
+        x = torch.onnx.ops.symbolic(operator, (x, *grid), dtype=dtype, shape=x.shape, version=OPSET)
     return (x, *inputs[1:]), named
 
 
@@ -83,9 +136,10 @@ def float_copy(module: nn.Module) -> nn.Module:
     layer: Any
     for layer in plain.modules():
         if hasattr(layer, "integers"):
-            clear_forward_pre_hooks(layer)
+            remove_forward_pre_hook(layer, _round_input)
+            (layer.__class__,) = type(layer).__bases__
             along = [1] * layer.integers.dim()
-            along[int(isinstance(layer, TRANSPOSED))] = -1
+            along[layer.output_axis] = -1
             layer.weight = nn.Parameter(layer.integers * layer.scales.view(along))
             del layer.integers, layer.scales, layer.input_scale, layer.input_zero
     return plain
@@ -108,7 +162,8 @@ def add_biases_after_(module: nn.Module) -> None:
             continue
         spatial = [1] * (layer.integers.dim() - 2)
         layer.register_buffer("offset", layer.bias.detach().view(-1, *spatial))
-        layer.bias = None
+        # Conv1D always adds its bias.
+        layer.bias = nn.Parameter(torch.zeros_like(layer.bias)) if is_conv1d(layer) else None
         layer.register_forward_hook(_add_bias)
 
 

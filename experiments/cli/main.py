@@ -105,6 +105,15 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", choices=["onnx"], default="onnx")
     export.add_argument("--opset", type=int, default=18, help="ONNX operator set (default: 18)")
     export.add_argument(
+        "--weight-bits", type=int, default=8, help="most bits of a weight in the file (default: 8)"
+    )
+    export.add_argument(
+        "--engines",
+        nargs="+",
+        metavar="ENGINE",
+        help="engines that must agree (default: onnxruntime OpenVINO)",
+    )
+    export.add_argument(
         "-o", "--output", type=Path, metavar="OUT", help="file to write (default: RUN/model.onnx)"
     )
     _add_trust(export)
@@ -207,11 +216,14 @@ def _decompress(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    from fitsmall.compressors.export.engines import ENGINES
     from fitsmall.compressors.export.onnx import export_onnx
 
     module, images = _load_run(options.folder, options.trust)
     output = options.output or options.folder / "model.onnx"
-    print(export_onnx(module, output, images, options.opset).table(len(images)))
+    engines = options.engines or tuple(ENGINES)
+    found = export_onnx(module, output, images, options.opset, options.weight_bits, engines)
+    print(found.table())
 
 
 def _bench(options: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ pip install -e '.[zoo]'; python -m fitsmall.experiments.zoo [--networks NAME ...
 
 Each network runs in a process of its own. A cell *works* if it trains, covers the weights, and its
 file gives a fresh network the same outputs bit for bit; it is *refused* if an error came before the
-first step. Everything else is a bug.
+first step, or from the export of what was trained. Everything else is a bug.
 """
 
 import argparse

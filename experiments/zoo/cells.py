@@ -61,7 +61,8 @@ class Cell(NamedTuple):
     Args:
         network: Name of the network.
         method: Name of the method.
-        outcome: ``works``, ``refused`` before the first step, ``crashed`` or ``wrong``.
+        outcome: ``works``, ``refused`` before the first step or by the exporter, ``crashed`` or
+            ``wrong``.
         coverage: Share of the trainable matrix weights that every stage acts on, in [0, 1].
         remark: The refusal or the error.
         seconds: Seconds that it took.
@@ -123,6 +124,10 @@ class WrongError(Exception):
     """A check failed."""
 
 
+class RefusedError(Exception):
+    """The network is trained and its file is there, but it is not exported."""
+
+
 def run_cell(network: str, method: str) -> Cell:
     """Train a network with a method, check what came out, and never raise."""
     start, outcome, remark, coverage = time.monotonic(), "works", "", 0.0
@@ -140,6 +145,8 @@ def run_cell(network: str, method: str) -> Cell:
             _check(NETWORKS[network], module, batches[0], file, method, Path(folder))
         except WrongError as error:
             outcome, remark = "wrong", str(error)
+        except RefusedError as error:
+            outcome, remark = "refused", str(error)
         except Exception as error:  # noqa: BLE001  a crash is an outcome
             early = trainer is not None and not trainer.global_step
             refused = early and isinstance(error, ValueError | RuntimeError | TypeError)
@@ -194,6 +201,7 @@ def _check(
 
     Raises:
         WrongError: It does not.
+        RefusedError: The exporter refuses the network.
     """
     if file.path is None:
         raise WrongError("no file was written")
@@ -208,7 +216,10 @@ def _check(
         if not trained.isfinite().all() or not torch.equal(trained, restored):
             raise WrongError("outputs of the restored network differ")
     if method == "export":
-        export_onnx(module.net, folder / "model.onnx", tuple(batch.values()))
+        try:
+            export_onnx(module.net, folder / "model.onnx", batch)
+        except ValueError as error:
+            raise RefusedError(str(error)) from error
 
 
 def _plain(outputs: Any) -> Any:
