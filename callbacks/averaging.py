@@ -94,6 +94,7 @@ class EMA(ProjectedAverage, EMAWeightAveraging):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
+        self._match_buffers(pl_module)
         super().on_train_batch_end(trainer, _Latent(pl_module), *args, **kwargs)  # type: ignore[arg-type]
         self._copy_others(pl_module)
 
@@ -141,6 +142,20 @@ class EMA(ProjectedAverage, EMAWeightAveraging):
         averages = self._average_model.module.state_dict()
         return {**averages, **_projections(pl_module, averages)}
 
+    def _match_buffers(self, pl_module: pl.LightningModule) -> None:
+        """Replace buffers of the average whose shape a forward pass has changed in the module.
+
+        Such are tables that depend on the size of the inputs.
+        """
+        assert self._average_model is not None
+        average = self._average_model.module
+        own = dict(average.named_buffers())
+        for name, buffer in pl_module.named_buffers():
+            if name in own and own[name].shape != buffer.shape:
+                path, _, attribute = name.rpartition(".")
+                copied = buffer.detach().clone().to(own[name].device)
+                setattr(average.get_submodule(path), attribute, copied)
+
     @torch.no_grad()
     def _copy_others(self, pl_module: pl.LightningModule) -> None:
         """Copy what is not averaged."""
@@ -167,6 +182,7 @@ class EMA(ProjectedAverage, EMAWeightAveraging):
         if not self._started:
             return
         assert self._average_model is not None
+        self._match_buffers(pl_module)
         super()._swap_models(pl_module)
         if self._averages:
             for name, average in self._averages.items():

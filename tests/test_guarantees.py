@@ -527,6 +527,23 @@ def test_what_is_constant_or_integer_is_not_averaged(tmp_path: Path) -> None:
         EMA("cpu")  # type: ignore[arg-type]
 
 
+def test_buffers_that_grow_with_the_inputs_are_copied(tmp_path: Path) -> None:
+    """ConViT keeps a table of distances, as large as its last inputs."""
+
+    class Growing(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.zeros(1), persistent=False)
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.table = torch.arange(float(len(images)))
+            return super().forward(images)
+
+    module = Growing()
+    trainer(tmp_path, EMA(0.9), max_epochs=1).fit(module, loader(), validation())
+    assert len(module.table) > 1
+
+
 def test_validation_after_training_does_not_bring_the_average_back(tmp_path: Path) -> None:
     pl.seed_everything(0)
     runner = trainer(tmp_path, *CASES["sharing"].make(), EMA(decay=0.9))
