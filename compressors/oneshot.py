@@ -77,7 +77,10 @@ def compress(
     # Without training, frozen parameters stay frozen: they are left out.
     chosen = Selection(selection.chosen, selection.skipped).checked().chosen
     by_pattern = {"*": plan} if isinstance(plan, Projection) else plan
-    projections = match(by_pattern, list(chosen))
+    projections = {
+        name: projection.along(selection.forms[name])
+        for name, projection in match(by_pattern, list(chosen)).items()
+    }
     if data is not None:
         device = next(iter(chosen.values())).device
         batches = batches_of(data, device)

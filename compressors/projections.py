@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fitsmall.compressors.codes import Code, Sum
 from fitsmall.compressors.levels import Levels
+from fitsmall.compressors.weights import Matrices
 
 __all__ = ["Additive", "Chain", "Projection"]
 
@@ -45,6 +46,10 @@ class Projection(ABC):
             importance: Positive weights of the squared errors, of the same shape.
         """
         return None
+
+    def along(self, form: Matrices) -> "Projection":
+        """The projection of a weight with these dimensions of outputs and inputs."""
+        return self
 
     def after(self, code: Code) -> Code:
         """The code of an earlier projection, with its float leaves coded by this one."""
@@ -102,6 +107,9 @@ class Additive(Projection):
             best, error = found, left
         return best
 
+    def along(self, form: Matrices) -> Projection:
+        return Additive(self.first.along(form), self.second.along(form))
+
     def _turn(self, weight: Tensor, rest: Tensor) -> Sum:
         first = self.first.encode(weight - rest)
         return Sum(first, self.second.encode(weight - first.decode()))
@@ -116,6 +124,9 @@ class Chain(Projection):
 
     def encode(self, weight: Tensor) -> Code:
         return self.then.after(self.first.encode(weight))
+
+    def along(self, form: Matrices) -> Projection:
+        return Chain(self.first.along(form), self.then.along(form))
 
     def support(self, weight: Tensor) -> Tensor:
         first = self.first.support(weight)

@@ -187,6 +187,9 @@ class Quantize(Projection):
                 f"{self.granularity!r}"
             )
 
+    def along(self, form: Matrices) -> Projection:
+        return replace(self, axis=form.outputs) if form.parts == 1 else self
+
     def encode(self, weight: Tensor) -> Code:
         weight = weight.detach()
         if not weight.isfinite().all():

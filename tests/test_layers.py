@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
-from fitsmall.compressors import NofM, restore, save, select
+from fitsmall.compressors import NofM, Quantize, TopK, compress, restore, save, select
+from fitsmall.compressors.codes import Integer
 from fitsmall.compressors.training import (
     GradualPruning,
     Plan,
@@ -169,6 +170,19 @@ def test_the_file_of_quantized_experts_is_small(transposed: bool, tmp_path: Path
         stage.project_("up", module.up, strength=1.0)
     size = save(tmp_path / "file", {"up": module.up.detach()})
     assert size < 8 * 64 * 64 // 2 + 8 * 64 * 2 + 200
+
+
+@pytest.mark.filterwarnings("ignore:compress. nothing makes up")
+def test_scales_without_training_are_of_outputs() -> None:
+    for layer, axis in (
+        (Conv1D(6, 16), 1),
+        (nn.ConvTranspose2d(16, 6, 3), 1),
+        (nn.Conv2d(16, 6, 3), 0),
+    ):
+        code = compress(layer, TopK(0.5) | Quantize(4))["weight"]
+        assert isinstance(code, Integer)
+        assert [n for n in code.scales.shape if n > 1] == [6]
+        assert code.scales.shape[axis] == 6
 
 
 def test_what_a_layer_multiplies_by_is_sparse() -> None:
