@@ -298,12 +298,7 @@ class QuantizationAwareTraining(Stage):
                 f"the inputs of {layer} hold NaN or infinity, and have no range to quantize: "
                 "training diverged; lower the learning rate, or clip gradients"
             )
-        if low == high:
-            raise ValueError(
-                f"QuantizationAwareTraining: inputs of {layer} were zero in all observed steps: "
-                f"observe more than {self.observe_steps} steps, or exclude the layer"
-            )
-        quantizer.active = True
+        quantizer.active = low < high  # zeros, as of a pruned layer, wait for a range
 
     def finish(self) -> list[str]:
         self.rest()
@@ -311,8 +306,9 @@ class QuantizationAwareTraining(Stage):
         if not unseen or self.chosen_at is None:
             return []
         warning = (
-            f"QuantizationAwareTraining: the inputs of {self._layers(unseen)} were never seen in "
-            "training and are not quantized: are these layers called as modules?"
+            f"QuantizationAwareTraining: the inputs of {self._layers(unseen)} were always zero or "
+            "never seen in training, and are not quantized: are these layers called as modules, "
+            "and is anything left of the layers before them?"
         )
         return [warning]
 
