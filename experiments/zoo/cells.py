@@ -211,7 +211,7 @@ def _check(
         if not same_bits(fresh.state_dict()[name], tensor):
             raise WrongError(f"{name} of the restored network differs")
     with torch.no_grad():
-        outputs = [tensors_in(_plain(net(**batch))) for net in (module, fresh)]
+        outputs = [tensors_in(_plain(each.net(**batch))) for each in (module, fresh)]
     for trained, restored in zip(*outputs, strict=True):
         if not trained.isfinite().all() or not torch.equal(trained, restored):
             raise WrongError("outputs of the restored network differ")
