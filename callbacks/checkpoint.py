@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fitsmall.callbacks.best import ModelCheckpointOnceCompressed
 from fitsmall.callbacks.driver import Driver, plan_of, stages_of
-from fitsmall.compressors.dtypes import CODED, same_bits
+from fitsmall.compressors.codes.dtypes import CODED, same_bits
 from fitsmall.compressors.file.reader import load
 from fitsmall.compressors.file.report import Report, inspect
 from fitsmall.compressors.file.writer import check_storable, save

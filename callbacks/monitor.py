@@ -6,8 +6,8 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from fitsmall.callbacks.driver import plan_of, stages_of
-from fitsmall.compressors.codes import Integer, Lookup, Sparse
-from fitsmall.compressors.exact import exact
+from fitsmall.compressors.codes.code import Integer, Lookup, Sparse
+from fitsmall.compressors.codes.exact import exact
 from fitsmall.compressors.file.writer import estimate
 from fitsmall.compressors.select import select
 from fitsmall.compressors.surgery.kinds import changes

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fitsmall.compressors.codes import Code
+from fitsmall.compressors.codes.code import Code
 from fitsmall.compressors.file.reader import entries, load
-from fitsmall.compressors.projections import Projection
-from fitsmall.compressors.repair import batches_of, repair
+from fitsmall.compressors.projections.projection import Projection
+from fitsmall.compressors.repair.layers import batches_of, repair
 from fitsmall.compressors.select import Selection, match, select
 from fitsmall.compressors.surgery.kinds import surgeries
 from fitsmall.compressors.surgery.legacy import with_marks
@@ -46,7 +46,7 @@ def compress(
 
     Without data, each weight is projected: next to it comes a module of other outputs. With data,
     layer by layer, the weights that the projection allows are fitted to the layer's own outputs
-    (:mod:`~fitsmall.compressors.surgeon`), biases are corrected, and batch-norms get new
+    (:mod:`~fitsmall.compressors.repair.surgeon`), biases are corrected, and batch-norms get new
     statistics. Weights that see no such data, as those of embeddings, are projected, and a warning
     names them. A forward pass for each layer is needed, and no labels.
 

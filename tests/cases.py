@@ -17,7 +17,7 @@ from fitsmall.callbacks import (
     WeightSharing,
 )
 from fitsmall.compressors import CRITERIA, KMeans, TopK
-from fitsmall.compressors.lattice import lattice
+from fitsmall.compressors.codes.lattice import lattice
 from fitsmall.compressors.training import Stage
 from training import WEIGHTS, sparsity
 

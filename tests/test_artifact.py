@@ -30,11 +30,11 @@ from fitsmall.compressors import (
     same_bits,
     save,
 )
-from fitsmall.compressors.allocation import Lazy
+from fitsmall.compressors.choices.allocation import Lazy
+from fitsmall.compressors.codes.lattice import lattice, spread
 from fitsmall.compressors.file.coding import CODERS, Streams
 from fitsmall.compressors.file.schema import DTYPES, Entry
 from fitsmall.compressors.file.writer import estimate
-from fitsmall.compressors.lattice import lattice, spread
 from fitsmall.experiments.benchmarks.fuzz_file import forge
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -318,7 +318,7 @@ def test_estimate_is_within_one_percent(
 ) -> None:
     GENERATOR.manual_seed(0)  # whatever tests have drawn before
     # Two thirds of the larger tensor.
-    monkeypatch.setattr("fitsmall.compressors.codes.ESTIMATE_SYMBOLS", 2**18)
+    monkeypatch.setattr("fitsmall.compressors.codes.code.ESTIMATE_SYMBOLS", 2**18)
     tensors = {"weight": (TopK(0.95) | KMeans(16)).project(weight(*shape)), "bias": weight(9)}
     assert estimate(tensors) == pytest.approx(save(tmp_path / "a", tensors), rel=0.01)
 

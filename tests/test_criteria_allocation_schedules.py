@@ -29,9 +29,16 @@ from fitsmall.compressors import (
     Unstructured,
     schedules,
 )
-from fitsmall.compressors.allocation import Lazy, SetScores, as_allocation, erk, global_, uniform
-from fitsmall.compressors.criteria import as_criterion, magnitude, uniform_noise
-from fitsmall.compressors.schedules import as_schedule
+from fitsmall.compressors.choices.allocation import (
+    Lazy,
+    SetScores,
+    as_allocation,
+    erk,
+    global_,
+    uniform,
+)
+from fitsmall.compressors.choices.criteria import as_criterion, magnitude, uniform_noise
+from fitsmall.compressors.choices.schedules import as_schedule
 
 WEIGHT = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
 GATHERED = {
@@ -344,20 +351,20 @@ def test_from_yaml() -> None:
     config = OmegaConf.create(
         """
         _target_: builtins.dict
-        partial: {_target_: fitsmall.compressors.criteria.magnitude, _partial_: true}
+        partial: {_target_: fitsmall.compressors.choices.criteria.magnitude, _partial_: true}
         function:
           _target_: hydra.utils.get_method
-          path: fitsmall.compressors.criteria.magnitude
+          path: fitsmall.compressors.choices.criteria.magnitude
         criterion:
           _target_: fitsmall.compressors.Criterion
-          score: {_target_: fitsmall.compressors.criteria.adam, _partial_: true}
+          score: {_target_: fitsmall.compressors.choices.criteria.adam, _partial_: true}
           statistics: [squared_gradient]
-        allocation: {_target_: fitsmall.compressors.allocation.uniform, _partial_: true}
+        allocation: {_target_: fitsmall.compressors.choices.allocation.uniform, _partial_: true}
         by_shape:
           _target_: fitsmall.compressors.Allocation
           allocate:
             _target_: hydra.utils.get_method
-            path: fitsmall.compressors.allocation.uniform
+            path: fitsmall.compressors.choices.allocation.uniform
           by_shape: true
         schedule: {_target_: math.pow, _partial_: true, _args_: [0.5]}
         ramp: {_target_: fitsmall.compressors.LinearRamp}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from fitsmall.compressors import NofM, Quantize, TopK, compress, restore, save, select
-from fitsmall.compressors.codes import Integer
+from fitsmall.compressors.codes.code import Integer
 from fitsmall.compressors.training import (
     GradualPruning,
     Plan,

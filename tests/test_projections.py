@@ -29,9 +29,9 @@ from fitsmall.compressors import (
     same_bits,
     save,
 )
-from fitsmall.compressors.cluster import BINS, assign, linear
-from fitsmall.compressors.dtypes import FLOATS
-from fitsmall.compressors.prune import support
+from fitsmall.compressors.codes.dtypes import FLOATS
+from fitsmall.compressors.projections.cluster import BINS, assign, linear
+from fitsmall.compressors.projections.prune import support
 
 Feasible = Callable[[Code], bool]
 SHAPES = [(0,), (1,), (7,), (16, 9), (4, 3, 5, 5)]

@@ -35,8 +35,8 @@ from fitsmall.compressors import (
     same_bits,
     save,
 )
-from fitsmall.compressors.lattice import blocked, lattice
-from fitsmall.compressors.quantize import bounds, quantize_, scales_of
+from fitsmall.compressors.codes.lattice import blocked, lattice
+from fitsmall.compressors.projections.quantize import bounds, quantize_, scales_of
 from fitsmall.compressors.surgery.quantizers import attach_quantizer
 from fitsmall.compressors.weights import Matrices
 from fitsmall.experiments.benchmarks.soak import differences

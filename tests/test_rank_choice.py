@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fitsmall.compressors.loss_metric import LossMetric
-from fitsmall.compressors.lowrank import Spectrum
-from fitsmall.compressors.rank_choice import Options, choose_ranks, price_of, ranks_within
+from fitsmall.compressors.choices.loss_metric import LossMetric
+from fitsmall.compressors.choices.rank_choice import Options, choose_ranks, price_of, ranks_within
+from fitsmall.compressors.projections.lowrank import Spectrum
 from fitsmall.compressors.training import Plan, RankLearning
-from fitsmall.compressors.training.gradient_grams import GradientGrams
+from fitsmall.compressors.training.methods.gradient_grams import GradientGrams
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

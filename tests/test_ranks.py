@@ -41,14 +41,17 @@ from fitsmall.compressors import (
     restore,
     training,
 )
-from fitsmall.compressors.lowrank import Factors, matrix
+from fitsmall.compressors.projections.lowrank import Factors, matrix
 from fitsmall.compressors.surgery.factorable import forms
 from fitsmall.compressors.surgery.factors import Factorization
 from fitsmall.compressors.surgery.kinds import changes, replay
 from fitsmall.compressors.surgery.protocol import layout_of
 from fitsmall.compressors.surgery.quantizers import attach_quantizer
 from fitsmall.compressors.training import Plan
-from fitsmall.compressors.training.product_decay import decay_products_, decays_weights_directly
+from fitsmall.compressors.training.methods.product_decay import (
+    decay_products_,
+    decays_weights_directly,
+)
 from fitsmall.compressors.training.stage import Stage
 from fitsmall.experiments.benchmarks.soak import differences
 from training import IMAGES, LABELS, Net, fit, resumable, trainer

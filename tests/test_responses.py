@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from fitsmall.compressors import Rank, factorize
-from fitsmall.compressors.responses import (
+from fitsmall.compressors.choices.responses import (
     error,
     plain,
     rectified,

@@ -30,7 +30,7 @@ from fitsmall.compressors.training import (
     messages,
     sharding,
 )
-from fitsmall.compressors.training.scales import ScaleLearning
+from fitsmall.compressors.training.methods.scales import ScaleLearning
 from fitsmall.compressors.training.statistics import Statistics
 from training import IMAGES, LABELS
 

@@ -22,8 +22,8 @@ from fitsmall.compressors import (
     exact,
     same_bits,
 )
-from fitsmall.compressors.allocation import SetScores, as_allocation
-from fitsmall.compressors.structures import as_structure, support
+from fitsmall.compressors.choices.allocation import SetScores, as_allocation
+from fitsmall.compressors.projections.structures import as_structure, support
 
 
 @dataclass(frozen=True)

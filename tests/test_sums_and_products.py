@@ -29,13 +29,13 @@ from fitsmall.compressors import (
     same_bits,
     save,
 )
-from fitsmall.compressors.dtypes import FLOATS
+from fitsmall.compressors.codes.dtypes import FLOATS
+from fitsmall.compressors.codes.lattice import spread
+from fitsmall.compressors.codes.product import product
 from fitsmall.compressors.file.coding import CODERS
 from fitsmall.compressors.file.reader import entries
 from fitsmall.compressors.file.schema import MAX_DEPTH, Entry
 from fitsmall.compressors.file.writer import estimate
-from fitsmall.compressors.lattice import spread
-from fitsmall.compressors.product import product
 from fitsmall.experiments.benchmarks.fuzz_file import forge
 
 
@@ -206,7 +206,7 @@ def test_products_are_added_in_order_in_double_precision(dtype: torch.dtype) -> 
 def test_rows_of_a_product_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     left, right = random(50, 7), random(7, 30)
     whole = product(left, right)
-    monkeypatch.setattr("fitsmall.compressors.product._BLOCK", 64)
+    monkeypatch.setattr("fitsmall.compressors.codes.product._BLOCK", 64)
     assert same_bits(product(left, right), whole)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fitsmall.callbacks import CompressedCheckpoint, GradualPruning, QuantizationAwareTraining
 from fitsmall.compressors import Quantize
-from fitsmall.compressors.bitwidths import WIDTHS, assign, rounding_costs
-from fitsmall.compressors.lattice import lattice
+from fitsmall.compressors.choices.bitwidths import WIDTHS, assign, rounding_costs
+from fitsmall.compressors.codes.lattice import lattice
 from fitsmall.compressors.training import Plan
 from training import WEIGHTS, Idle, Net, fit
 

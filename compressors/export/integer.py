@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fitsmall.compressors.lattice import blocked, lattice, unblocked
+from fitsmall.compressors.codes.lattice import blocked, lattice, unblocked
 from fitsmall.compressors.surgery.quantizers import QUANTIZER, detach_quantizer
 from fitsmall.compressors.torch_internals import remove_forward_pre_hook
 from fitsmall.compressors.weights import TRANSPOSED, is_conv1d, matrices_of

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fitsmall.compressors.codes import matrix_shape
+from fitsmall.compressors.codes.code import matrix_shape
+from fitsmall.compressors.codes.lattice import spread
+from fitsmall.compressors.codes.product import product
 from fitsmall.compressors.file.coding import CODERS, Streams, Symbols
 from fitsmall.compressors.file.schema import (
     CODER_NAMES,
@@ -28,9 +30,7 @@ from fitsmall.compressors.file.schema import (
     inflate,
     unpack,
 )
-from fitsmall.compressors.lattice import spread
-from fitsmall.compressors.lowrank import tensor
-from fitsmall.compressors.product import product
+from fitsmall.compressors.projections.lowrank import tensor
 
 __all__ = ["MIN_LIMIT", "Payload", "entries", "load", "payloads", "read"]
 

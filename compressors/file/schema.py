@@ -21,10 +21,10 @@ from typing import TypeVar
 
 import torch
 
-from fitsmall.compressors.dtypes import CODED, FLOATS, NARROWER
+from fitsmall.compressors.codes.dtypes import CODED, FLOATS, NARROWER
+from fitsmall.compressors.codes.lattice import LARGEST
 from fitsmall.compressors.file.coding import MAX_LEVELS
-from fitsmall.compressors.lattice import LARGEST
-from fitsmall.compressors.lowrank import FORMS, matrix_size
+from fitsmall.compressors.projections.lowrank import FORMS, matrix_size
 
 __all__ = [
     "CODER_NAMES",
@@ -120,7 +120,7 @@ class Entry:
         bounds: Number of integers below zero and above it.
         blocks: Number of scales along each dimension.
         parts: Entries of the two summands or factors, under the same name.
-        form: How a product is a weight, see :mod:`~fitsmall.compressors.lowrank`.
+        form: How a product is a weight, see :mod:`~fitsmall.compressors.projections.lowrank`.
         padding: Bytes of zeros after the parts.
     """
 

@@ -12,9 +12,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from fitsmall.compressors.codes import Code, Dense, Integer, Lookup, Sparse, Sum
-from fitsmall.compressors.dtypes import CODED, FLOATS
-from fitsmall.compressors.exact import exact
+from fitsmall.compressors.codes.code import Code, Dense, Integer, Lookup, Sparse, Sum
+from fitsmall.compressors.codes.dtypes import CODED, FLOATS
+from fitsmall.compressors.codes.exact import exact
 from fitsmall.compressors.file.atomic import replaced
 from fitsmall.compressors.file.coding import CODERS, MAX_LEVELS, Coder, Streams
 from fitsmall.compressors.file.schema import (
@@ -30,7 +30,7 @@ from fitsmall.compressors.file.schema import (
     deflate,
     pack,
 )
-from fitsmall.compressors.lowrank import Factors
+from fitsmall.compressors.projections.lowrank import Factors
 
 __all__ = ["check_storable", "estimate", "save"]
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fitsmall.compressors.lowrank import FORMS, matrix
+from fitsmall.compressors.projections.lowrank import FORMS, matrix
 from fitsmall.compressors.select import Selection
 from fitsmall.compressors.surgery.quantizers import QUANTIZER
 from fitsmall.compressors.weights import conv1d_class, is_conv1d

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fitsmall.compressors.lowrank import FORMS, Spectrum, matrix, tensor
-from fitsmall.compressors.rank_choice import Rank
+from fitsmall.compressors.choices.rank_choice import Rank
+from fitsmall.compressors.projections.lowrank import FORMS, Spectrum, matrix, tensor
 from fitsmall.compressors.surgery.factorable import (
     forms,
     kind_of,

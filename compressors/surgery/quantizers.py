@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fitsmall.compressors.quantize import clipped
+from fitsmall.compressors.projections.quantize import clipped
 from fitsmall.compressors.surgery.protocol import Changed, Layout, Surgery, TensorSpec, layout_of
 from fitsmall.compressors.surgery.saving import warn_of_save_pretrained
 from fitsmall.compressors.torch_internals import has_forward_pre_hook, remove_forward_pre_hook

@@ -1,12 +1,12 @@
 """Compression during training, for any loop: pure torch, without Lightning."""
 
 from fitsmall.compressors.training.clock import Clock, Window
+from fitsmall.compressors.training.methods.proximal import LearningCompression, Proximal
+from fitsmall.compressors.training.methods.pruning import GradualPruning
+from fitsmall.compressors.training.methods.quantization import QuantizationAwareTraining
+from fitsmall.compressors.training.methods.ranks import RankLearning
+from fitsmall.compressors.training.methods.sharing import WeightSharing
 from fitsmall.compressors.training.plan import Plan
-from fitsmall.compressors.training.proximal import LearningCompression, Proximal
-from fitsmall.compressors.training.pruning import GradualPruning
-from fitsmall.compressors.training.quantization import QuantizationAwareTraining
-from fitsmall.compressors.training.ranks import RankLearning
-from fitsmall.compressors.training.sharing import WeightSharing
 from fitsmall.compressors.training.stage import Stage
 
 __all__ = [

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from fitsmall.compressors.allocation import Lazy
+from fitsmall.compressors.choices.allocation import Lazy
 from fitsmall.compressors.training.clock import Clock
 from fitsmall.compressors.training.latents import find_latent, save_latent
 from fitsmall.compressors.training.sharding import local, whole

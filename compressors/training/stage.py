@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fitsmall.compressors.schedules import Schedule, as_schedule
+from fitsmall.compressors.choices.schedules import Schedule, as_schedule
 from fitsmall.compressors.select import Selection, select
 from fitsmall.compressors.surgery.protocol import Surgery
 from fitsmall.compressors.training.clock import NEVER, Clock, Window

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fitsmall.compressors.criteria import uniform_noise
+from fitsmall.compressors.choices.criteria import uniform_noise
 from fitsmall.compressors.select import Selection
 from fitsmall.compressors.training.input_norms import DECAY, InputNorm, has_input_norm
 from fitsmall.compressors.training.sharding import (
@@ -36,7 +36,7 @@ class Statistics:
     """The statistics of every weight of a stage.
 
     Args:
-        needed: Names from :data:`~fitsmall.compressors.criteria.STATISTICS`.
+        needed: Names from :data:`~fitsmall.compressors.choices.criteria.STATISTICS`.
 
     Attributes:
         seed: Seed of the uniform numbers; None before training begins.

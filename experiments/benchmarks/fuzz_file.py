@@ -35,7 +35,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fitsmall.compressors import Code, Dense, Factors, Sum, exact, inspect, load, restore, save
-from fitsmall.compressors.dtypes import CODED
+from fitsmall.compressors.codes.dtypes import CODED
 from fitsmall.compressors.file import coding, reader, report, schema
 from fitsmall.compressors.file.coding import CODERS
 from fitsmall.compressors.file.reader import MIN_LIMIT, entries
@@ -56,7 +56,7 @@ from fitsmall.compressors.file.schema import (
     unpack,
     varint,
 )
-from fitsmall.compressors.lowrank import FORMS
+from fitsmall.compressors.projections.lowrank import FORMS
 from fitsmall.compressors.surgery.kinds import SURGERIES
 from fitsmall.experiments.cli.decompress import decompress
 from fitsmall.experiments.cli.process_memory import peak_memory, reset_peak_memory

@@ -1,7 +1,7 @@
 """Faults planted one at a time in the code that trains, and how many of them the tests notice.
 
 pip install -e '.[mutation]'; python -m fitsmall.experiments.benchmarks.mutants
-    [--sample 200] [--seed 0] [--processes 2] [--paths compressors/training callbacks]
+    [--sample 200] [--seed 0] [--processes 2] [--paths compressors/training callbacks ...]
 
 A mutant is the code with one place changed by an operator of mutmut: ``<`` becomes ``<=``, ``and``
 becomes ``or``, 1 becomes 2, an argument becomes None or is left out. The tests run once without
@@ -43,7 +43,7 @@ from rich.table import Table
 __all__ = ["Mutant", "Reach", "main", "mutants"]
 
 ROOT = Path(__file__).resolve().parents[2]
-PATHS = (Path("compressors/training"), Path("callbacks"))
+PATHS = (Path("compressors/training"), Path("compressors/training/methods"), Path("callbacks"))
 # Tests that train in this process, and neither start others nor download.
 TESTS = [
     ROOT / "tests" / f"test_{name}.py"

@@ -21,10 +21,10 @@ from rich import print
 from rich.table import Table
 from torch import Tensor, nn
 
+from fitsmall.compressors.choices.rank_choice import Options, Rank, ranks_within
 from fitsmall.compressors.export.engines import ENGINES, session
 from fitsmall.compressors.export.onnx import write_onnx
-from fitsmall.compressors.lowrank import FORMS, Spectrum, matrix
-from fitsmall.compressors.rank_choice import Options, Rank, ranks_within
+from fitsmall.compressors.projections.lowrank import FORMS, Spectrum, matrix
 from fitsmall.compressors.surgery.factorable import places, unit_costs
 from fitsmall.compressors.surgery.factors import factorize
 from fitsmall.experiments.cli.bench import median_seconds
@@ -42,7 +42,7 @@ def choose_within(net: nn.Module, keep: float, among: Sequence[str]) -> dict[str
     Args:
         net: The network.
         keep: The fraction.
-        among: Forms to choose from, see :mod:`fitsmall.compressors.lowrank`.
+        among: Forms to choose from, see :mod:`fitsmall.compressors.projections.lowrank`.
     """
     seen: dict[str, tuple[float, float]] = {}
     layers = {n: layer for n, layer in net.named_modules() if isinstance(layer, nn.Conv2d)}

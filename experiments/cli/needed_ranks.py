@@ -1,9 +1,9 @@
 """The rank that each layer of a trained network needs: ``fitsmall ranks RUN``.
 
-Three criteria (:mod:`fitsmall.compressors.responses`) are fitted to responses to one half of some
-training images, and their errors are measured on the other half. A picture in the run's folder
-shows the singular values, and the ReLU singular values of layers with up to 64 outputs; a CSV next
-to it lists them.
+Three criteria (:mod:`fitsmall.compressors.choices.responses`) are fitted to responses to one half
+of some training images, and their errors are measured on the other half. A picture in the run's
+folder shows the singular values, and the ReLU singular values of layers with up to 64 outputs; a
+CSV next to it lists them.
 """
 
 import csv
@@ -23,8 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fitsmall.compressors.lowrank import matrix
-from fitsmall.compressors.responses import (
+from fitsmall.compressors.choices.responses import (
     Map,
     error,
     plain,
@@ -33,6 +32,7 @@ from fitsmall.compressors.responses import (
     smallest,
     whitened,
 )
+from fitsmall.compressors.projections.lowrank import matrix
 from fitsmall.compressors.surgery.factorable import forms
 from fitsmall.compressors.surgery.factors import Factored
 from fitsmall.experiments.run.plot_style import GRID, set_title, style_axes

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from fitsmall.compressors.lowrank import Spectrum
+from fitsmall.compressors.projections.lowrank import Spectrum
 
 __all__ = ["DENSE", "Options", "Rank", "choose_ranks", "price_of", "ranks_within"]
 

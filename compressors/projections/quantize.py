@@ -11,10 +11,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fitsmall.compressors.codes import Code, Dense, Integer
-from fitsmall.compressors.lattice import LARGEST, blocked, spread, unblocked
-from fitsmall.compressors.levels import Levels
-from fitsmall.compressors.projections import Projection
+from fitsmall.compressors.codes.code import Code, Dense, Integer
+from fitsmall.compressors.codes.lattice import LARGEST, blocked, spread, unblocked
+from fitsmall.compressors.projections.levels import Levels
+from fitsmall.compressors.projections.projection import Projection
 from fitsmall.compressors.weights import Matrices
 
 __all__ = [

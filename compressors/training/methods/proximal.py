@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fitsmall.compressors.allocation import Lazy
-from fitsmall.compressors.projections import Projection
-from fitsmall.compressors.schedules import Exponential, Schedule
+from fitsmall.compressors.choices.allocation import Lazy
+from fitsmall.compressors.choices.schedules import Exponential, Schedule
+from fitsmall.compressors.projections.projection import Projection
 from fitsmall.compressors.select import match
 from fitsmall.compressors.training.sharding import gather, shard
 from fitsmall.compressors.training.stage import Stage

@@ -25,8 +25,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fitsmall.compressors.levels import Levels
-from fitsmall.compressors.projections import Projection
+from fitsmall.compressors.projections.levels import Levels
+from fitsmall.compressors.projections.projection import Projection
 
 __all__ = ["fit"]
 

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from fitsmall.compressors.codes import Code, Dense, Integer, Lookup, Sparse
-from fitsmall.compressors.dtypes import CODED, INTEGERS
+from fitsmall.compressors.codes.code import Code, Dense, Integer, Lookup, Sparse
+from fitsmall.compressors.codes.dtypes import CODED, INTEGERS
+from fitsmall.compressors.codes.lattice import blocked, lattice, unblocked
 from fitsmall.compressors.file.coding import MAX_LEVELS
-from fitsmall.compressors.lattice import blocked, lattice, unblocked
 
 __all__ = ["exact"]
 

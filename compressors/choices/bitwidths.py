@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
-from fitsmall.compressors.quantize import half, quantize_, scales_of
+from fitsmall.compressors.projections.quantize import half, quantize_, scales_of
 
 __all__ = ["WIDTHS", "assign", "rounding_costs"]
 

@@ -5,10 +5,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fitsmall.compressors.codes import Dense, Sparse
-from fitsmall.compressors.levels import Levels
-from fitsmall.compressors.projections import Projection
-from fitsmall.compressors.structures import Structure, Unstructured, as_structure, support
+from fitsmall.compressors.codes.code import Dense, Sparse
+from fitsmall.compressors.projections.levels import Levels
+from fitsmall.compressors.projections.projection import Projection
+from fitsmall.compressors.projections.structures import (
+    Structure,
+    Unstructured,
+    as_structure,
+    support,
+)
 
 __all__ = ["TopK", "kept", "support"]
 

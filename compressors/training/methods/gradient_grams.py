@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fitsmall.compressors.loss_metric import LossMetric
+from fitsmall.compressors.choices.loss_metric import LossMetric
 
 __all__ = ["GradientGrams"]
 

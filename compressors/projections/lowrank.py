@@ -18,10 +18,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fitsmall.compressors.codes import Code, Dense
-from fitsmall.compressors.dtypes import FLOATS
-from fitsmall.compressors.product import product
-from fitsmall.compressors.projections import Projection
+from fitsmall.compressors.codes.code import Code, Dense
+from fitsmall.compressors.codes.dtypes import FLOATS
+from fitsmall.compressors.codes.product import product
+from fitsmall.compressors.projections.projection import Projection
 
 __all__ = [
     "FORMS",

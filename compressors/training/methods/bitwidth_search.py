@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fitsmall.compressors.bitwidths import WIDTHS, assign, rounding_costs
+from fitsmall.compressors.choices.bitwidths import WIDTHS, assign, rounding_costs
 from fitsmall.compressors.training.sharding import gather, shard
 
 __all__ = ["BitwidthSearch"]

@@ -6,10 +6,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fitsmall.compressors.cluster import KMeans, assign, linear
-from fitsmall.compressors.schedules import LinearRamp, Schedule
+from fitsmall.compressors.choices.schedules import LinearRamp, Schedule
+from fitsmall.compressors.projections.cluster import KMeans, assign, linear
 from fitsmall.compressors.select import match
-from fitsmall.compressors.training.centroids import move_, precision, sums
+from fitsmall.compressors.training.methods.centroids import move_, precision, sums
 from fitsmall.compressors.training.sharding import gather, local, reduce_, shard
 from fitsmall.compressors.training.stage import Stage
 

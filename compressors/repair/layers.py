@@ -2,9 +2,9 @@
 
 Layers come in the order in which a forward pass reaches them, so that the inputs of each are those
 that the compressed layers before it produce. A weight is fitted to the outputs that its layer had
-in the original network, see :mod:`~fitsmall.compressors.surgeon`, and a bias takes the mean of
-their error; the layer's input may be rounded from then on. A batch-norm gets the statistics of its
-input.
+in the original network, see :mod:`~fitsmall.compressors.repair.surgeon`, and a bias takes the mean
+of their error; the layer's input may be rounded from then on. A batch-norm gets the statistics of
+its input.
 """
 
 import copy
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fitsmall.compressors.codes import Code
-from fitsmall.compressors.inputs import Moments, Statistics, Watch
-from fitsmall.compressors.projections import Projection
-from fitsmall.compressors.surgeon import fit
+from fitsmall.compressors.codes.code import Code
+from fitsmall.compressors.projections.projection import Projection
+from fitsmall.compressors.repair.inputs import Moments, Statistics, Watch
+from fitsmall.compressors.repair.surgeon import fit
 from fitsmall.compressors.surgery.quantizers import (
     QUANTIZED_INPUTS,
     QUANTIZER,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fitsmall.compressors.codes import Code, Sum
-from fitsmall.compressors.levels import Levels
+from fitsmall.compressors.codes.code import Code, Sum
+from fitsmall.compressors.projections.levels import Levels
 from fitsmall.compressors.weights import Matrices
 
 __all__ = ["Additive", "Chain", "Projection"]

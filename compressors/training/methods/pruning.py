@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fitsmall.compressors.allocation import Allocation, SetScores, as_allocation
-from fitsmall.compressors.criteria import Criterion, as_criterion
-from fitsmall.compressors.dtypes import INTEGERS
+from fitsmall.compressors.choices.allocation import Allocation, SetScores, as_allocation
+from fitsmall.compressors.choices.criteria import Criterion, as_criterion
+from fitsmall.compressors.choices.schedules import Cubic, Schedule
+from fitsmall.compressors.codes.dtypes import INTEGERS
 from fitsmall.compressors.naming import abridged, grouped
-from fitsmall.compressors.prune import kept
-from fitsmall.compressors.schedules import Cubic, Schedule
+from fitsmall.compressors.projections.prune import kept
+from fitsmall.compressors.projections.structures import Structure, Unstructured, as_structure
 from fitsmall.compressors.select import match
-from fitsmall.compressors.structures import Structure, Unstructured, as_structure
 from fitsmall.compressors.training.messages import warn
 from fitsmall.compressors.training.optimizers import like_gradient
 from fitsmall.compressors.training.sharding import gather, local, shard
@@ -44,11 +44,11 @@ class GradualPruning(Stage):
             ``gradient``, ``activation``, ``hessian``, ``adam``, ``movement`` or ``random``), a
             function ``(weight, statistics) -> score``, or a
             :class:`~fitsmall.compressors.Criterion` of a function and the statistics that it needs;
-            see :mod:`fitsmall.compressors.criteria`. The default compares layers of any scale;
-            a global threshold on magnitudes spares embeddings and empties other layers.
+            see :mod:`fitsmall.compressors.choices.criteria`. The default compares layers of any
+            scale; a global threshold on magnitudes spares embeddings and empties other layers.
         allocation: How the sparsity is spread over tensors: a name (``global``, ``uniform``,
             ``erk`` or ``lamp``), or a function ``(scores by name, sparsity) -> number of kept sets
-            by name``; by default ``global``. See :mod:`fitsmall.compressors.allocation`.
+            by name``; by default ``global``. See :mod:`fitsmall.compressors.choices.allocation`.
         schedule: Strength as a function of progress through the window.
         start: Fraction of training at which pruning begins.
         stop: Fraction of training at which the final sparsity is reached.
@@ -66,7 +66,7 @@ class GradualPruning(Stage):
             parameters together.
         structure: Sets of weights that are pruned together: ``Unstructured()``, the default,
             ``NofM(2, 4)``, ``Block(4, 4)``, or one of your own; see
-            :mod:`fitsmall.compressors.structures`.
+            :mod:`fitsmall.compressors.projections.structures`.
         pruned_decay: Weight decay on the latents of pruned weights alone, ``g <- g + d (1 - m) u``,
             so that fewer of them return to be pruned again; with ``coupling="straight_through"``.
 

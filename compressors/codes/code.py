@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fitsmall.compressors.dtypes import FLOATS, NARROWER, same_bits
+from fitsmall.compressors.codes.dtypes import FLOATS, NARROWER, same_bits
+from fitsmall.compressors.codes.lattice import spread
 from fitsmall.compressors.file.coding import CODERS
-from fitsmall.compressors.lattice import spread
 
 __all__ = ["Code", "Dense", "Integer", "Lookup", "Sparse", "Sum", "matrix_shape"]
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fitsmall.compressors.lattice import blocked, spread
+from fitsmall.compressors.codes.lattice import blocked, spread
 from fitsmall.compressors.naming import abridged, group_by, grouped
-from fitsmall.compressors.quantize import (
+from fitsmall.compressors.projections.quantize import (
     Quantize,
     bounds,
     clipped,
@@ -26,10 +26,10 @@ from fitsmall.compressors.surgery.quantizers import (
     detach_quantizer,
 )
 from fitsmall.compressors.torch_internals import require
-from fitsmall.compressors.training.bitwidth_search import BitwidthSearch
 from fitsmall.compressors.training.messages import inform
+from fitsmall.compressors.training.methods.bitwidth_search import BitwidthSearch
+from fitsmall.compressors.training.methods.scales import INPUT_SUFFIX, ScaleLearning
 from fitsmall.compressors.training.optimizers import like_gradient
-from fitsmall.compressors.training.scales import INPUT_SUFFIX, ScaleLearning
 from fitsmall.compressors.training.sharding import gather, local, processes, shard, stack
 from fitsmall.compressors.training.stage import Stage
 from fitsmall.compressors.weights import is_conv1d, owner

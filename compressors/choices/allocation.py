@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fitsmall.compressors.naming import lookup, name_of
-from fitsmall.compressors.prune import kept
-from fitsmall.compressors.structures import Structure
+from fitsmall.compressors.projections.prune import kept
+from fitsmall.compressors.projections.structures import Structure
 
 __all__ = [
     "ALLOCATIONS",

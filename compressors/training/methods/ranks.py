@@ -8,19 +8,25 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from fitsmall.compressors.lowrank import Spectrum, matrix, tensor
-from fitsmall.compressors.rank_choice import DENSE, Options, Rank, choose_ranks, ranks_within
-from fitsmall.compressors.schedules import Schedule
+from fitsmall.compressors.choices.rank_choice import (
+    DENSE,
+    Options,
+    Rank,
+    choose_ranks,
+    ranks_within,
+)
+from fitsmall.compressors.choices.schedules import Schedule
+from fitsmall.compressors.projections.lowrank import Spectrum, matrix, tensor
 from fitsmall.compressors.select import Selection, select
 from fitsmall.compressors.surgery.factorable import factorable
 from fitsmall.compressors.surgery.factors import Factored, Factorization, is_factor
 from fitsmall.compressors.surgery.protocol import Surgery
 from fitsmall.compressors.torch_internals import require
-from fitsmall.compressors.training.gradient_grams import GradientGrams
-from fitsmall.compressors.training.layer_costs import LayerCosts
 from fitsmall.compressors.training.messages import inform, warn
-from fitsmall.compressors.training.product_decay import decay_products_
-from fitsmall.compressors.training.proximal import Proximal
+from fitsmall.compressors.training.methods.gradient_grams import GradientGrams
+from fitsmall.compressors.training.methods.layer_costs import LayerCosts
+from fitsmall.compressors.training.methods.product_decay import decay_products_
+from fitsmall.compressors.training.methods.proximal import Proximal
 from fitsmall.compressors.training.sharding import gather
 from fitsmall.compressors.training.stage import Stage
 
@@ -45,12 +51,12 @@ class RankLearning(Proximal):
         min over ranks  price C(r) + sum over layers of ||W - W_r||^2,
 
     where the price is the one that meets the budget, and the norm measures by how much a change of
-    the weight raises the loss, see :class:`~fitsmall.compressors.loss_metric.LossMetric`.
+    the weight raises the loss, see :class:`~fitsmall.compressors.choices.loss_metric.LossMetric`.
 
     At ``stop`` each layer for which that is cheaper is replaced by two, ``reduce`` and ``expand``.
     These train like any other layers: the optimizer continues with their share of its moments, and
     weight decay acts on their product. The other layers stay. A convolution is a matrix in one of
-    two forms, see :mod:`fitsmall.compressors.lowrank`; the better one is chosen.
+    two forms, see :mod:`fitsmall.compressors.projections.lowrank`; the better one is chosen.
 
     List it before other methods. Those that begin at its ``stop`` or later act on the factors.
 

@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fitsmall.compressors.codes import Code, Dense, Lookup, Sparse
-from fitsmall.compressors.levels import Levels
-from fitsmall.compressors.projections import Projection
+from fitsmall.compressors.codes.code import Code, Dense, Lookup, Sparse
+from fitsmall.compressors.projections.levels import Levels
+from fitsmall.compressors.projections.projection import Projection
 
 __all__ = ["Codebook", "KMeans", "assign", "linear"]
 

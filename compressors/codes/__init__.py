@@ -1,0 +1,1 @@
+"""Codes: tensors in stored form, and how they are found in plain ones."""

@@ -1,0 +1,1 @@
+"""Projections: the nearest tensor that can be stored cheaply."""

@@ -1,0 +1,1 @@
+"""Repair: compressed layers are fitted to data."""

@@ -1,0 +1,1 @@
+"""Methods: the stages that a user lists, and the parts of each."""
