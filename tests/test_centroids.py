@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fitsmall.compressors.training import centroids
+from fitsmall.compressors.training.methods import centroids
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

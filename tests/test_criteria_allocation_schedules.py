@@ -27,8 +27,8 @@ from fitsmall.compressors import (
     OneShot,
     Schedule,
     Unstructured,
-    schedules,
 )
+from fitsmall.compressors.choices import schedules
 from fitsmall.compressors.choices.allocation import (
     Lazy,
     SetScores,
