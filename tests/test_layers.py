@@ -187,13 +187,16 @@ def test_scales_without_training_are_of_outputs() -> None:
 
 def test_what_a_layer_multiplies_by_is_sparse() -> None:
     """Weight norm and spectral norm keep zeros; an orthogonal weight is left out and said so."""
+    torch.manual_seed(0)
     net = nn.Sequential(
         parametrizations.weight_norm(nn.Linear(8, 8)),
         parametrizations.spectral_norm(nn.Linear(8, 8)),
         parametrizations.orthogonal(nn.Linear(8, 8)),
     )
     plan = train(net, GradualPruning(0.75, "magnitude", "uniform", stop=0.5))
-    assert [int((layer.weight == 0).sum()) for layer in net] == [48, 48, 0]
+    normed, spectral, orthogonal = (int((layer.weight == 0).sum()) for layer in net)
+    assert 40 <= normed <= 48  # each row keeps a weight
+    assert (spectral, orthogonal) == (48, 0)
     reason = "its layer computes the weight from it by more than scaling"
     assert f"left out ({reason}): 2.parametrizations.weight.original;" in str(plan)
     with pytest.raises(ValueError, match=reason):
