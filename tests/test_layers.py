@@ -20,6 +20,11 @@ from fitsmall.compressors.training import (
 from fitsmall.compressors.weights import Matrices, matrices_of
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 class Conv1D(nn.Module):
     """The Linear layer of Hugging Face's GPT-2, with a weight of (inputs, outputs)."""
 
@@ -132,7 +137,6 @@ def train(module: nn.Module, *stages: Any) -> Plan:
 def test_every_kind_of_layer(layer: str, tmp_path: Path) -> None:
     """Each matrix of a stack has the sparsity, each output channel a scale of its own, and the file
     gives a plain module the trained values."""
-    torch.manual_seed(0)
     make, forms = LAYERS[layer]
     module = make()
     plan = train(
@@ -187,7 +191,6 @@ def test_scales_without_training_are_of_outputs() -> None:
 
 def test_what_a_layer_multiplies_by_is_sparse() -> None:
     """Weight norm and spectral norm keep zeros; an orthogonal weight is left out and said so."""
-    torch.manual_seed(0)
     net = nn.Sequential(
         parametrizations.weight_norm(nn.Linear(8, 8)),
         parametrizations.spectral_norm(nn.Linear(8, 8)),
