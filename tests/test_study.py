@@ -343,15 +343,9 @@ def test_a_cluster_gets_a_task_and_a_gpu_for_each_process() -> None:
     assert (launcher.tasks_per_node, launcher.gpus_per_node, launcher.partition) == (2, 2, "p")
 
 
+@pytest.mark.slow
 @group
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        "basic",
-        pytest.param("joblib", marks=pytest.mark.slow),
-        pytest.param("submitit_local", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
 def test_every_job_of_a_sweep_has_its_own_processes(
     launcher: str, swept: Path, tmp_path: Path
 ) -> None:
