@@ -51,8 +51,8 @@ _TOKEN = re.compile(r"(^|_)tokens?$")
 _BIAS = re.compile(r"(^|_)bias(_|$)")
 _NORM = re.compile(r"Norm(Act)?(\dd)?$")
 
-# What ``nn.utils.weight_norm`` and ``nn.utils.spectral_norm`` append to the name of a weight that
-# they compute.
+# Suffixes that ``nn.utils.weight_norm`` and ``nn.utils.spectral_norm`` give to the name of a weight
+# that they compute.
 _COMPUTED = ("_v", "_orig")
 
 

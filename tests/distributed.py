@@ -1,4 +1,4 @@
-"""What two processes run: they train every case, and write down hashes of what each has in the end.
+"""Work for two processes: they train every case, and write down hashes of what each has in the end.
 
 ``test_distributed.py`` starts them and compares.
 """
@@ -170,7 +170,7 @@ def ddp(folder: Path) -> dict[str, Any]:
     }
     ranks = learn_ranks(folder, DDPStrategy(process_group_backend="gloo"))
     assert ranks["file"] == ranks["weights"]
-    for step in (8, 18):  # before layers became two, and behind it
+    for step in (8, 18):  # before layers became two, and after it
         saved = folder / "ranks" / f"step={step}.ckpt"
         again = learn_ranks(folder / "again", DDPStrategy(process_group_backend="gloo"), saved)
         assert again == ranks, step

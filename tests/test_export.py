@@ -24,7 +24,7 @@ from training import IMAGES, Net, fit
 
 
 class Up(nn.Module):
-    """A transposed convolution, a norm behind what two layers read, and one without factors."""
+    """A transposed convolution, a norm after what two layers read, and one without factors."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -232,7 +232,7 @@ def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 @every_case
 def test_a_resumed_run_equals_the_uninterrupted_one(case: Case, tmp_path: Path) -> None:
-    """Before, in and behind the windows, at the ends and in the middle of epochs."""
+    """Before, in and after the windows, at the ends and in the middle of epochs."""
     resumed_equals_whole(tmp_path, case, [10, 17, 25, 31, 39])
 
 
@@ -762,7 +762,7 @@ class Tunable(Net):
 
 @every_case
 @pytest.mark.parametrize(
-    ("epoch", "first"), [(1, True), (5, False)], ids=["within the window", "behind the window"]
+    ("epoch", "first"), [(1, True), (5, False)], ids=["within the window", "after the window"]
 )
 def test_parameters_that_join_the_optimizer_later(
     case: Case, epoch: int, first: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -167,7 +167,7 @@ def test_weights_that_are_no_numbers(case: Case, value: float, tmp_path: Path) -
 def test_weights_that_are_no_numbers_at_the_end(case: Case, tmp_path: Path) -> None:
     class Diverge(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
-            if trainer.global_step == 36:  # behind all windows
+            if trainer.global_step == 36:  # after all windows
                 module.body[1].bias.data.fill_(float("nan"))
 
     checkpoint = CompressedCheckpoint(tmp_path)
@@ -180,7 +180,7 @@ def test_weights_that_are_no_numbers_at_the_end(case: Case, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", [CompressedCheckpoint, ParetoCheckpoint])
 def test_a_folder_that_cannot_be_written_into(kind: Any, tmp_path: Path) -> None:
-    """Said before ten hours of training, not behind them."""
+    """Said before ten hours of training, not after them."""
     (tmp_path / "file").write_text("")
     message = r"file/folder.* cannot be written to .*: name another folder with dirpath"
     with pytest.raises(MisconfigurationException, match=message):

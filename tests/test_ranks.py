@@ -393,7 +393,7 @@ def test_weight_decay_acts_on_the_product() -> None:
         torch.testing.assert_close(old - parameter, gradient)
         parameter.data.copy_(old)
         parameter.grad = torch.zeros_like(parameter)
-    # Shrinking by the optimizer itself comes behind, and is the same to first order.
+    # Shrinking by the optimizer itself comes after it, and is the same to first order.
     adam = torch.optim.AdamW(pair.parameters(), lr=1e-3, weight_decay=0.01)
     decay_products_(adam, [pair])
     adam.step()

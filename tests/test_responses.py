@@ -25,7 +25,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 class Net(nn.Module):
-    """Layers with and without a batch-norm and a ReLU behind them."""
+    """Layers with and without a batch-norm and a ReLU after them."""
 
     def __init__(self) -> None:
         super().__init__()

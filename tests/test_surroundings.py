@@ -313,7 +313,7 @@ def test_the_best_is_compressed(case: Case, tmp_path: Path) -> None:
     plain = Net()
     plain.load_state_dict(best["state_dict"])
     case.check(plain)
-    # One epoch of patience behind the first one that counts.
+    # One epoch of patience after the first one that counts.
     assert runner.current_epoch == best["epoch"] + 2
 
 

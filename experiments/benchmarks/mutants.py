@@ -159,7 +159,7 @@ def plant(mutant: Mutant, folder: Path) -> None:
 
 
 class Reach:
-    """What each test reaches.
+    """The lines that each test reaches.
 
     Attributes:
         seconds: Seconds that each test takes.

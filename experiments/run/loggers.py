@@ -1,4 +1,4 @@
-"""What loggers get besides curves: the configuration, and at W&B axes, layers and the file.
+"""Records for loggers in addition to curves: the configuration, and at W&B axes, layers, the file.
 
 Curves go through Lightning's loggers, whichever the user has chosen.
 """
