@@ -26,7 +26,7 @@ test-slow: $(BIN)/.installed
 zoo: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[zoo]'
 	$(BIN)/python -m pip install --quiet --no-deps 'timm>=1.0.20'
-	$(BIN)/python -m fitsmall.experiments.zoo --output docs/zoo.md
+	$(BIN)/python -m fitsmall.experiments.zoo --output docs/zoo.md $(ZOO)
 
 clean:
 	rm -rf .venv runs build

@@ -1,7 +1,7 @@
 """Run the zoo, and write the table of what works.
 
 pip install -e '.[zoo]'; python -m fitsmall.experiments.zoo [--networks NAME ...]
-    [--methods NAME ...] [--processes 2] [--limit 600] [--output docs/zoo.md]
+    [--methods NAME ...] [--processes 2] [--limit 600] [--cells FILE] [--output docs/zoo.md]
 
 Each network runs in a process of its own. A cell *works* if it trains, covers the weights, and its
 file gives a fresh network the same outputs bit for bit; it is *refused* if an error came before the
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from fitsmall.experiments.zoo.cells import METHODS, Cell, run_cell
@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--limit", type=float, default=600.0, help="seconds of a network")
+    parser.add_argument("--cells", type=Path, help="file that keeps cells, to go on from")
     parser.add_argument("--output", type=Path, help="file for the table")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -88,18 +89,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for method in options.methods:
                 print(json.dumps(run_cell(network, method)), flush=True)
         return
-    cells: list[Cell] = []
+    kept: dict[str, list[Cell]] = {}
+    if options.cells and options.cells.exists():
+        for line in options.cells.read_text().splitlines():
+            cell = Cell(*json.loads(line))
+            kept.setdefault(cell.network, []).append(cell)
     with ThreadPoolExecutor(options.processes) as pool:
-        jobs = (
-            pool.submit(run_network, n, options.methods, options.limit) for n in options.networks
-        )
-        for job in list(jobs):
-            cells += job.result()
-            for cell in job.result():
+        jobs = {
+            pool.submit(run_network, network, options.methods, options.limit)
+            for network in options.networks
+            if network not in kept
+        }
+        for job in as_completed(jobs):
+            found = job.result()
+            kept[found[0].network] = found
+            for cell in found:
                 print(
                     f"{cell.network} {cell.method}: {cell.outcome} {cell.coverage:.0%} "
                     f"{cell.seconds:.1f} s {cell.remark[:400]}", flush=True,
                 )  # fmt: skip
+            if options.cells:
+                with options.cells.open("a") as file:
+                    file.writelines(json.dumps(cell) + "\n" for cell in found)
+    cells = [cell for network in options.networks for cell in kept[network]]
     text = table(cells)
     print(text)
     if options.output:

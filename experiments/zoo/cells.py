@@ -116,6 +116,15 @@ class AdversarialSubject(Subject):
         ]
 
 
+class Coverage(pl.Callback):
+    """Measures the share of the trainable weights of layers that every stage acts on."""
+
+    share = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.share = min(_coverage(pl_module, stage) for stage in stages_of(trainer))
+
+
 def _subject(entry: Entry) -> Subject:
     return (AdversarialSubject if "GAN" in entry.family else Subject)(entry)
 
@@ -130,18 +139,19 @@ class RefusedError(Exception):
 
 def run_cell(network: str, method: str) -> Cell:
     """Train a network with a method, check what came out, and never raise."""
-    start, outcome, remark, coverage = time.monotonic(), "works", "", 0.0
+    start, outcome, remark, coverage = time.monotonic(), "works", "", Coverage()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     trainer = None
     with tempfile.TemporaryDirectory() as folder:
         try:
-            trainer, module, batches, file = _trainer(NETWORKS[network], method, Path(folder))
+            trainer, module, batches, file = _trainer(
+                NETWORKS[network], method, Path(folder), coverage
+            )
             trainer.fit(
                 torch.compile(module, backend="eager") if method == "compile" else module,  # type: ignore[arg-type]
                 DataLoader(batches, batch_size=None),  # type: ignore[arg-type]
             )
-            coverage = min(_coverage(module, stage) for stage in stages_of(trainer))
             _check(NETWORKS[network], module, batches[0], file, method, Path(folder))
         except WrongError as error:
             outcome, remark = "wrong", str(error)
@@ -152,11 +162,11 @@ def run_cell(network: str, method: str) -> Cell:
             refused = early and isinstance(error, ValueError | RuntimeError | TypeError)
             outcome = "refused" if refused else "crashed"
             remark = f"{type(error).__name__}: {error}"
-    return Cell(network, method, outcome, coverage, remark, time.monotonic() - start)
+    return Cell(network, method, outcome, coverage.share, remark, time.monotonic() - start)
 
 
 def _trainer(
-    entry: Entry, method: str, folder: Path
+    entry: Entry, method: str, folder: Path, coverage: Coverage
 ) -> tuple[pl.Trainer, Subject, list[Any], CompressedCheckpoint]:
     pl.seed_everything(0, verbose=False)
     module, file = _subject(entry), CompressedCheckpoint(folder, coder="ans")
@@ -165,7 +175,7 @@ def _trainer(
         max_epochs=1,
         accelerator="cpu",
         precision="bf16-mixed" if method == "bf16-mixed" else "32-true",
-        callbacks=[*METHODS[method](), file],
+        callbacks=[*METHODS[method](), file, coverage],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -177,8 +187,6 @@ def _trainer(
 
 def _coverage(module: nn.Module, stage: Any) -> float:
     """Return the share of the trainable weights of layers that a stage acts on."""
-    if getattr(stage, "done", False):  # layers were replaced
-        return 1.0
     weights = {
         name: parameter.numel()
         for name, parameter in stage.parameters.items()
