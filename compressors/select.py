@@ -11,7 +11,15 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fitsmall.compressors.naming import abridged, group_by, grouped
-from fitsmall.compressors.weights import Matrices, is_multiplied, matrices_of, no_weight
+from fitsmall.compressors.weights import (
+    BIAS_OR_NORM,
+    POSITIONS,
+    TOKEN,
+    Matrices,
+    is_multiplied,
+    matrices_of,
+    no_weight,
+)
 
 __all__ = ["EXCLUDED", "FROZEN", "NOT_INCLUDED", "Selection", "match", "select"]
 
@@ -62,13 +70,14 @@ class Selection:
         """
         if not self.chosen and not self.waiting:
             by_reason = group_by(self.skipped, self.skipped.get)
+            usual = (BIAS_OR_NORM, POSITIONS, TOKEN)  # these come last, and say the least
             reasons = "; ".join(
                 f"{abridged([pattern for pattern, _ in grouped(names)])}: {reason}"
-                for reason, names in by_reason.items()
+                for reason, names in sorted(by_reason.items(), key=lambda item: item[0] in usual)
             )
             raise ValueError(
-                "name parameters with include=[...], since there is nothing to compress: "
-                f"{reasons or 'the module has no parameters'}"
+                "name other parameters with include=[...], or leave the method out, since there is "
+                f"nothing to compress: {reasons or 'the module has no parameters'}"
             )
         return self
 
