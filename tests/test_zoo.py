@@ -33,8 +33,9 @@ def test_the_table_shows_every_outcome() -> None:
     cells = [
         Cell("LSTM", "prune", "works", 0.951, "", 1.0),
         Cell("LSTM", "ranks", "refused", 0.0, "ValueError: why\nmore", 1.0),
+        Cell("LSTM", "EMA", "works", 0.053, "", 1.0),
     ]
     text = table(cells)
-    assert "| LSTM | LSTM | 95 % | yes | refused |" in text
-    assert "1 works, 1 refused." in text
-    assert "- refused, ranks: ValueError: why (LSTM)" in text
+    assert "| LSTM | LSTM | yes | refused | yes, 5% |" in text
+    assert "2 works, 1 refused." in text
+    assert "- LSTM: refused, ranks: ValueError: why" in text

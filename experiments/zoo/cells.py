@@ -1,6 +1,7 @@
 """Cells of the zoo: one network with one method, trained for a few steps and checked."""
 
 import logging
+import os
 import tempfile
 import time
 import warnings
@@ -162,6 +163,7 @@ def run_cell(network: str, method: str) -> Cell:
             refused = early and isinstance(error, ValueError | RuntimeError | TypeError)
             outcome = "refused" if refused else "crashed"
             remark = f"{type(error).__name__}: {error}"
+        remark = remark.replace(f"{folder}{os.sep}", "")
     return Cell(network, method, outcome, coverage.share, remark, time.monotonic() - start)
 
 
