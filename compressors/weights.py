@@ -8,7 +8,7 @@ has heard of. The others are few and sensitive: biases, norms, and learned posit
 import re
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ __all__ = [
     "is_multiplied",
     "matrices_of",
     "no_weight",
-    "normed_axis",
     "owner",
 ]
 
@@ -66,6 +65,8 @@ class Matrices:
         inputs: Dimension of the inputs.
         parts: Number of matrices that stand one after the other along dimension 0, such as gates;
             None if dimension 0 counts the matrices itself, as of fused experts.
+        normed: Dimension whose slices the layer divides by their norms, as weight norm does; a
+            slice of zeros would make NaN. None for all others.
 
     Example:
         >>> lstm = nn.LSTM(input_size=5, hidden_size=3)
@@ -78,6 +79,7 @@ class Matrices:
     outputs: int = 0
     inputs: int = 1
     parts: int | None = 1
+    normed: int | None = None
 
     def split(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the parameter's shape as (matrices, outputs, inputs, kernel ...).
@@ -149,8 +151,12 @@ def matrices_of(module: nn.Module, name: str) -> Matrices:
 
     Example:
         >>> matrices_of(nn.ConvTranspose2d(8, 4, 3), "weight")
-        Matrices(layer='', outputs=1, inputs=0, parts=1)
+        Matrices(layer='', outputs=1, inputs=0, parts=1, normed=None)
     """
+    return replace(_form(module, name), normed=_normed_axis(module, name))
+
+
+def _form(module: nn.Module, name: str) -> Matrices:
     path, layer, own = owner(module, name)
     parameter = module.get_parameter(name)
     dimensions = 0 if is_lazy(parameter) else parameter.dim()
@@ -196,23 +202,21 @@ def no_weight(module: nn.Module, name: str) -> str | None:
     return None
 
 
-def normed_axis(module: nn.Module, name: str) -> int | None:
+def _normed_axis(module: nn.Module, name: str) -> int | None:
     """Return the dimension whose slices a layer divides by their norms, or None.
 
     Weight norm does so (Salimans and Kingma, 2016): ``w = g v / ||v||``, with a norm for each slice
-    of ``v`` and entry of ``g``. A slice of zeros would make NaN.
-
-    Example:
-        >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
-        >>> normed_axis(layer, "parametrizations.weight.original1")
-        0
+    of ``v`` and entry of ``g``.
     """
+    path, _, last = name.rpartition(".")
+    beside = dict(module.get_submodule(path).named_parameters(recurse=False))
     for own, other in (("original1", "original0"), ("_v", "_g")):
-        if name.endswith(own):
-            shape = module.get_parameter(name).shape
-            factors = dict(module.named_parameters()).get(name.removesuffix(own) + other)
-            if factors is not None and factors.dim() == len(shape) and factors.numel() > 1:
-                return next(axis for axis, size in enumerate(factors.shape) if size > 1)
+        factors = beside.get(last.removesuffix(own) + other) if last.endswith(own) else None
+        if factors is not None and factors.dim() == beside[last].dim():
+            sizes = zip(factors.shape, beside[last].shape, strict=True)
+            return next(
+                (k for k, (n, size) in enumerate(sizes) if n == size == factors.numel()), None
+            )
     return None
 
 
@@ -274,7 +278,7 @@ def is_multiplied(module: nn.Module, name: str) -> bool:
     # Half of them zeros, along every dimension.
     numbers = 0.618034 * torch.arange(original.numel(), dtype=torch.double, device=original.device)
     original.copy_((numbers % 1 - 0.5).clamp_min(0).view(original.shape))
-    weight = probe()
+    weight = probe().nan_to_num()  # of slices of zeros alone, which weight norm divides by 0
     if weight.shape != original.shape or not torch.equal(weight == 0, original == 0):
         return False
     ratios = weight / original

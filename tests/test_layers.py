@@ -13,6 +13,7 @@ from fitsmall.compressors import NofM, Quantize, TopK, compress, restore, save, 
 from fitsmall.compressors.codes.code import Integer
 from fitsmall.compressors.training import (
     GradualPruning,
+    LearningCompression,
     Plan,
     QuantizationAwareTraining,
     WeightSharing,
@@ -102,7 +103,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Matrices]]] = {
     ),
     "weight norm": (
         lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 12))),
-        {"0.parametrizations.weight.original1": Matrices("0")},
+        {"0.parametrizations.weight.original1": Matrices("0", normed=0)},
     ),
     "spectral norm": (
         lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 12))),
@@ -110,7 +111,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Matrices]]] = {
     ),
     "old weight norm": (
         lambda: nn.Sequential(weight_norm(nn.Linear(8, 12))),
-        {"0.weight_v": Matrices("0")},
+        {"0.weight_v": Matrices("0", normed=0)},
     ),
 }
 
@@ -177,16 +178,21 @@ def test_the_file_of_quantized_experts_is_small(transposed: bool, tmp_path: Path
 
 
 @pytest.mark.filterwarnings("ignore:compress. nothing makes up")
-def test_scales_without_training_are_of_outputs() -> None:
-    for layer, axis in (
-        (Conv1D(6, 16), 1),
-        (nn.ConvTranspose2d(16, 6, 3), 1),
-        (nn.Conv2d(16, 6, 3), 0),
+def test_scales_of_projections_are_of_outputs() -> None:
+    for layer, scales in (
+        (Conv1D(6, 16), (1, 6)),
+        (nn.ConvTranspose2d(16, 6, 3), (1, 6, 1, 1)),
+        (nn.Conv2d(16, 6, 3), (6, 1, 1, 1)),
+        (Experts(transposed=False), (2, 12, 1)),
+        (Experts(transposed=True), (2, 1, 12)),
     ):
-        code = compress(layer, TopK(0.5) | Quantize(4))["weight"]
-        assert isinstance(code, Integer)
-        assert [n for n in code.scales.shape if n > 1] == [6]
-        assert code.scales.shape[axis] == 6
+        projection = TopK(0.5) | Quantize(4)
+        Plan([learning := LearningCompression(projection)], layer)
+        ((name, along),) = learning.projections.items()
+        learned = along.encode(layer.get_parameter(name))
+        for code in (learned, compress(layer, projection)[name]):
+            assert isinstance(code, Integer)
+            assert code.scales.shape == scales
 
 
 def test_what_a_layer_multiplies_by_is_sparse() -> None:
@@ -204,24 +210,44 @@ def test_what_a_layer_multiplies_by_is_sparse() -> None:
     assert f"left out ({reason}): 2.parametrizations.weight.original;" in str(plan)
     with pytest.raises(ValueError, match=reason):
         select(net, include="2.parametrizations*")
+    assert select(parametrizations.weight_norm(nn.Linear(2, 8))).chosen  # rows of few weights
 
 
-def test_a_normed_slice_keeps_a_weight() -> None:
-    """Of the weight's rows two are much smaller than the others; weight norm divides by norms."""
-    net = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 4)))
-    direction = net.get_parameter("0.parametrizations.weight.original1")
+@pytest.mark.filterwarnings("ignore:compress. nothing makes up")
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda net: train(net, GradualPruning(0.7, "magnitude", stop=0.5)),
+        lambda net: train(net, LearningCompression(TopK(0.7), stop=0.5)),
+        lambda net: compress(net, TopK(0.7)),
+    ],
+    ids=["pruning", "learning", "one-shot"],
+)
+def test_a_normed_slice_keeps_a_weight(act: Callable[[nn.Module], Any]) -> None:
+    """Weight norm divides by the norms of rows, of which some are much smaller than others."""
+    net = nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(8, 4)), parametrizations.weight_norm(nn.Linear(4, 1))
+    )
+    first, second = (net.get_parameter(f"{n}.parametrizations.weight.original1") for n in range(2))
     with torch.no_grad():
-        direction[:2] *= 1e-3
-    train(net, GradualPruning(0.7, stop=0.5))
-    assert (direction != 0).any(1).all()
-    assert net[0].weight.isfinite().all()
+        first[:2] *= 1e-3
+        second *= 1e-3
+    act(net)
+    assert (first == 0).sum() + (second == 0).sum() >= 23
+    assert (first != 0).any(1).all()
+    assert second.any()
+    assert net(torch.ones(1, 8)).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:compress. nothing makes up")
 def test_n_of_m_counts_inputs() -> None:
     """Of transposed weights, too: groups of four inputs of one output have two weights."""
-    layer = Conv1D(6, 8)
-    train(layer, GradualPruning(structure=NofM(2, 4), stop=0.5))
-    assert torch.equal((layer.weight.T != 0).view(6, 2, 4).sum(2), torch.full((6, 2), 2))
+    trained, compressed, experts = Conv1D(6, 8), Conv1D(6, 8), Experts(transposed=True)
+    train(trained, GradualPruning(structure=NofM(2, 4), stop=0.5))
+    for layer in (compressed, experts):
+        compress(layer, TopK(0.5, NofM(2, 4)))
+    for matrix in (trained.weight.T, compressed.weight.T, *experts.up.mT):
+        assert bool(((matrix != 0).view(len(matrix), 2, 4).sum(2) == 2).all())
 
 
 @pytest.mark.parametrize(("granularity", "scales"), [("tensor", (4, 1)), (8, (24, 2))])

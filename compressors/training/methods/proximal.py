@@ -208,7 +208,10 @@ class LearningCompression(Proximal):
 
     def attach(self, module: nn.Module) -> None:
         super().attach(module)
-        self.projections = match(self.projection, list(self.selection.chosen))
+        self.projections = {
+            name: projection.along(self.selection.forms[name])
+            for name, projection in match(self.projection, list(self.selection.chosen)).items()
+        }
         self.selection = self.selection.without(
             {
                 name: "it has no projection"
