@@ -164,17 +164,23 @@ def test_every_kind_of_layer(layer: str, tmp_path: Path) -> None:
     assert torch.equal(fresh.eval()(x), module(x))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_the_file_of_quantized_experts_is_small(transposed: bool, tmp_path: Path) -> None:
-    """Eight experts of 64 x 64 with four bits each: half a byte a weight, and scales."""
-    module = Experts(transposed)
-    module.up = nn.Parameter(torch.randn(8, 64, 64))
-    Plan([stage := QuantizationAwareTraining(4, None)], module)
-    stage.choose({"up": module.up.detach()}, strength=1.0)
-    with torch.no_grad():
-        stage.project_("up", module.up, strength=1.0)
-    size = save(tmp_path / "file", {"up": module.up.detach()})
-    assert size < 8 * 64 * 64 // 2 + 8 * 64 * 2 + 200
+@pytest.mark.parametrize("granularity", ["channel", 32])
+@pytest.mark.parametrize(
+    "make", [lambda: Experts(False), lambda: Experts(True), lambda: Conv1D(1, 1)]
+)
+def test_the_file_of_a_quantized_weight_is_small(
+    make: Callable[[], nn.Module], granularity: Any, tmp_path: Path
+) -> None:
+    """Matrices of 64 x 64 with four bits each: half a byte a weight, and scales."""
+    module = make()
+    name = next(iter(dict(module.named_parameters())))
+    weight = torch.randn(8, 64, 64) if name == "up" else torch.randn(64, 512)
+    setattr(module, name, nn.Parameter(weight))
+    Plan([stage := QuantizationAwareTraining(4, None, granularity=granularity)], module)
+    stage.choose({name: weight}, strength=1.0)
+    stage.project_(name, weight, strength=1.0)
+    size = save(tmp_path / "file", {name: weight})
+    assert size < 8 * 64 * 64 // 2 + stage.scales[name].numel() * 2 + 200
 
 
 @pytest.mark.filterwarnings("ignore:compress. nothing makes up")
