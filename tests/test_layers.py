@@ -16,6 +16,7 @@ from fitsmall.compressors.training import (
     LearningCompression,
     Plan,
     QuantizationAwareTraining,
+    RankLearning,
     WeightSharing,
 )
 from fitsmall.compressors.weights import Matrices, matrices_of
@@ -272,6 +273,29 @@ def test_inputs_of_parametrized_layers_are_quantized(tmp_path: Path) -> None:
     fresh, x = restore(make(), tmp_path / "file"), torch.randn(6, 8)
     assert fresh[0].input_quantizer.active
     assert torch.equal(fresh.eval()(x), net.eval()(x))
+
+
+class Named(nn.Module):
+    """A module that calls its layer by keyword, and not by the one that torch's layers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Conv1D(12, 8)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(x=inputs)
+
+
+def test_layers_are_called_by_any_keyword() -> None:
+    module = Named()
+    train(
+        module,
+        GradualPruning(0.1, criterion="activation", stop=0.2),
+        QuantizationAwareTraining(4, 4, start=0.3, observe_steps=3),
+    )
+    assert module.layer.input_quantizer.active
+    train(module := Named(), RankLearning(keep_size=0.5))
+    assert module.layer.reduce.out_features < 4
 
 
 def test_learned_positions_stay_out_unless_asked_for() -> None:

@@ -120,7 +120,7 @@ def _round_input(
     layer: Any, inputs: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the input of a layer, rounded by ONNX's operators."""
-    x = inputs[0] if inputs else named.pop("input")
+    x = inputs[0] if inputs else named.pop(next(iter(named)))
     if layer.clip is not None:
         x = x.clamp(*layer.clip)
     grid = layer.input_scale, layer.input_zero

@@ -280,7 +280,8 @@ def _quantize_input(
     quantizer = getattr(layer, QUANTIZER)
     if inputs:
         return (quantizer(inputs[0]), *inputs[1:]), named
-    return inputs, {**named, "input": quantizer(named["input"])}
+    keyword = next(iter(named))
+    return inputs, {**named, keyword: quantizer(named[keyword])}
 
 
 @dataclass(frozen=True)

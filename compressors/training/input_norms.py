@@ -49,7 +49,7 @@ class InputNorm:
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         if layer.training and torch.is_grad_enabled():
             features = -1 if self.weight.dim() == 2 else 1 - self.weight.dim()
-            x = inputs[0] if inputs else named["input"]
+            x: Tensor = next(iter((*inputs, *named.values())))
             rows = x.detach().float().movedim(features, -1).flatten(0, -2)
             squares = rows.square().sum(0)
             self.squares = squares if self.squares is None else self.squares + squares
