@@ -22,6 +22,7 @@ __all__ = [
     "TRANSPOSED",
     "Matrices",
     "conv1d_class",
+    "detach_computed_",
     "is_conv1d",
     "is_multiplied",
     "matrices_of",
@@ -239,6 +240,17 @@ def owner(module: nn.Module, name: str) -> tuple[str, nn.Module, str]:
         if own.endswith(suffix) and hasattr(layer, own.removesuffix(suffix)):
             own = own.removesuffix(suffix)
     return path, layer, own
+
+
+def detach_computed_(module: nn.Module) -> None:
+    """Detach weights that layers with the old weight norm hold, so that the module can be copied.
+
+    Each forward pass computes them again.
+    """
+    for layer in module.modules():
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                vars(layer)[name] = value.detach()
 
 
 def conv1d_class(layer: nn.Module) -> type[nn.Module] | None:

@@ -33,6 +33,7 @@ from fitsmall.compressors.export.tracing import (
 )
 from fitsmall.compressors.extras import install_command
 from fitsmall.compressors.torch_internals import has_vnni, require
+from fitsmall.compressors.weights import detach_computed_
 
 __all__ = ["Export", "export_onnx", "unquantized", "write_onnx"]
 
@@ -207,14 +208,8 @@ def _remedy(agree: list[str], unread: bool, weight_bits: int) -> str:
 
 def _copied(module: nn.Module) -> nn.Module:
     """Return a copy in float32 on the CPU, in evaluation mode."""
-    # Layers with the old weight norm hold a weight that was computed, which has a gradient.
-    computed = {
-        id(value): value.detach()
-        for layer in module.modules()
-        for value in vars(layer).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    return copy.deepcopy(module, computed).cpu().float().eval()
+    detach_computed_(module)
+    return copy.deepcopy(module).cpu().float().eval()
 
 
 def _no_operator(cause: str) -> str:
