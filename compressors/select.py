@@ -62,12 +62,15 @@ class Selection:
         """
         if not self.chosen and not self.waiting:
             by_reason = group_by(self.skipped, self.skipped.get)
+            remedy = "name parameters with include=[...]"
+            if FROZEN in by_reason:
+                remedy = "make weights trainable with requires_grad_(True)"
             reasons = "; ".join(
                 f"{abridged([pattern for pattern, _ in grouped(names)])}: {reason}"
                 for reason, names in by_reason.items()
             )
             raise ValueError(
-                "name parameters with include=[...], since there is nothing to compress: "
+                f"{remedy}, since there is nothing to compress: "
                 f"{reasons or 'the module has no parameters'}"
             )
         return self
