@@ -220,6 +220,17 @@ def test_what_a_layer_multiplies_by_is_sparse() -> None:
     assert select(parametrizations.weight_norm(nn.Linear(2, 8))).chosen  # rows of few weights
 
 
+def test_spectral_norm_learns_as_without_a_plan() -> None:
+    """It learns whenever its layer's weight is read, so that none is read to count costs."""
+    found = []
+    for stages in ([], [RankLearning(price=1e-9, include="1")]):
+        torch.manual_seed(0)
+        net = nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 30))
+        train(net, *stages)
+        found.append(net[0].parametrizations.weight[0]._u)
+    assert torch.equal(*found)
+
+
 @pytest.mark.filterwarnings("ignore:compress. nothing makes up")
 @pytest.mark.parametrize(
     "act",

@@ -80,7 +80,9 @@ def places(layer: Any, inputs: Tensor, outputs: Tensor) -> tuple[float, float]:
         >>> places(layer, images, layer(images))
         (256.0, 512.0)
     """
-    after: float = outputs.numel() / outputs_first(layer, layer.weight).shape[0]
+    # Reading a weight with spectral norm would change the norm's own state.
+    channels = outputs.shape[-1 - len(getattr(layer, "kernel_size", ()))]
+    after: float = outputs.numel() / channels
     if isinstance(layer, nn.Conv2d):
         return after, after / outputs.shape[-2] * inputs.shape[-2]
     return after, after

@@ -71,7 +71,9 @@ class LayerCosts:
     def dense(self, name: str, kind: str) -> float:
         """Return the cost of the layer of a weight as it is."""
         path = name.rpartition(".")[0]
-        return float(self._places(path, kind)[0] * self.layers[path].weight.numel())
+        # The weight, or what it is computed from, is a layer's largest parameter.
+        size = max(parameter.numel() for parameter in self.layers[path].parameters())
+        return float(self._places(path, kind)[0] * size)
 
     def units(self, name: str, kind: str) -> dict[str, float]:
         """Return the cost of one rank of the layer of a weight, by form."""
