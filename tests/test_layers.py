@@ -19,6 +19,7 @@ from fitsmall.compressors.training import (
     RankLearning,
     WeightSharing,
 )
+from fitsmall.compressors.training.statistics import Statistics
 from fitsmall.compressors.weights import Matrices, matrices_of
 
 
@@ -220,6 +221,26 @@ def test_what_a_layer_multiplies_by_is_sparse() -> None:
     assert select(parametrizations.weight_norm(nn.Linear(2, 8))).chosen  # rows of few weights
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_a_module_with_a_computed_weight_is_fitted_to_data() -> None:
+    """The old weight norm keeps the weight of the last forward pass, which has a gradient."""
+    net, x = nn.Sequential(weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8)), torch.randn(9, 8)
+    net(x)
+    with pytest.warns(UserWarning, match=r"projected as they are: 0\.weight_v"):
+        assert [*compress(net, TopK(0.5), data=[x])] == ["0.weight_v", "1.weight"]
+
+
+def test_statistics_of_replaced_layers_are_forgotten() -> None:
+    """Those that Adam keeps, too, which are as large as the weights."""
+    net = nn.Sequential(nn.Linear(8, 8))
+    statistics, weight = Statistics(("squared_gradient",)), net[0].weight
+    statistics.attach(net, select(net), dict(net.named_parameters()))
+    statistics.observe("0.weight", weight, weight.detach(), {"exp_avg_sq": weight.detach()})
+    assert statistics.has_all("0.weight")
+    statistics.attach(net, select(net), {})
+    assert not statistics.has_all("0.weight")
+
+
 def test_spectral_norm_learns_as_without_a_plan() -> None:
     """It learns whenever its layer's weight is read, so that none is read to count costs."""
     found = []
@@ -318,7 +339,7 @@ def test_learned_positions_stay_out_unless_asked_for() -> None:
 def test_a_criterion_leaves_out_what_it_cannot_score() -> None:
     net = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 40))
     text = str(Plan([GradualPruning(criterion="activation")], net))
-    assert "left out (the inputs of a Embedding have no norms): 0.weight; 30.8 %" in text
+    assert "left out (inputs of Embedding have no norms): 0.weight; 30.8 %" in text
     with pytest.raises(ValueError, match=r"exclude 0\.weight, or choose another criterion"):
         Plan([GradualPruning(criterion="activation", include="0")], net)
 

@@ -98,7 +98,7 @@ PLANS: list[tuple[list[Stage], str]] = [
     ),
     (
         [GradualPruning(criterion="activation", include="body.1.weight")],
-        "exclude body.1.weight, or choose another criterion than activation: the inputs of a Batch",
+        "exclude body.1.weight, or choose another criterion than activation: inputs of BatchNorm",
     ),
     (
         [GradualPruning(0.96, allocation="uniform", include=["head.weight", "head.bias"])],

@@ -79,6 +79,7 @@ class Statistics:
         self._parameters = parameters
         # Layers that were replaced are gone.
         self._own = {name: own for name, own in self._own.items() if name in parameters}
+        self._adam = {name: own for name, own in self._adam.items() if name in parameters}
         if "input_norm" in self.needed:
             self._norms = {
                 name: InputNorm(module.get_submodule(selection.forms[name].layer), weight)
@@ -90,7 +91,7 @@ class Statistics:
         layer = owner(module, name)[1]
         if "input_norm" not in self.needed or has_input_norm(layer):
             return None
-        return f"the inputs of a {type(layer).__name__} have no norms"
+        return f"inputs of {type(layer).__name__} have no norms"
 
     def hook(self) -> None:
         """Register hooks that collect the norms of inputs, where a criterion needs them."""
