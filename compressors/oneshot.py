@@ -21,6 +21,7 @@ from fitsmall.compressors.surgery.kinds import surgeries
 from fitsmall.compressors.surgery.legacy import with_marks
 from fitsmall.compressors.surgery.protocol import Layout, Surgery, TensorSpec, layout_of
 from fitsmall.compressors.torch_internals import require
+from fitsmall.compressors.weights import detach_computed_
 
 __all__ = ["compress", "restore"]
 
@@ -93,6 +94,7 @@ def compress(
     if data is not None:
         device = next(iter(chosen.values())).device
         batches = batches_of(data, device)
+        detach_computed_(module)
         codes, reasons = repair(module, chosen, projections, batches, activation_bits)
         if reasons:
             _warn_of_projected(reasons)
