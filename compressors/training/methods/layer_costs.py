@@ -40,6 +40,11 @@ class LayerCosts:
         self.layers = {n: layer for n, layer in module.named_modules() if is_product(layer)}
         parameters = module.parameters()
         self._num_parameters = sum(p.numel() for p in parameters if not is_lazy(p))
+        # Layers that another stage has replaced are gone.
+        self._own, self._positions = (
+            {name: both for name, both in counted.items() if name in self.layers}
+            for counted in (self._own, self._positions)
+        )
 
     def hook(self) -> None:
         """Register hooks that count the positions of layers that have not been called yet."""
