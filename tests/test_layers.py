@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
-from fitsmall.compressors import NofM, Quantize, TopK, compress, restore, save, select
+from fitsmall.compressors import NofM, Quantize, TopK, Truncate, compress, restore, save, select
 from fitsmall.compressors.codes.code import Integer
 from fitsmall.compressors.training import (
     GradualPruning,
@@ -328,6 +328,27 @@ def test_layers_are_called_by_any_keyword() -> None:
     assert module.layer.input_quantizer.active
     train(module := Named(), RankLearning(keep_size=0.5))
     assert module.layer.reduce.out_features < 4
+
+
+def test_shapes_that_a_method_cannot_take_are_named_before_training() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(6, 8, 1))
+    for projection, reason in (
+        (
+            TopK(0.5, NofM(2, 4)) | Quantize(4),
+            "NofM(n=2, m=4) cannot prune the tensor: dimension 1",
+        ),
+        (TopK(0.5) | Quantize(4, granularity=8), "groups of 8 do not divide a weight of shape"),
+    ):
+        plan = Plan([LearningCompression(projection)], net)
+        assert list(plan.stages[0].selection.chosen) == ["0.weight"]
+        assert f"left out ({reason}" in str(plan)
+    with pytest.raises(ValueError, match="separable for convolutions"):
+        Plan([LearningCompression(Truncate(2, form="separable"))], nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"1\.weight: groups of 8 do not divide.*or leave it out"):
+        Plan([QuantizationAwareTraining(granularity=8)], net)
+    net.scale = nn.Parameter(torch.tensor(1.0))
+    plan = Plan([QuantizationAwareTraining(include="*")], net)
+    assert "left out (it is a single number): scale" in str(plan)
 
 
 def test_learned_positions_stay_out_unless_asked_for() -> None:

@@ -89,6 +89,10 @@ class TopK(Projection):
     def along(self, form: Matrices) -> Projection:
         return replace(self, form=form)
 
+    def refusal(self, shape: torch.Size) -> str | None:
+        reason = self.structure.refusal(self.form.matrix_shape(shape))
+        return reason and f"{self.structure} cannot prune the tensor: {reason}"
+
     def encode(self, weight: Tensor) -> Sparse:
         weight = weight.detach()
         mask = self._mask(weight) & (weight != 0)
@@ -100,10 +104,9 @@ class TopK(Projection):
         if self.structure == Unstructured():
             # Magnitudes rank single weights as squares do, without underflow or a wider copy.
             return self.structure.mask(weight.abs(), kept(weight.numel(), self.sparsity))
+        if reason := self.refusal(weight.shape):
+            raise ValueError(reason)
         shape = self.form.matrix_shape(weight.shape)
-        reason = self.structure.refusal(shape)
-        if reason is not None:
-            raise ValueError(f"{self.structure} cannot prune the tensor: {reason}")
         keep = kept(self.structure.num_sets(shape), self.sparsity)
         scores = self.form.split(weight.double().square())
         masks = torch.stack([self.structure.mask(matrix, keep) for matrix in scores])

@@ -192,6 +192,13 @@ class Quantize(Projection):
     def along(self, form: Matrices) -> Projection:
         return replace(self, form=form)
 
+    def refusal(self, shape: torch.Size) -> str | None:
+        try:
+            self._blocks(shape)
+        except ValueError as error:
+            return None if self.bits == 16 else str(error)
+        return None
+
     def encode(self, weight: Tensor) -> Code:
         weight = weight.detach()
         if not weight.isfinite().all():
@@ -200,7 +207,7 @@ class Quantize(Projection):
             return Dense(half(weight))
         if weight.dim() == 0 or not weight.numel():
             return Dense(weight)
-        blocks = self._blocks(weight)
+        blocks = self._blocks(weight.shape)
         scales = scales_of(weight, self.bits, blocks)
         low, high = bounds(self.bits)
         rows = blocked(weight, blocks) / blocked(scales, blocks)
@@ -210,14 +217,14 @@ class Quantize(Projection):
     def levels(self, weight: Tensor, importance: Tensor) -> Levels:
         if self.bits == 16:
             return Levels()
-        scales = scales_of(weight, self.bits, self._blocks(weight))
+        scales = scales_of(weight, self.bits, self._blocks(weight.shape))
         scales = spread(scales, weight.shape).expand(weight.shape)
         return Grid(scales, self.bits)
 
-    def _blocks(self, weight: Tensor) -> tuple[int, ...]:
-        """Return the number of scales along each dimension of a weight."""
+    def _blocks(self, shape: torch.Size) -> tuple[int, ...]:
+        """Return the number of scales along each dimension of a weight of this shape."""
         form = self.form or Matrices("", outputs=self.axis, inputs=1 - self.axis)
-        return form.scale_shape(weight.shape, self.granularity)
+        return form.scale_shape(shape, self.granularity)
 
     def after(self, code: Code) -> Code:
         # Zero is a level of every grid.

@@ -212,13 +212,13 @@ class LearningCompression(Proximal):
             name: projection.along(self.selection.forms[name])
             for name, projection in match(self.projection, list(self.selection.chosen)).items()
         }
-        self.selection = self.selection.without(
-            {
-                name: "it has no projection"
-                for name in self.selection.chosen
-                if name not in self.projections
-            }
-        )
+        reasons: dict[str, str] = {}
+        for name, parameter in self.selection.chosen.items():
+            if name not in self.projections:
+                reasons[name] = "it has no projection"
+            elif reason := self.projections[name].refusal(parameter.shape):
+                reasons[name] = reason
+        self.selection = self.selection.without(reasons)
 
     def nearest(self, name: str, weight: Tensor) -> Tensor:
         return self.projections[name].project(weight)

@@ -207,6 +207,8 @@ class QuantizationAwareTraining(Stage):
 
     def attach(self, module: nn.Module) -> None:
         super().attach(module)
+        numbers = [name for name, p in self.selection.chosen.items() if not p.dim()]
+        self.selection = self.selection.without(dict.fromkeys(numbers, "it is a single number"))
         chosen = self.selection.chosen
         own = {name: self._pair(bits) for name, bits in match(self.overrides, [*chosen]).items()}
         self.bits = {
@@ -218,7 +220,10 @@ class QuantizationAwareTraining(Stage):
         weights: dict[str, str] = {}
         for name, parameter in chosen.items():
             form = self.selection.forms[name]
-            self.blocks[name] = form.scale_shape(parameter.shape, self.granularity)
+            try:
+                self.blocks[name] = form.scale_shape(parameter.shape, self.granularity)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}, or leave it out with exclude=[...]") from error
             path, layer, own_name = owner(module, name)
             attention = isinstance(_parent(module, path), nn.MultiheadAttention)
             called = (isinstance(layer, QUANTIZED_INPUTS) or is_conv1d(layer)) and not attention
