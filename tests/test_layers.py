@@ -19,6 +19,7 @@ from fitsmall.compressors.training import (
     RankLearning,
     WeightSharing,
 )
+from fitsmall.compressors.training.stage import Stage
 from fitsmall.compressors.training.statistics import Statistics
 from fitsmall.compressors.weights import Matrices, matrices_of
 
@@ -349,6 +350,23 @@ def test_shapes_that_a_method_cannot_take_are_named_before_training() -> None:
     net.scale = nn.Parameter(torch.tensor(1.0))
     plan = Plan([QuantizationAwareTraining(include="*")], net)
     assert "left out (it is a single number): scale" in str(plan)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LearningCompression({"0": TopK(0.5)}, stop=0.5),
+        lambda: GradualPruning(0.5, overrides={"0": 0.5}, stop=0.5),
+        lambda: WeightSharing(4, overrides={"0": 4}, start=0.2, stop=0.5),
+        lambda: QuantizationAwareTraining(overrides={"0": 4}),
+    ],
+)
+def test_overrides_of_weights_that_come_later(make: Callable[[], Stage]) -> None:
+    """Lazy layers have theirs after the first forward pass, frozen ones once they may train."""
+    net = nn.Sequential(nn.LazyLinear(12), nn.Linear(12, 4).requires_grad_(False))
+    train(net, stage := make())
+    assert "0.weight" in stage.selection.chosen
+    assert stage.chosen_at is not None
 
 
 def test_learned_positions_stay_out_unless_asked_for() -> None:

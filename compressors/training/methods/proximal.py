@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from fitsmall.compressors.choices.allocation import Lazy
 from fitsmall.compressors.choices.schedules import Exponential, Schedule
 from fitsmall.compressors.projections.projection import Projection
-from fitsmall.compressors.select import match
 from fitsmall.compressors.training.sharding import gather, shard
 from fitsmall.compressors.training.stage import Stage
 
@@ -210,7 +209,7 @@ class LearningCompression(Proximal):
         super().attach(module)
         self.projections = {
             name: projection.along(self.selection.forms[name])
-            for name, projection in match(self.projection, list(self.selection.chosen)).items()
+            for name, projection in self.selection.match(self.projection).items()
         }
         reasons: dict[str, str] = {}
         for name, parameter in self.selection.chosen.items():

@@ -18,7 +18,6 @@ from fitsmall.compressors.projections.quantize import (
     quantize_,
     scales_of,
 )
-from fitsmall.compressors.select import match
 from fitsmall.compressors.surgery.quantizers import (
     QUANTIZED_INPUTS,
     ActivationQuantizer,
@@ -210,7 +209,9 @@ class QuantizationAwareTraining(Stage):
         numbers = [name for name, p in self.selection.chosen.items() if not p.dim()]
         self.selection = self.selection.without(dict.fromkeys(numbers, "it is a single number"))
         chosen = self.selection.chosen
-        own = {name: self._pair(bits) for name, bits in match(self.overrides, [*chosen]).items()}
+        own = {
+            name: self._pair(bits) for name, bits in self.selection.match(self.overrides).items()
+        }
         self.bits = {
             name: own.get(name, (self.weight_bits, self.activation_bits)) for name in chosen
         }
