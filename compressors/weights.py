@@ -25,6 +25,7 @@ __all__ = [
     "detach_computed_",
     "is_conv1d",
     "is_multiplied",
+    "is_product",
     "matrices_of",
     "no_weight",
     "owner",
@@ -265,6 +266,18 @@ def conv1d_class(layer: nn.Module) -> type[nn.Module] | None:
 def is_conv1d(layer: nn.Module) -> bool:
     """Return whether a layer is Hugging Face's ``Conv1D``."""
     return conv1d_class(layer) is not None
+
+
+def is_product(layer: nn.Module) -> bool:
+    """Return whether a layer multiplies its input by a weight, with weights for each feature.
+
+    Then multiply-adds count, and an input has a norm for each weight.
+
+    Example:
+        >>> is_product(nn.Linear(2, 2)), is_product(nn.Embedding(2, 2))
+        (True, False)
+    """
+    return isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_conv1d(layer)
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ from fitsmall.compressors.export.folding import fold_norms_
 from fitsmall.compressors.export.integer import (
     OPSET,
     add_biases_after_,
-    can_be_integer,
     float_copy,
     to_integers_,
 )
@@ -32,6 +31,7 @@ from fitsmall.compressors.export.tracing import (
     trace,
 )
 from fitsmall.compressors.extras import install_command
+from fitsmall.compressors.surgery.quantizers import takes_quantizer
 from fitsmall.compressors.torch_internals import has_vnni, require
 from fitsmall.compressors.weights import detach_computed_
 
@@ -146,7 +146,7 @@ def export_onnx(
             f"{path} was not written, since folding batch-norm into the layers before it changed "
             "the outputs: please report this"
         )
-    layers = {name for name, layer in quantized.named_modules() if can_be_integer(layer)}
+    layers = {name for name, layer in quantized.named_modules() if takes_quantizer(layer)}
     separate = copy.deepcopy(quantized)
     add_biases_after_(separate)
     if agreement_of(folded, outputs_of(float_copy(separate), arguments)).difference < _EXACT:

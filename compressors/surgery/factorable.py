@@ -8,12 +8,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fitsmall.compressors.projections.lowrank import FORMS, matrix
 from fitsmall.compressors.select import Selection
 from fitsmall.compressors.surgery.quantizers import QUANTIZER
-from fitsmall.compressors.weights import conv1d_class, is_conv1d
+from fitsmall.compressors.weights import conv1d_class, is_conv1d, is_product
 
 __all__ = [
     "factorable",
     "forms",
-    "is_product",
     "kind_of",
     "layer_of",
     "outputs_first",
@@ -36,11 +35,6 @@ def kind_of(layer: Any) -> Any:
         if kind and isinstance(layer, kind) and type(layer).forward is kind.forward:
             return kind
     return None
-
-
-def is_product(layer: Any) -> bool:
-    """Return whether a layer multiplies its inputs by a weight, so that multiply-adds count."""
-    return isinstance(layer, (nn.Linear, *_CONVOLUTIONS)) or is_conv1d(layer)
 
 
 def outputs_first(layer: Any, weight: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from fitsmall.compressors.projections.quantize import clipped
 from fitsmall.compressors.surgery.protocol import Changed, Layout, Surgery, TensorSpec, layout_of
 from fitsmall.compressors.surgery.saving import warn_of_save_pretrained
 from fitsmall.compressors.torch_internals import has_forward_pre_hook, remove_forward_pre_hook
-from fitsmall.compressors.weights import TRANSPOSED
+from fitsmall.compressors.weights import TRANSPOSED, is_conv1d
 
 __all__ = [
     "QUANTIZED_INPUTS",
@@ -25,6 +25,7 @@ __all__ = [
     "InputQuantizers",
     "attach_quantizer",
     "detach_quantizer",
+    "takes_quantizer",
 ]
 
 QUANTIZER = "input_quantizer"
@@ -241,6 +242,11 @@ class _Rounded(torch.autograd.Function):
             of_scale = g.reshape(-1).dot(y.float().reshape(-1))
             of_scale -= passed.reshape(-1).dot(wide.reshape(-1))
         return passed.to(gradient.dtype), of_scale, None, None
+
+
+def takes_quantizer(layer: nn.Module) -> bool:
+    """Return whether a layer has one input of activations, so that it can compute with integers."""
+    return isinstance(layer, QUANTIZED_INPUTS) or is_conv1d(layer)
 
 
 def attach_quantizer(layer: nn.Module, bits: int, learned: bool = False) -> ActivationQuantizer:

@@ -8,20 +8,10 @@ from torch.utils.hooks import RemovableHandle
 
 from fitsmall.compressors.weights import is_conv1d
 
-__all__ = ["DECAY", "InputNorm", "has_input_norm"]
+__all__ = ["DECAY", "InputNorm"]
 
 # Averages over about 100 steps: short enough to follow training, long enough to smooth batches.
 DECAY = 0.99
-
-
-def has_input_norm(layer: nn.Module) -> bool:
-    """Return whether each input feature of a layer meets weights of its own.
-
-    Example:
-        >>> has_input_norm(nn.Linear(2, 2)), has_input_norm(nn.Embedding(2, 2))
-        (True, False)
-    """
-    return isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_conv1d(layer)
 
 
 class InputNorm:
@@ -30,7 +20,7 @@ class InputNorm:
     Squares are staged until :meth:`commit`, so that those of a skipped step can be dropped.
 
     Args:
-        layer: A layer that :func:`has_input_norm`.
+        layer: A layer that :func:`~fitsmall.compressors.weights.is_product`.
         weight: Its weight, or the parameter that it computes its weight from.
     """
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fitsmall.compressors.choices.criteria import uniform_noise
 from fitsmall.compressors.select import Selection
-from fitsmall.compressors.training.input_norms import DECAY, InputNorm, has_input_norm
+from fitsmall.compressors.training.input_norms import DECAY, InputNorm
 from fitsmall.compressors.training.sharding import (
     gather,
     processes,
@@ -18,7 +18,7 @@ from fitsmall.compressors.training.sharding import (
     unstack,
     whole,
 )
-from fitsmall.compressors.weights import owner
+from fitsmall.compressors.weights import is_product, owner
 
 __all__ = ["Statistics"]
 
@@ -89,7 +89,7 @@ class Statistics:
     def refusal(self, module: nn.Module, name: str) -> str | None:
         """Return the reason why a weight has no such statistics, or None if it has them."""
         layer = owner(module, name)[1]
-        if "input_norm" not in self.needed or has_input_norm(layer):
+        if "input_norm" not in self.needed or is_product(layer):
             return None
         return f"inputs of {type(layer).__name__} have no norms"
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from fitsmall.compressors.surgery.factorable import is_product, places, unit_costs
+from fitsmall.compressors.surgery.factorable import places, unit_costs
 from fitsmall.compressors.training.sharding import processes
+from fitsmall.compressors.weights import is_product
 
 __all__ = ["LayerCosts"]
 

@@ -19,10 +19,10 @@ from fitsmall.compressors.projections.quantize import (
     scales_of,
 )
 from fitsmall.compressors.surgery.quantizers import (
-    QUANTIZED_INPUTS,
     ActivationQuantizer,
     InputQuantizers,
     detach_quantizer,
+    takes_quantizer,
 )
 from fitsmall.compressors.torch_internals import require
 from fitsmall.compressors.training.messages import inform
@@ -31,7 +31,7 @@ from fitsmall.compressors.training.methods.scales import INPUT_SUFFIX, ScaleLear
 from fitsmall.compressors.training.optimizers import like_gradient
 from fitsmall.compressors.training.sharding import gather, local, processes, shard, stack
 from fitsmall.compressors.training.stage import Stage
-from fitsmall.compressors.weights import is_conv1d, owner
+from fitsmall.compressors.weights import owner
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -227,7 +227,7 @@ class QuantizationAwareTraining(Stage):
                 raise ValueError(f"{name}: {error}, or leave it out with exclude=[...]") from error
             path, layer, own_name = owner(module, name)
             attention = isinstance(_parent(module, path), nn.MultiheadAttention)
-            called = (isinstance(layer, QUANTIZED_INPUTS) or is_conv1d(layer)) and not attention
+            called = takes_quantizer(layer) and not attention
             bits = self.bits[name][1]
             if own_name == "weight" and bits is not None and called:
                 input_bits[path] = bits
