@@ -122,7 +122,8 @@ class Matrices:
         Args:
             shape: Shape of the parameter.
             granularity: ``"channel"``: a scale for each output channel of each matrix;
-                ``"tensor"``: for each matrix; or the size of groups of inputs of a channel.
+                ``"tensor"``: for each matrix, but for each channel of weight norm, which divides by
+                its norm; or the size of groups of inputs of a channel.
 
         Raises:
             ValueError: Groups do not divide the inputs.
@@ -136,7 +137,7 @@ class Matrices:
         if not shape:
             return ()
         scales[0] = self.num_matrices(shape)
-        if granularity != "tensor":
+        if granularity != "tensor" or self.normed == self.outputs:
             scales[self.outputs] = shape[self.outputs]
         if isinstance(granularity, int):
             if len(shape) < 2 or shape[self.inputs] % granularity:

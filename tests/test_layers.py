@@ -260,8 +260,9 @@ def test_spectral_norm_learns_as_without_a_plan() -> None:
         lambda net: train(net, GradualPruning(0.7, "magnitude", stop=0.5)),
         lambda net: train(net, LearningCompression(TopK(0.7), stop=0.5)),
         lambda net: compress(net, TopK(0.7)),
+        lambda net: compress(net, TopK(0.7) | Quantize(4, "tensor")),
     ],
-    ids=["pruning", "learning", "one-shot"],
+    ids=["pruning", "learning", "one-shot", "scales"],
 )
 def test_a_normed_slice_keeps_a_weight(act: Callable[[nn.Module], Any]) -> None:
     """Weight norm divides by the norms of rows, of which some are much smaller than others."""
@@ -367,6 +368,14 @@ def test_overrides_of_weights_that_come_later(make: Callable[[], Stage]) -> None
     train(net, stage := make())
     assert "0.weight" in stage.selection.chosen
     assert stage.chosen_at is not None
+
+
+def test_inputs_that_stay_in_float_are_listed() -> None:
+    net = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20))
+    net[2].weight = net[0].weight  # as language models have it
+    text = str(Plan([QuantizationAwareTraining()], net))
+    assert "inputs of 8 bits: 1\n" in text
+    assert "weights alone, not their inputs: 0, 2\n" in text
 
 
 def test_learned_positions_stay_out_unless_asked_for() -> None:
