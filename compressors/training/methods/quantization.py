@@ -19,6 +19,7 @@ from fitsmall.compressors.projections.quantize import (
     scales_of,
 )
 from fitsmall.compressors.surgery.quantizers import (
+    QUANTIZER,
     ActivationQuantizer,
     InputQuantizers,
     detach_quantizer,
@@ -178,6 +179,7 @@ class QuantizationAwareTraining(Stage):
         self.quantizers: dict[str, ActivationQuantizer] = {}
         self.norms: list[nn.Module] = []
         self._plain: list[nn.Module] = []
+        self._tied: list[str] = []  # layers whose weight another layer has first
         self._norms_frozen_at = float("inf")
         self.reset()
 
@@ -193,13 +195,14 @@ class QuantizationAwareTraining(Stage):
     def remarks(self) -> list[str]:
         by_bits = group_by(self.quantizers, lambda name: self.bits[name][1])
         lines = [f"inputs of {bits} bits: {self._layers(names)}" for bits, names in by_bits.items()]
-        if others := [name for name in self.bits if name not in self.quantizers]:
-            lines.append(f"weights alone, not their inputs: {self._layers(others)}")
+        others = [name for name in self.bits if name not in self.quantizers]
+        if others or self._tied:
+            lines.append(f"weights alone, not their inputs: {self._layers(others, self._tied)}")
         return lines
 
-    def _layers(self, names: Iterable[str]) -> str:
-        """Return a list of the layers of some weights."""
-        layers = dict.fromkeys(self.selection.forms[name].layer for name in names)
+    def _layers(self, names: Iterable[str], more: Iterable[str] = ()) -> str:
+        """Return a list of the layers of some weights, and of more layers."""
+        layers = dict.fromkeys([*(self.selection.forms[name].layer for name in names), *more])
         return abridged([pattern for pattern, _ in grouped(layers)])
 
     # Weights and layers that are quantized.
@@ -239,6 +242,13 @@ class QuantizationAwareTraining(Stage):
         self.quantizers = {
             weights[layer]: quantizer for layer, quantizer in quantizers.of(module).items()
         }
+        first = {parameter: name for name, parameter in chosen.items()}
+        self._tied = [
+            path
+            for name, parameter in module.named_parameters(remove_duplicate=False)
+            if first.get(parameter, name) != name
+            and not hasattr(module.get_submodule(path := owner(module, name)[0]), QUANTIZER)
+        ]
         if self.search is not None:
             fixed = {name: bits for name, (bits, _) in self.bits.items() if bits != "auto"}
             self.search.attach(module, self.blocks, fixed)
