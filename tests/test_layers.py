@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
+from torch.utils.checkpoint import checkpoint
 
 from fitsmall.compressors import NofM, Quantize, TopK, Truncate, compress, restore, save, select
 from fitsmall.compressors.codes.code import Integer
@@ -376,6 +377,36 @@ def test_inputs_that_stay_in_float_are_listed() -> None:
     text = str(Plan([QuantizationAwareTraining()], net))
     assert "inputs of 8 bits: 1\n" in text
     assert "weights alone, not their inputs: 0, 2\n" in text
+
+
+class Checkpointed(nn.Module):
+    """A layer that the backward pass computes a second time, and one that it does not."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 20), nn.Linear(20, 8)
+        self.settings = settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.settings:
+            x = x.requires_grad_()
+            return self.second(checkpoint(self.first, x, **self.settings))
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_are_computed_twice_count_once(reentrant: bool) -> None:
+    found = []
+    for settings in ({}, {"use_reentrant": reentrant}):
+        torch.manual_seed(0)
+        module = Checkpointed(**settings)
+        pruning, ranks = GradualPruning(criterion="activation"), RankLearning(price=1e-9, stop=1.0)
+        train(module, pruning)
+        train(module, ranks)
+        norm = pruning.choices()["statistics"]["first.weight"]["input_norm"][0]
+        found.append((norm, ranks.costs.state_dict()["all"]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
 
 
 def test_learned_positions_stay_out_unless_asked_for() -> None:

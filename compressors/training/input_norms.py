@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fitsmall.compressors.torch_internals import in_backward
 from fitsmall.compressors.weights import is_conv1d
 
 __all__ = ["DECAY", "InputNorm"]
@@ -27,6 +28,7 @@ class InputNorm:
     def __init__(self, layer: nn.Module, weight: Tensor) -> None:
         self.layer, self.weight = layer, weight
         self.squares: Tensor | None = None
+        self.seen = False  # whether the layer was called before the backward pass
         self.handle: RemovableHandle | None = None
 
     def hook(self) -> None:
@@ -37,7 +39,9 @@ class InputNorm:
             self.handle.remove()
 
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if layer.training and torch.is_grad_enabled():
+        again = in_backward() and self.seen
+        if layer.training and torch.is_grad_enabled() and not again:
+            self.seen = not in_backward()
             features = -1 if self.weight.dim() == 2 else 1 - self.weight.dim()
             x: Tensor = next(iter((*inputs, *named.values())))
             rows = x.detach().float().movedim(features, -1).flatten(0, -2)
@@ -53,10 +57,15 @@ class InputNorm:
         sides = (1,) * (weight.dim() - 2)
         return torch.zeros(rows, weight.shape[1], *sides, device=weight.device)
 
+    def drop(self) -> None:
+        """Drop the staged squares."""
+        self.squares, self.seen = None, False
+
     def commit(self, statistics: dict[str, Tensor]) -> None:
         """Average the staged squares into ``statistics["input_norm"]``, which broadcasts to the
         weight."""
-        staged, self.squares = self.squares, None
+        staged = self.squares
+        self.drop()
         if staged is None:
             return
         if is_conv1d(self.layer):

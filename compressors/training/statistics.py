@@ -129,7 +129,7 @@ class Statistics:
     def discard(self, names: Collection[str]) -> None:
         """Drop the inputs of a step of these weights, which is skipped."""
         for name in self._norms.keys() & names:
-            self._norms[name].squares = None
+            self._norms[name].drop()
 
     def is_ready(self, name: str) -> bool:
         """Return whether a choice can be made for a weight, the same on every process.

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from fitsmall.compressors.surgery.factorable import places, unit_costs
+from fitsmall.compressors.torch_internals import in_backward
 from fitsmall.compressors.training.sharding import processes
 from fitsmall.compressors.weights import is_product
 
@@ -123,7 +124,8 @@ class _Meter:
     ) -> None:
         # Neither is true in validation; one is in a frozen part, which has no gradients or is in
         # evaluation mode.
-        if layer.training or torch.is_grad_enabled():
+        again = in_backward() and self.name in self.positions
+        if not again and (layer.training or torch.is_grad_enabled()):
             after, between = places(layer, next(iter((*inputs, *named.values()))), output)
             before = self.positions.get(self.name, (0.0, 0.0))
             self.positions[self.name] = before[0] + after, before[1] + between
