@@ -482,3 +482,20 @@ def test_a_layer_that_loses_nearly_everything_is_named(recwarn: pytest.WarningsR
     train(net, GradualPruning(0.6, "magnitude", stop=0.5))
     text = "\n".join(str(warning.message) for warning in recwarn)
     assert text.count("GradualPruning: 1.weight kept less than a hundredth of the average den") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("criterion", ["adam", "hessian", "movement"])
+def test_scores_in_half_precision(criterion: str, dtype: torch.dtype) -> None:
+    """Gradients are so small that their squares are zero in float16, and averages of bfloat16
+    would stop to move. The same weights survive as of the same numbers in single precision."""
+    weight, gradients = 1e-3 * torch.randn(8, 8).to(dtype), 1e-4 * torch.randn(50, 8, 8).to(dtype)
+    masks = []
+    for kind in (dtype, torch.float32):
+        layer = nn.Linear(8, 8).to(kind)
+        Plan([stage := GradualPruning(0.5, criterion)], layer)
+        for gradient in gradients:
+            stage.observe("weight", weight.to(kind), gradient.to(kind), {})
+        stage.choose({"weight": weight.to(kind)}, strength=1.0)
+        masks.append(stage.masks["weight"])
+    assert torch.equal(*masks)

@@ -123,8 +123,11 @@ class Statistics:
             elif kind == "input_norm":
                 self._norms[name].commit(collected)
             elif gradient is not None and kind in _UPDATES:
-                average = collected.setdefault(kind, torch.zeros_like(gradient))
-                _UPDATES[kind](average, weight.detach(), gradient)
+                # In half precision squares underflow, and averages stop to move.
+                wide = _wide(gradient)
+                if kind not in collected:
+                    collected[kind] = torch.zeros_like(wide)
+                _UPDATES[kind](collected[kind], weight.detach(), wide)
 
     def discard(self, names: Collection[str]) -> None:
         """Drop the inputs of a step of these weights, which is skipped."""
@@ -202,11 +205,16 @@ class Statistics:
             name: {
                 kind: _of_this_process(tensor.to(parameters[name].device))
                 if kind == "input_norm"
-                else shard(tensor.to(parameters[name].device), parameters[name])
+                else shard(_wide(tensor).to(parameters[name].device), parameters[name])
                 for kind, tensor in collected.items()
             }
             for name, collected in state["statistics"].items()
         }
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in single precision or more."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _of_this_process(norms: Tensor) -> Tensor:

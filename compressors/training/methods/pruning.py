@@ -343,7 +343,9 @@ class GradualPruning(Stage):
         return SetScores(self.structure, shapes, scores)
 
     def _score(self, name: str, weight: Tensor) -> Tensor:
-        score = self.criterion(weight, self.statistics.of(name, weight))
+        # In half precision squares of weights underflow.
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        score = self.criterion(wide, self.statistics.of(name, wide))
         if name in self.masks and self.coupling == "hard":
             # With hard coupling a pruned weight never returns, even if an update moved it.
             mask = gather(self.masks[name], self.selection.chosen[name])
