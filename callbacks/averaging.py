@@ -11,11 +11,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fitsmall.callbacks.driver import drive, plan_of, stages_of
 from fitsmall.callbacks.lightning_internals import require
 from fitsmall.callbacks.rivals import ProjectedAverage
 from fitsmall.compressors.surgery.kinds import own_tensors
+from fitsmall.compressors.weights import detach_computed_
 
 __all__ = ["EMA"]
 
@@ -89,12 +91,20 @@ class EMA(ProjectedAverage, EMAWeightAveraging):
         self._fitting = stage == "fit"
         if self._fitting and not trainer.global_step:  # a new training
             self._latest_update_step, self._latest_update_epoch = 0, -1
+        if self._fitting:
+            if lazy := [name for name, buffer in pl_module.named_buffers() if is_lazy(buffer)]:
+                raise MisconfigurationException(
+                    f"EMA: torch cannot copy lazy buffers, such as {lazy[0]}: call the module once "
+                    "before training, or give its layers their sizes"
+                )
+            detach_computed_(pl_module)
+            _make_writable_(pl_module)
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        self._match_buffers(pl_module)
+        self._match_tensors(pl_module)
         super().on_train_batch_end(trainer, _Latent(pl_module), *args, **kwargs)  # type: ignore[arg-type]
         self._copy_others(pl_module)
 
@@ -142,26 +152,39 @@ class EMA(ProjectedAverage, EMAWeightAveraging):
         averages = self._average_model.module.state_dict()
         return {**averages, **_projections(pl_module, averages)}
 
-    def _match_buffers(self, pl_module: pl.LightningModule) -> None:
-        """Replace buffers of the average whose shape a forward pass has changed in the module.
+    @torch.no_grad()
+    def _match_tensors(self, pl_module: pl.LightningModule) -> None:
+        """Give the average the tensors that forward passes have made in the module.
 
-        Such are tables that depend on the size of the inputs.
+        They initialise lazy layers, and register, drop and resize buffers, such as tables that
+        depend on the size of the inputs.
         """
         assert self._average_model is not None
-        average = self._average_model.module
-        own = dict(average.named_buffers())
-        for name, buffer in pl_module.named_buffers():
-            if name in own and own[name].shape != buffer.shape:
-                path, _, attribute = name.rpartition(".")
-                copied = buffer.detach().clone().to(own[name].device)
-                setattr(average.get_submodule(path), attribute, copied)
+        average, device = self._average_model.module, self._average_model.n_averaged.device
+        lazy: dict[str, Any] = {n: p for n, p in average.named_parameters() if is_lazy(p)}
+        for name, tensor in pl_module.named_parameters() if lazy else ():
+            if name in lazy and not is_lazy(tensor):
+                lazy[name].materialize(tensor.shape)
+                lazy[name].copy_(tensor)
+        now, own = dict(pl_module.named_buffers()), dict(average.named_buffers())
+        new = [n for n, b in now.items() if n not in own or own[n].shape != b.shape]
+        gone = own.keys() - now.keys()
+        if not new and not gone:
+            return
+        self._copied = None
+        saved = pl_module.state_dict(keep_vars=True)
+        _make_writable_(pl_module)
+        for name in (*new, *gone):
+            path, _, attribute = name.rpartition(".")
+            buffer = now[name].detach().to(device, copy=True) if name in now else None
+            average.get_submodule(path).register_buffer(attribute, buffer, name in saved)
 
     @torch.no_grad()
     def _copy_others(self, pl_module: pl.LightningModule) -> None:
         """Copy what is not averaged."""
         assert self._average_model is not None
         averages, tensors = _tensors_of(self._average_model.module), _tensors_of(pl_module)
-        if self._copied is None:  # once: layers do not change under averaging
+        if self._copied is None:  # layers do not change under averaging, but buffers may
             saved = pl_module.state_dict(keep_vars=True).keys()
             averaged = {
                 name
@@ -182,7 +205,7 @@ class EMA(ProjectedAverage, EMAWeightAveraging):
         if not self._started:
             return
         assert self._average_model is not None
-        self._match_buffers(pl_module)
+        self._match_tensors(pl_module)
         super()._swap_models(pl_module)
         if self._averages:
             for name, average in self._averages.items():
@@ -209,6 +232,14 @@ class _Latent:
 
     def buffers(self) -> Iterator[Tensor]:
         return self.module.buffers()
+
+
+def _make_writable_(module: nn.Module) -> None:
+    """Give each entry of an expanded buffer memory of its own."""
+    for layer in module.modules():
+        for name, buffer in layer.named_buffers(recurse=False):
+            if buffer.layout == torch.strided and 0 in buffer.stride():
+                setattr(layer, name, buffer.contiguous())
 
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:

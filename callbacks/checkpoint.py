@@ -29,6 +29,7 @@ from fitsmall.compressors.torch_internals import map_tensors, require, tensors_i
 from fitsmall.compressors.training.clock import NEVER, Clock
 from fitsmall.compressors.training.messages import warn
 from fitsmall.compressors.training.sharding import whole
+from fitsmall.compressors.weights import detach_computed_
 
 __all__ = ["CompressedCheckpoint", "check_module", "check_writable"]
 
@@ -212,6 +213,7 @@ class CompressedCheckpoint(pl.Callback):
         if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
             return "predictions were not compared, since no process has the whole module"
         try:
+            detach_computed_(pl_module)
             trained, restored = copy.deepcopy(pl_module).eval(), copy.deepcopy(pl_module).eval()
             trained.load_state_dict(tensors)
             for parameter in restored.parameters():

@@ -13,13 +13,15 @@ from torch.nn.parameter import is_lazy
 
 from fitsmall.compressors.codes.code import Code
 from fitsmall.compressors.file.reader import entries, load
+from fitsmall.compressors.naming import abridged, grouped
 from fitsmall.compressors.projections.projection import Projection
 from fitsmall.compressors.repair.layers import batches_of, repair
-from fitsmall.compressors.select import Selection, match, select
+from fitsmall.compressors.select import FROZEN, Selection, match, select
 from fitsmall.compressors.surgery.kinds import surgeries
 from fitsmall.compressors.surgery.legacy import with_marks
 from fitsmall.compressors.surgery.protocol import Layout, Surgery, TensorSpec, layout_of
 from fitsmall.compressors.torch_internals import require
+from fitsmall.compressors.weights import detach_computed_
 
 __all__ = ["compress", "restore"]
 
@@ -48,7 +50,8 @@ def compress(
     layer by layer, the weights that the projection allows are fitted to the layer's own outputs
     (:mod:`~fitsmall.compressors.repair.surgeon`), biases are corrected, and batch-norms get new
     statistics. Weights that see no such data, as those of embeddings, are projected, and a warning
-    names them. A forward pass for each layer is needed, and no labels.
+    names them. A forward pass for each layer is needed, and no labels. Frozen parameters stay as
+    they are.
 
     Args:
         module: Module whose weights are replaced by their projection.
@@ -76,6 +79,13 @@ def compress(
     selection = select(module, include, exclude)
     # Without training, frozen parameters stay frozen: they are left out.
     chosen = Selection(selection.chosen, selection.skipped).checked().chosen
+    if frozen := [name for name, reason in selection.skipped.items() if reason == FROZEN]:
+        patterns = abridged([pattern for pattern, _ in grouped(frozen)])
+        warnings.warn(
+            f"compress: {patterns} are frozen and stay as they are: make them trainable with "
+            "requires_grad_(True), or name them in exclude=[...]",
+            stacklevel=2,
+        )
     by_pattern = {"*": plan} if isinstance(plan, Projection) else plan
     projections = {
         name: projection.along(selection.forms[name])
@@ -84,6 +94,7 @@ def compress(
     if data is not None:
         device = next(iter(chosen.values())).device
         batches = batches_of(data, device)
+        detach_computed_(module)
         codes, reasons = repair(module, chosen, projections, batches, activation_bits)
         if reasons:
             _warn_of_projected(reasons)

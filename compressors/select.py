@@ -62,6 +62,14 @@ class Selection:
         skipped = {**self.skipped, **reasons}
         return Selection(chosen, skipped, self.waiting, self.forms).checked()
 
+    def match(self, overrides: Mapping[str, T]) -> dict[str, T]:
+        """Return the override of each chosen parameter that has one, see :func:`match`.
+
+        A pattern may also match parameters that are waiting.
+        """
+        found = match(overrides, [*self.chosen, *self.waiting])
+        return {name: found[name] for name in self.chosen if name in found}
+
     def checked(self) -> "Selection":
         """Return the selection itself, if it has chosen or waiting parameters.
 
@@ -71,13 +79,16 @@ class Selection:
         if not self.chosen and not self.waiting:
             by_reason = group_by(self.skipped, self.skipped.get)
             usual = (BIAS_OR_NORM, POSITIONS, TOKEN)  # these come last, and say the least
+            remedy = "name other parameters with include=[...], or leave the method out"
+            if FROZEN in by_reason:
+                remedy = "make weights trainable with requires_grad_(True)"
             reasons = "; ".join(
                 f"{abridged([pattern for pattern, _ in grouped(names)])}: {reason}"
                 for reason, names in sorted(by_reason.items(), key=lambda item: item[0] in usual)
             )
             raise ValueError(
-                "name other parameters with include=[...], or leave the method out, since there is "
-                f"nothing to compress: {reasons or 'the module has no parameters'}"
+                f"{remedy}, since there is nothing to compress: "
+                f"{reasons or 'the module has no parameters'}"
             )
         return self
 

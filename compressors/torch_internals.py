@@ -18,6 +18,7 @@ __all__ = [
     "Private",
     "has_forward_pre_hook",
     "has_vnni",
+    "in_backward",
     "is_there",
     "map_tensors",
     "move_hooks",
@@ -127,6 +128,16 @@ def move_hooks(layer: nn.Module, successor: nn.Module) -> None:
     """Give a successor a layer's hooks: the same dictionaries, so that handles stay valid."""
     for hooks in _HOOKS:
         setattr(successor, hooks, getattr(layer, hooks))
+
+
+def in_backward() -> bool:
+    """Return whether a backward pass is running: layers called in it are computed a second time.
+
+    Activation checkpointing does so.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return bool(getattr(torch._C, "_current_graph_task_id", lambda: -1)() != -1)
 
 
 # Optimizers.

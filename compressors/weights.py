@@ -8,7 +8,7 @@ has heard of. The others are few and sensitive: biases, norms, and learned posit
 import re
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,12 @@ __all__ = [
     "TRANSPOSED",
     "Matrices",
     "conv1d_class",
+    "detach_computed_",
     "is_conv1d",
     "is_multiplied",
+    "is_product",
     "matrices_of",
     "no_weight",
-    "normed_axis",
     "owner",
 ]
 
@@ -66,6 +67,8 @@ class Matrices:
         inputs: Dimension of the inputs.
         parts: Number of matrices that stand one after the other along dimension 0, such as gates;
             None if dimension 0 counts the matrices itself, as of fused experts.
+        normed: Dimension whose slices the layer divides by their norms, as weight norm does; a
+            slice of zeros would make NaN. None for all others.
 
     Example:
         >>> lstm = nn.LSTM(input_size=5, hidden_size=3)
@@ -78,6 +81,7 @@ class Matrices:
     outputs: int = 0
     inputs: int = 1
     parts: int | None = 1
+    normed: int | None = None
 
     def split(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the parameter's shape as (matrices, outputs, inputs, kernel ...).
@@ -118,7 +122,8 @@ class Matrices:
         Args:
             shape: Shape of the parameter.
             granularity: ``"channel"``: a scale for each output channel of each matrix;
-                ``"tensor"``: for each matrix; or the size of groups of inputs of a channel.
+                ``"tensor"``: for each matrix, but for each channel of weight norm, which divides by
+                its norm; or the size of groups of inputs of a channel.
 
         Raises:
             ValueError: Groups do not divide the inputs.
@@ -132,7 +137,7 @@ class Matrices:
         if not shape:
             return ()
         scales[0] = self.num_matrices(shape)
-        if granularity != "tensor":
+        if granularity != "tensor" or self.normed == self.outputs:
             scales[self.outputs] = shape[self.outputs]
         if isinstance(granularity, int):
             if len(shape) < 2 or shape[self.inputs] % granularity:
@@ -149,8 +154,12 @@ def matrices_of(module: nn.Module, name: str) -> Matrices:
 
     Example:
         >>> matrices_of(nn.ConvTranspose2d(8, 4, 3), "weight")
-        Matrices(layer='', outputs=1, inputs=0, parts=1)
+        Matrices(layer='', outputs=1, inputs=0, parts=1, normed=None)
     """
+    return replace(_form(module, name), normed=_normed_axis(module, name))
+
+
+def _form(module: nn.Module, name: str) -> Matrices:
     path, layer, own = owner(module, name)
     parameter = module.get_parameter(name)
     dimensions = 0 if is_lazy(parameter) else parameter.dim()
@@ -196,23 +205,21 @@ def no_weight(module: nn.Module, name: str) -> str | None:
     return None
 
 
-def normed_axis(module: nn.Module, name: str) -> int | None:
+def _normed_axis(module: nn.Module, name: str) -> int | None:
     """Return the dimension whose slices a layer divides by their norms, or None.
 
     Weight norm does so (Salimans and Kingma, 2016): ``w = g v / ||v||``, with a norm for each slice
-    of ``v`` and entry of ``g``. A slice of zeros would make NaN.
-
-    Example:
-        >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
-        >>> normed_axis(layer, "parametrizations.weight.original1")
-        0
+    of ``v`` and entry of ``g``.
     """
+    path, _, last = name.rpartition(".")
+    beside = dict(module.get_submodule(path).named_parameters(recurse=False))
     for own, other in (("original1", "original0"), ("_v", "_g")):
-        if name.endswith(own):
-            shape = module.get_parameter(name).shape
-            factors = dict(module.named_parameters()).get(name.removesuffix(own) + other)
-            if factors is not None and factors.dim() == len(shape) and factors.numel() > 1:
-                return next(axis for axis, size in enumerate(factors.shape) if size > 1)
+        factors = beside.get(last.removesuffix(own) + other) if last.endswith(own) else None
+        if factors is not None and factors.dim() == beside[last].dim():
+            sizes = zip(factors.shape, beside[last].shape, strict=True)
+            return next(
+                (k for k, (n, size) in enumerate(sizes) if n == size == factors.numel()), None
+            )
     return None
 
 
@@ -237,6 +244,17 @@ def owner(module: nn.Module, name: str) -> tuple[str, nn.Module, str]:
     return path, layer, own
 
 
+def detach_computed_(module: nn.Module) -> None:
+    """Detach weights that layers with the old weight norm hold, so that the module can be copied.
+
+    Each forward pass computes them again.
+    """
+    for layer in module.modules():
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                vars(layer)[name] = value.detach()
+
+
 def conv1d_class(layer: nn.Module) -> type[nn.Module] | None:
     """Return the class ``Conv1D`` of Hugging Face's transformers, if the layer is of it.
 
@@ -249,6 +267,18 @@ def conv1d_class(layer: nn.Module) -> type[nn.Module] | None:
 def is_conv1d(layer: nn.Module) -> bool:
     """Return whether a layer is Hugging Face's ``Conv1D``."""
     return conv1d_class(layer) is not None
+
+
+def is_product(layer: nn.Module) -> bool:
+    """Return whether a layer multiplies its input by a weight, with weights for each feature.
+
+    Then multiply-adds count, and an input has a norm for each weight.
+
+    Example:
+        >>> is_product(nn.Linear(2, 2)), is_product(nn.Embedding(2, 2))
+        (True, False)
+    """
+    return isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_conv1d(layer)
 
 
 @torch.no_grad()
@@ -274,7 +304,7 @@ def is_multiplied(module: nn.Module, name: str) -> bool:
     # Half of them zeros, along every dimension.
     numbers = 0.618034 * torch.arange(original.numel(), dtype=torch.double, device=original.device)
     original.copy_((numbers % 1 - 0.5).clamp_min(0).view(original.shape))
-    weight = probe()
+    weight = probe().nan_to_num()  # of slices of zeros alone, which weight norm divides by 0
     if weight.shape != original.shape or not torch.equal(weight == 0, original == 0):
         return False
     ratios = weight / original

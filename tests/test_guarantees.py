@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
+from torch.nn.utils import weight_norm
 
 from fitsmall.callbacks import (
     EMA,
@@ -527,21 +528,36 @@ def test_what_is_constant_or_integer_is_not_averaged(tmp_path: Path) -> None:
         EMA("cpu")  # type: ignore[arg-type]
 
 
-def test_buffers_that_grow_with_the_inputs_are_copied(tmp_path: Path) -> None:
-    """ConViT keeps a table of distances, as large as its last inputs."""
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_modules_that_lightning_cannot_average_are_averaged(tmp_path: Path) -> None:
+    """ConViT keeps a table of distances, as large as its last inputs. Others register one when they
+    are first called, and lazy layers make their weights then. One value may stand in many places of
+    a buffer. The old weight norm holds a weight that was computed."""
 
     class Growing(Net):
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("table", torch.zeros(1), persistent=False)
+            self.register_buffer("cache", None, persistent=False)
+            self.register_buffer("ones", torch.ones(1).expand(3), persistent=False)
+            self.normed = weight_norm(nn.Linear(3, 2))
+            self.lazy = nn.LazyLinear(4)
 
         def forward(self, images: Tensor) -> Tensor:
             self.table = torch.arange(float(len(images)))
-            return super().forward(images)
+            if self.cache is None:
+                self.cache = torch.ones(2, 3)
+                self.body.register_buffer("late", torch.ones(5), persistent=False)
+            added = self.normed(self.ones).mean() + self.lazy(images.flatten(1)).mean()
+            return super().forward(images) + added
 
     module = Growing()
     trainer(tmp_path, EMA(0.9), max_epochs=1).fit(module, loader(), validation())
     assert len(module.table) > 1
+    assert torch.equal(module.body.late, torch.ones(5))
+    module.norm = nn.LazyBatchNorm1d()
+    with pytest.raises(MisconfigurationException, match=r"lazy buffers.*norm\.running_mean: call"):
+        trainer(tmp_path, EMA(0.9)).fit(module, loader())
 
 
 def test_validation_after_training_does_not_bring_the_average_back(tmp_path: Path) -> None:

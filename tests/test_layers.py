@@ -8,15 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
+from torch.utils.checkpoint import checkpoint
 
-from fitsmall.compressors import NofM, Quantize, TopK, compress, restore, save, select
+from fitsmall.compressors import NofM, Quantize, TopK, Truncate, compress, restore, save, select
 from fitsmall.compressors.codes.code import Integer
 from fitsmall.compressors.training import (
     GradualPruning,
+    LearningCompression,
     Plan,
     QuantizationAwareTraining,
+    RankLearning,
     WeightSharing,
 )
+from fitsmall.compressors.training.stage import Stage
+from fitsmall.compressors.training.statistics import Statistics
 from fitsmall.compressors.weights import Matrices, matrices_of
 
 
@@ -102,7 +107,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Matrices]]] = {
     ),
     "weight norm": (
         lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 12))),
-        {"0.parametrizations.weight.original1": Matrices("0")},
+        {"0.parametrizations.weight.original1": Matrices("0", normed=0)},
     ),
     "spectral norm": (
         lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 12))),
@@ -110,7 +115,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Matrices]]] = {
     ),
     "old weight norm": (
         lambda: nn.Sequential(weight_norm(nn.Linear(8, 12))),
-        {"0.weight_v": Matrices("0")},
+        {"0.weight_v": Matrices("0", normed=0)},
     ),
 }
 
@@ -163,30 +168,41 @@ def test_every_kind_of_layer(layer: str, tmp_path: Path) -> None:
     assert torch.equal(fresh.eval()(x), module(x))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_the_file_of_quantized_experts_is_small(transposed: bool, tmp_path: Path) -> None:
-    """Eight experts of 64 x 64 with four bits each: half a byte a weight, and scales."""
-    module = Experts(transposed)
-    module.up = nn.Parameter(torch.randn(8, 64, 64))
-    Plan([stage := QuantizationAwareTraining(4, None)], module)
-    stage.choose({"up": module.up.detach()}, strength=1.0)
-    with torch.no_grad():
-        stage.project_("up", module.up, strength=1.0)
-    size = save(tmp_path / "file", {"up": module.up.detach()})
-    assert size < 8 * 64 * 64 // 2 + 8 * 64 * 2 + 200
+@pytest.mark.parametrize("granularity", ["channel", 32])
+@pytest.mark.parametrize(
+    "make", [lambda: Experts(False), lambda: Experts(True), lambda: Conv1D(1, 1)]
+)
+def test_the_file_of_a_quantized_weight_is_small(
+    make: Callable[[], nn.Module], granularity: Any, tmp_path: Path
+) -> None:
+    """Matrices of 64 x 64 with four bits each: half a byte a weight, and scales."""
+    module = make()
+    name = next(iter(dict(module.named_parameters())))
+    weight = torch.randn(8, 64, 64) if name == "up" else torch.randn(64, 512)
+    setattr(module, name, nn.Parameter(weight))
+    Plan([stage := QuantizationAwareTraining(4, None, granularity=granularity)], module)
+    stage.choose({name: weight}, strength=1.0)
+    stage.project_(name, weight, strength=1.0)
+    size = save(tmp_path / "file", {name: weight})
+    assert size < 8 * 64 * 64 // 2 + stage.scales[name].numel() * 2 + 200
 
 
 @pytest.mark.filterwarnings("ignore:compress. nothing makes up")
-def test_scales_without_training_are_of_outputs() -> None:
-    for layer, axis in (
-        (Conv1D(6, 16), 1),
-        (nn.ConvTranspose2d(16, 6, 3), 1),
-        (nn.Conv2d(16, 6, 3), 0),
+def test_scales_of_projections_are_of_outputs() -> None:
+    for layer, scales in (
+        (Conv1D(6, 16), (1, 6)),
+        (nn.ConvTranspose2d(16, 6, 3), (1, 6, 1, 1)),
+        (nn.Conv2d(16, 6, 3), (6, 1, 1, 1)),
+        (Experts(transposed=False), (2, 12, 1)),
+        (Experts(transposed=True), (2, 1, 12)),
     ):
-        code = compress(layer, TopK(0.5) | Quantize(4))["weight"]
-        assert isinstance(code, Integer)
-        assert [n for n in code.scales.shape if n > 1] == [6]
-        assert code.scales.shape[axis] == 6
+        projection = TopK(0.5) | Quantize(4)
+        Plan([learning := LearningCompression(projection)], layer)
+        ((name, along),) = learning.projections.items()
+        learned = along.encode(layer.get_parameter(name))
+        for code in (learned, compress(layer, projection)[name]):
+            assert isinstance(code, Integer)
+            assert code.scales.shape == scales
 
 
 def test_what_a_layer_multiplies_by_is_sparse() -> None:
@@ -204,24 +220,76 @@ def test_what_a_layer_multiplies_by_is_sparse() -> None:
     assert f"left out ({reason}): 2.parametrizations.weight.original;" in str(plan)
     with pytest.raises(ValueError, match=reason):
         select(net, include="2.parametrizations*")
+    assert select(parametrizations.weight_norm(nn.Linear(2, 8))).chosen  # rows of few weights
 
 
-def test_a_normed_slice_keeps_a_weight() -> None:
-    """Of the weight's rows two are much smaller than the others; weight norm divides by norms."""
-    net = nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 4)))
-    direction = net.get_parameter("0.parametrizations.weight.original1")
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_a_module_with_a_computed_weight_is_fitted_to_data() -> None:
+    """The old weight norm keeps the weight of the last forward pass, which has a gradient."""
+    net, x = nn.Sequential(weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8)), torch.randn(9, 8)
+    net(x)
+    with pytest.warns(UserWarning, match=r"projected as they are: 0\.weight_v"):
+        assert [*compress(net, TopK(0.5), data=[x])] == ["0.weight_v", "1.weight"]
+
+
+def test_statistics_of_replaced_layers_are_forgotten() -> None:
+    """Those that Adam keeps, too, which are as large as the weights."""
+    net = nn.Sequential(nn.Linear(8, 8))
+    statistics, weight = Statistics(("squared_gradient",)), net[0].weight
+    statistics.attach(net, select(net), dict(net.named_parameters()))
+    statistics.observe("0.weight", weight, weight.detach(), {"exp_avg_sq": weight.detach()})
+    assert statistics.has_all("0.weight")
+    statistics.attach(net, select(net), {})
+    assert not statistics.has_all("0.weight")
+
+
+def test_spectral_norm_learns_as_without_a_plan() -> None:
+    """It learns whenever its layer's weight is read, so that none is read to count costs."""
+    found = []
+    for stages in ([], [RankLearning(price=1e-9, include="1")]):
+        torch.manual_seed(0)
+        net = nn.Sequential(parametrizations.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 30))
+        train(net, *stages)
+        found.append(net[0].parametrizations.weight[0]._u)
+    assert torch.equal(*found)
+
+
+@pytest.mark.filterwarnings("ignore:compress. nothing makes up")
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda net: train(net, GradualPruning(0.7, "magnitude", stop=0.5)),
+        lambda net: train(net, LearningCompression(TopK(0.7), stop=0.5)),
+        lambda net: compress(net, TopK(0.7)),
+        lambda net: compress(net, TopK(0.7) | Quantize(4, "tensor")),
+    ],
+    ids=["pruning", "learning", "one-shot", "scales"],
+)
+def test_a_normed_slice_keeps_a_weight(act: Callable[[nn.Module], Any]) -> None:
+    """Weight norm divides by the norms of rows, of which some are much smaller than others."""
+    net = nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(8, 4)), parametrizations.weight_norm(nn.Linear(4, 1))
+    )
+    first, second = (net.get_parameter(f"{n}.parametrizations.weight.original1") for n in range(2))
     with torch.no_grad():
-        direction[:2] *= 1e-3
-    train(net, GradualPruning(0.7, stop=0.5))
-    assert (direction != 0).any(1).all()
-    assert net[0].weight.isfinite().all()
+        first[:2] *= 1e-3
+        second *= 1e-3
+    act(net)
+    assert (first == 0).sum() + (second == 0).sum() >= 23
+    assert (first != 0).any(1).all()
+    assert second.any()
+    assert net(torch.ones(1, 8)).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:compress. nothing makes up")
 def test_n_of_m_counts_inputs() -> None:
     """Of transposed weights, too: groups of four inputs of one output have two weights."""
-    layer = Conv1D(6, 8)
-    train(layer, GradualPruning(structure=NofM(2, 4), stop=0.5))
-    assert torch.equal((layer.weight.T != 0).view(6, 2, 4).sum(2), torch.full((6, 2), 2))
+    trained, compressed, experts = Conv1D(6, 8), Conv1D(6, 8), Experts(transposed=True)
+    train(trained, GradualPruning(structure=NofM(2, 4), stop=0.5))
+    for layer in (compressed, experts):
+        compress(layer, TopK(0.5, NofM(2, 4)))
+    for matrix in (trained.weight.T, compressed.weight.T, *experts.up.mT):
+        assert bool(((matrix != 0).view(len(matrix), 2, 4).sum(2) == 2).all())
 
 
 @pytest.mark.parametrize(("granularity", "scales"), [("tensor", (4, 1)), (8, (24, 2))])
@@ -242,6 +310,105 @@ def test_inputs_of_parametrized_layers_are_quantized(tmp_path: Path) -> None:
     assert torch.equal(fresh.eval()(x), net.eval()(x))
 
 
+class Named(nn.Module):
+    """A module that calls its layer by keyword, and not by the one that torch's layers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Conv1D(12, 8)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(x=inputs)
+
+
+def test_layers_are_called_by_any_keyword() -> None:
+    module = Named()
+    train(
+        module,
+        GradualPruning(0.1, criterion="activation", stop=0.2),
+        QuantizationAwareTraining(4, 4, start=0.3, observe_steps=3),
+    )
+    assert module.layer.input_quantizer.active
+    train(module := Named(), RankLearning(keep_size=0.5))
+    assert module.layer.reduce.out_features < 4
+
+
+def test_shapes_that_a_method_cannot_take_are_named_before_training() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(6, 8, 1))
+    for projection, reason in (
+        (
+            TopK(0.5, NofM(2, 4)) | Quantize(4),
+            "NofM(n=2, m=4) cannot prune the tensor: dimension 1",
+        ),
+        (TopK(0.5) | Quantize(4, granularity=8), "groups of 8 do not divide a weight of shape"),
+    ):
+        plan = Plan([LearningCompression(projection)], net)
+        assert list(plan.stages[0].selection.chosen) == ["0.weight"]
+        assert f"left out ({reason}" in str(plan)
+    with pytest.raises(ValueError, match="separable for convolutions"):
+        Plan([LearningCompression(Truncate(2, form="separable"))], nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"1\.weight: groups of 8 do not divide.*or leave it out"):
+        Plan([QuantizationAwareTraining(granularity=8)], net)
+    net.scale = nn.Parameter(torch.tensor(1.0))
+    plan = Plan([QuantizationAwareTraining(include="*")], net)
+    assert "left out (it is a single number): scale" in str(plan)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LearningCompression({"0": TopK(0.5)}, stop=0.5),
+        lambda: GradualPruning(0.5, overrides={"0": 0.5}, stop=0.5),
+        lambda: WeightSharing(4, overrides={"0": 4}, start=0.2, stop=0.5),
+        lambda: QuantizationAwareTraining(overrides={"0": 4}),
+    ],
+)
+def test_overrides_of_weights_that_come_later(make: Callable[[], Stage]) -> None:
+    """Lazy layers have theirs after the first forward pass, frozen ones once they may train."""
+    net = nn.Sequential(nn.LazyLinear(12), nn.Linear(12, 4).requires_grad_(False))
+    train(net, stage := make())
+    assert "0.weight" in stage.selection.chosen
+    assert stage.chosen_at is not None
+
+
+def test_inputs_that_stay_in_float_are_listed() -> None:
+    net = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20))
+    net[2].weight = net[0].weight  # as language models have it
+    text = str(Plan([QuantizationAwareTraining()], net))
+    assert "inputs of 8 bits: 1\n" in text
+    assert "weights alone, not their inputs: 0, 2\n" in text
+
+
+class Checkpointed(nn.Module):
+    """A layer that the backward pass computes a second time, and one that it does not."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 20), nn.Linear(20, 8)
+        self.settings = settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.settings:
+            x = x.requires_grad_()
+            return self.second(checkpoint(self.first, x, **self.settings))
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_are_computed_twice_count_once(reentrant: bool) -> None:
+    found = []
+    for settings in ({}, {"use_reentrant": reentrant}):
+        torch.manual_seed(0)
+        module = Checkpointed(**settings)
+        pruning, ranks = GradualPruning(criterion="activation"), RankLearning(price=1e-9, stop=1.0)
+        train(module, pruning)
+        train(module, ranks)
+        norm = pruning.choices()["statistics"]["first.weight"]["input_norm"][0]
+        found.append((norm, ranks.costs.state_dict()["all"]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
 def test_learned_positions_stay_out_unless_asked_for() -> None:
     text = str(Plan([GradualPruning()], Bag()))
     assert "left out (learned positions): position_embeddings.weight; 16.7 %, 128 bytes" in text
@@ -251,7 +418,7 @@ def test_learned_positions_stay_out_unless_asked_for() -> None:
 def test_a_criterion_leaves_out_what_it_cannot_score() -> None:
     net = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 40))
     text = str(Plan([GradualPruning(criterion="activation")], net))
-    assert "left out (the inputs of a Embedding have no norms): 0.weight; 30.8 %" in text
+    assert "left out (inputs of Embedding have no norms): 0.weight; 30.8 %" in text
     with pytest.raises(ValueError, match=r"exclude 0\.weight, or choose another criterion"):
         Plan([GradualPruning(criterion="activation", include="0")], net)
 
@@ -315,3 +482,20 @@ def test_a_layer_that_loses_nearly_everything_is_named(recwarn: pytest.WarningsR
     train(net, GradualPruning(0.6, "magnitude", stop=0.5))
     text = "\n".join(str(warning.message) for warning in recwarn)
     assert text.count("GradualPruning: 1.weight kept less than a hundredth of the average den") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("criterion", ["adam", "hessian", "movement"])
+def test_scores_in_half_precision(criterion: str, dtype: torch.dtype) -> None:
+    """Gradients are so small that their squares are zero in float16, and averages of bfloat16
+    would stop to move. The same weights survive as of the same numbers in single precision."""
+    weight, gradients = 1e-3 * torch.randn(8, 8).to(dtype), 1e-4 * torch.randn(50, 8, 8).to(dtype)
+    masks = []
+    for kind in (dtype, torch.float32):
+        layer = nn.Linear(8, 8).to(kind)
+        Plan([stage := GradualPruning(0.5, criterion)], layer)
+        for gradient in gradients:
+            stage.observe("weight", weight.to(kind), gradient.to(kind), {})
+        stage.choose({"weight": weight.to(kind)}, strength=1.0)
+        masks.append(stage.masks["weight"])
+    assert torch.equal(*masks)

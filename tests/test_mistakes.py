@@ -98,7 +98,7 @@ PLANS: list[tuple[list[Stage], str]] = [
     ),
     (
         [GradualPruning(criterion="activation", include="body.1.weight")],
-        "exclude body.1.weight, or choose another criterion than activation: the inputs of a Batch",
+        "exclude body.1.weight, or choose another criterion than activation: inputs of BatchNorm",
     ),
     (
         [GradualPruning(0.96, allocation="uniform", include=["head.weight", "head.bias"])],
@@ -131,9 +131,14 @@ def test_layers_too_small_are_listed() -> None:
     assert "left out (10 weights are too few for 16 clusters): head.bias" in text
 
 
-def test_frozen_modules_have_nothing_to_compress_afterwards() -> None:
-    with pytest.raises(ValueError, match=r"nothing to compress.*frozen: requires_grad is False"):
-        compress(nn.Linear(3, 3).requires_grad_(False), TopK(0.5))
+@pytest.mark.filterwarnings("ignore:compress. nothing makes up")
+def test_frozen_modules_are_not_compressed_afterwards() -> None:
+    frozen = nn.Linear(3, 3).requires_grad_(False)
+    remedy = r"make weights trainable.*nothing to compress.*frozen: requires_grad is False"
+    with pytest.raises(ValueError, match=remedy):
+        compress(frozen, TopK(0.5))
+    with pytest.warns(UserWarning, match=r"0\.weight are frozen and stay as they are: make them"):
+        assert list(compress(nn.Sequential(frozen, nn.Linear(3, 3)), TopK(0.5))) == ["1.weight"]
 
 
 @each_coupling

@@ -43,7 +43,7 @@ from fitsmall.compressors import (
 )
 from fitsmall.compressors.projections.lowrank import Factors, matrix
 from fitsmall.compressors.surgery.factorable import forms
-from fitsmall.compressors.surgery.factors import Factorization
+from fitsmall.compressors.surgery.factors import Factorization, is_factor
 from fitsmall.compressors.surgery.kinds import changes, replay
 from fitsmall.compressors.surgery.protocol import layout_of
 from fitsmall.compressors.surgery.quantizers import attach_quantizer
@@ -633,6 +633,21 @@ def multiply_adds(net: nn.Module) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.parametrize("keep", ["keep_flops", "keep_size"])
+@pytest.mark.filterwarnings("ignore:.*is missed")
+def test_two_parts_of_a_network_have_ranks_of_their_own(keep: str) -> None:
+    """One after the other, and again with a second network."""
+
+    def stage(part: str, fraction: float, **window: float) -> training.RankLearning:
+        return training.RankLearning(**{keep: fraction}, include=part, **window)
+
+    stages = stage("a", 0.85, stop=0.3), stage("b", 0.85, start=0.2, stop=0.8)
+    for net in (Small(), Small()):
+        train(net, *stages)
+        assert is_factor(net, "a.reduce.weight")
+        assert is_factor(net, "b.reduce.weight")
+
+
 def test_a_budget_that_whole_ranks_miss_is_named() -> None:
     ranks = training.RankLearning(keep_size=0.6)
     with pytest.warns(match=r"keep_size=0\.6 is missed, 0\.\d+ is what can be had"):
@@ -670,7 +685,9 @@ def test_mistakes_in_arguments(make: Any, message: str) -> None:
 
 def test_a_budget_beyond_reach_says_what_can_be_had(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a rank of 1 in every layer leaves 0\.0"):
-        fit(tmp_path, RankLearning(keep_size=0.01), module=Wide())
+        fit(tmp_path, RankLearning(keep_flops=0.01), module=Wide())
+    with pytest.raises(ValueError, match=r"a rank of 1 in every layer leaves 0\.2"):
+        Plan([training.RankLearning(keep_size=0.01, start=0.4)], Small(), horizon=10)
 
 
 def test_a_price_too_high_leaves_rank_1_and_says_so(tmp_path: Path) -> None:

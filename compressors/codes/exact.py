@@ -61,10 +61,12 @@ def _integers(tensor: Tensor) -> Integer | None:
     one = [1] * len(others)
     # Output channels, also those of transposed convolutions.
     layouts = [[rows, 1, *one], [1, columns, *one]]
-    groups = [n for n in range(columns // 2, _SMALLEST_GROUP - 1, -1) if columns % n == 0]
-    layouts += [[rows, columns // group, *one] for group in groups]
+    layouts += [[rows, count, *one] for count in _groups(columns)]
+    layouts += [[count, columns, *one] for count in _groups(rows)]
     if len(others) == 1:  # fused experts, a matrix each, with outputs first or last
         layouts += [[rows, columns, 1], [rows, 1, *others]]
+        layouts += [[rows, columns, count] for count in _groups(*others)]
+        layouts += [[rows, count, *others] for count in _groups(columns)]
     for blocks in layouts:
         count = math.prod(blocks)
         # In most tensors the first block shows already that there is no grid.
@@ -75,6 +77,12 @@ def _integers(tensor: Tensor) -> Integer | None:
             scales, integers = found
             return Integer(Dense(scales.view(blocks)), unblocked(integers, blocks, tensor.shape))
     return None
+
+
+def _groups(inputs: int) -> list[int]:
+    """The numbers of equal groups that inputs can form, the largest groups first."""
+    sizes = range(inputs // 2, _SMALLEST_GROUP - 1, -1)
+    return [inputs // size for size in sizes if inputs % size == 0]
 
 
 def _is_smaller(code: Integer, kept: int, levels: Tensor | None) -> bool:

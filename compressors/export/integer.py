@@ -13,24 +13,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fitsmall.compressors.codes.lattice import blocked, lattice, unblocked
-from fitsmall.compressors.surgery.quantizers import QUANTIZER, detach_quantizer
+from fitsmall.compressors.surgery.quantizers import QUANTIZER, detach_quantizer, takes_quantizer
 from fitsmall.compressors.torch_internals import remove_forward_pre_hook
-from fitsmall.compressors.weights import TRANSPOSED, is_conv1d, matrices_of
+from fitsmall.compressors.weights import is_conv1d, matrices_of
 
-__all__ = ["OPSET", "add_biases_after_", "can_be_integer", "float_copy", "to_integers_"]
+__all__ = ["OPSET", "add_biases_after_", "float_copy", "to_integers_"]
 
 # The oldest opset of ONNX with a scale for each channel in DequantizeLinear.
 OPSET = 13
 
 # Names of the parameter with a layer's levels, plain and under parametrizations.
 _WEIGHTS = ("weight", "parametrizations.weight.original1", "parametrizations.weight.original")
-
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
-
-
-def can_be_integer(layer: nn.Module) -> bool:
-    """Return whether a layer is of a kind that can compute with integers."""
-    return isinstance(layer, _LAYERS) or is_conv1d(layer)
 
 
 def to_integers_(module: nn.Module, bits: int = 8) -> list[str]:
@@ -44,7 +37,7 @@ def to_integers_(module: nn.Module, bits: int = 8) -> list[str]:
     layer: Any
     for name, layer in module.named_modules():
         quantizer = getattr(layer, QUANTIZER, None)
-        if not can_be_integer(layer) or quantizer is None or not quantizer.active:
+        if not takes_quantizer(layer) or quantizer is None or not quantizer.active:
             continue
         found = _integers_of(layer, 2 ** (bits - 1) - 1)
         if found is None:
@@ -120,7 +113,7 @@ def _round_input(
     layer: Any, inputs: tuple[Any, ...], named: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the input of a layer, rounded by ONNX's operators."""
-    x = inputs[0] if inputs else named.pop("input")
+    x = inputs[0] if inputs else named.pop(next(iter(named)))
     if layer.clip is not None:
         x = x.clamp(*layer.clip)
     grid = layer.input_scale, layer.input_zero

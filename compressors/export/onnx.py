@@ -19,7 +19,6 @@ from fitsmall.compressors.export.folding import fold_norms_
 from fitsmall.compressors.export.integer import (
     OPSET,
     add_biases_after_,
-    can_be_integer,
     float_copy,
     to_integers_,
 )
@@ -32,7 +31,9 @@ from fitsmall.compressors.export.tracing import (
     trace,
 )
 from fitsmall.compressors.extras import install_command
+from fitsmall.compressors.surgery.quantizers import takes_quantizer
 from fitsmall.compressors.torch_internals import has_vnni, require
+from fitsmall.compressors.weights import detach_computed_
 
 __all__ = ["Export", "export_onnx", "unquantized", "write_onnx"]
 
@@ -145,7 +146,7 @@ def export_onnx(
             f"{path} was not written, since folding batch-norm into the layers before it changed "
             "the outputs: please report this"
         )
-    layers = {name for name, layer in quantized.named_modules() if can_be_integer(layer)}
+    layers = {name for name, layer in quantized.named_modules() if takes_quantizer(layer)}
     separate = copy.deepcopy(quantized)
     add_biases_after_(separate)
     if agreement_of(folded, outputs_of(float_copy(separate), arguments)).difference < _EXACT:
@@ -207,14 +208,8 @@ def _remedy(agree: list[str], unread: bool, weight_bits: int) -> str:
 
 def _copied(module: nn.Module) -> nn.Module:
     """Return a copy in float32 on the CPU, in evaluation mode."""
-    # Layers with the old weight norm hold a weight that was computed, which has a gradient.
-    computed = {
-        id(value): value.detach()
-        for layer in module.modules()
-        for value in vars(layer).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    return copy.deepcopy(module, computed).cpu().float().eval()
+    detach_computed_(module)
+    return copy.deepcopy(module).cpu().float().eval()
 
 
 def _no_operator(cause: str) -> str:

@@ -298,6 +298,13 @@ class Truncate(Projection):
         if self.form not in FORMS:
             raise ValueError(f"unknown form {self.form!r}: choose {' or '.join(FORMS)}")
 
+    def refusal(self, shape: torch.Size) -> str | None:
+        try:
+            matrix_size(shape, self.form)
+        except ValueError as error:
+            return str(error)
+        return None
+
     def encode(self, weight: Tensor) -> Code:
         weight = weight.detach()
         spectrum = Spectrum(matrix(weight, self.form), self.rank)

@@ -31,6 +31,10 @@ class Projection(ABC):
         """The tensor nearest to ``weight`` that the code can hold."""
         return self.encode(weight).decode()
 
+    def refusal(self, shape: torch.Size) -> str | None:
+        """The reason why no tensor of this shape can be projected, or None if any can."""
+        return None
+
     def support(self, weight: Tensor) -> Tensor:
         """The mask of the weights that may differ from zero: where the nearest tensor does."""
         return weight != 0
@@ -110,6 +114,9 @@ class Additive(Projection):
     def along(self, form: Matrices) -> Projection:
         return Additive(self.first.along(form), self.second.along(form))
 
+    def refusal(self, shape: torch.Size) -> str | None:
+        return self.first.refusal(shape) or self.second.refusal(shape)
+
     def _turn(self, weight: Tensor, rest: Tensor) -> Sum:
         first = self.first.encode(weight - rest)
         return Sum(first, self.second.encode(weight - first.decode()))
@@ -127,6 +134,9 @@ class Chain(Projection):
 
     def along(self, form: Matrices) -> Projection:
         return Chain(self.first.along(form), self.then.along(form))
+
+    def refusal(self, shape: torch.Size) -> str | None:
+        return self.first.refusal(shape) or self.then.refusal(shape)
 
     def support(self, weight: Tensor) -> Tensor:
         first = self.first.support(weight)

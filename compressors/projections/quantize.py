@@ -5,7 +5,7 @@ The grid is symmetric, with a scale ``s`` for each output channel, tensor or gro
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -163,6 +163,7 @@ class Quantize(Projection):
         bits: 2 to 8, or 16.
         granularity: ``"channel"``, ``"tensor"``, or the size of groups of inputs of a channel.
         axis: Dimension of the output channels; 1 in transposed convolutions.
+        form: Instead: dimensions of the weight, which may be a stack of matrices.
 
     Raises:
         ValueError: The weight holds NaN or infinity, or groups do not divide it.
@@ -176,6 +177,7 @@ class Quantize(Projection):
     bits: int = 8
     granularity: str | int = "channel"
     axis: int = 0
+    form: Matrices | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or self.bits not in (*range(2, 9), 16):
@@ -188,7 +190,14 @@ class Quantize(Projection):
             )
 
     def along(self, form: Matrices) -> Projection:
-        return replace(self, axis=form.outputs) if form.parts == 1 else self
+        return replace(self, form=form)
+
+    def refusal(self, shape: torch.Size) -> str | None:
+        try:
+            self._blocks(shape)
+        except ValueError as error:
+            return None if self.bits == 16 else str(error)
+        return None
 
     def encode(self, weight: Tensor) -> Code:
         weight = weight.detach()
@@ -198,7 +207,7 @@ class Quantize(Projection):
             return Dense(half(weight))
         if weight.dim() == 0 or not weight.numel():
             return Dense(weight)
-        blocks = self._blocks(weight)
+        blocks = self._blocks(weight.shape)
         scales = scales_of(weight, self.bits, blocks)
         low, high = bounds(self.bits)
         rows = blocked(weight, blocks) / blocked(scales, blocks)
@@ -208,14 +217,14 @@ class Quantize(Projection):
     def levels(self, weight: Tensor, importance: Tensor) -> Levels:
         if self.bits == 16:
             return Levels()
-        scales = scales_of(weight, self.bits, self._blocks(weight))
+        scales = scales_of(weight, self.bits, self._blocks(weight.shape))
         scales = spread(scales, weight.shape).expand(weight.shape)
         return Grid(scales, self.bits)
 
-    def _blocks(self, weight: Tensor) -> tuple[int, ...]:
-        """Return the number of scales along each dimension of a weight."""
-        form = Matrices("", outputs=self.axis, inputs=1 - self.axis)
-        return form.scale_shape(weight.shape, self.granularity)
+    def _blocks(self, shape: torch.Size) -> tuple[int, ...]:
+        """Return the number of scales along each dimension of a weight of this shape."""
+        form = self.form or Matrices("", outputs=self.axis, inputs=1 - self.axis)
+        return form.scale_shape(shape, self.granularity)
 
     def after(self, code: Code) -> Code:
         # Zero is a level of every grid.

@@ -8,12 +8,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fitsmall.compressors.projections.lowrank import FORMS, matrix
 from fitsmall.compressors.select import Selection
 from fitsmall.compressors.surgery.quantizers import QUANTIZER
-from fitsmall.compressors.weights import conv1d_class, is_conv1d
+from fitsmall.compressors.weights import conv1d_class, is_conv1d, is_product
 
 __all__ = [
     "factorable",
     "forms",
-    "is_product",
     "kind_of",
     "layer_of",
     "outputs_first",
@@ -36,11 +35,6 @@ def kind_of(layer: Any) -> Any:
         if kind and isinstance(layer, kind) and type(layer).forward is kind.forward:
             return kind
     return None
-
-
-def is_product(layer: Any) -> bool:
-    """Return whether a layer multiplies its inputs by a weight, so that multiply-adds count."""
-    return isinstance(layer, (nn.Linear, *_CONVOLUTIONS)) or is_conv1d(layer)
 
 
 def outputs_first(layer: Any, weight: Tensor) -> Tensor:
@@ -80,7 +74,9 @@ def places(layer: Any, inputs: Tensor, outputs: Tensor) -> tuple[float, float]:
         >>> places(layer, images, layer(images))
         (256.0, 512.0)
     """
-    after: float = outputs.numel() / outputs_first(layer, layer.weight).shape[0]
+    # Reading a weight with spectral norm would change the norm's own state.
+    channels = outputs.shape[-1 - len(getattr(layer, "kernel_size", ()))]
+    after: float = outputs.numel() / channels
     if isinstance(layer, nn.Conv2d):
         return after, after / outputs.shape[-2] * inputs.shape[-2]
     return after, after

@@ -55,6 +55,11 @@ class Factored(nn.Sequential):
         self.register_buffer("factor_form", number.to(self.expand.weight.device))
         self.register_state_dict_post_hook(warn_of_save_pretrained)  # type: ignore[no-untyped-call]
 
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*inputs, *named.values())  # the layer may have been called by keyword
+        outputs: Tensor = self.expand(self.reduce(x))
+        return outputs
+
     @property
     def left(self) -> Tensor:
         """The ``m x r`` factor."""

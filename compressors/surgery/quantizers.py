@@ -16,7 +16,7 @@ from fitsmall.compressors.projections.quantize import clipped
 from fitsmall.compressors.surgery.protocol import Changed, Layout, Surgery, TensorSpec, layout_of
 from fitsmall.compressors.surgery.saving import warn_of_save_pretrained
 from fitsmall.compressors.torch_internals import has_forward_pre_hook, remove_forward_pre_hook
-from fitsmall.compressors.weights import TRANSPOSED
+from fitsmall.compressors.weights import TRANSPOSED, is_conv1d
 
 __all__ = [
     "QUANTIZED_INPUTS",
@@ -25,6 +25,7 @@ __all__ = [
     "InputQuantizers",
     "attach_quantizer",
     "detach_quantizer",
+    "takes_quantizer",
 ]
 
 QUANTIZER = "input_quantizer"
@@ -243,6 +244,11 @@ class _Rounded(torch.autograd.Function):
         return passed.to(gradient.dtype), of_scale, None, None
 
 
+def takes_quantizer(layer: nn.Module) -> bool:
+    """Return whether a layer has one input of activations, so that it can compute with integers."""
+    return isinstance(layer, QUANTIZED_INPUTS) or is_conv1d(layer)
+
+
 def attach_quantizer(layer: nn.Module, bits: int, learned: bool = False) -> ActivationQuantizer:
     """Give a layer a quantizer of its input, or configure the one that it has, and return it.
 
@@ -280,7 +286,8 @@ def _quantize_input(
     quantizer = getattr(layer, QUANTIZER)
     if inputs:
         return (quantizer(inputs[0]), *inputs[1:]), named
-    return inputs, {**named, "input": quantizer(named["input"])}
+    keyword = next(iter(named))
+    return inputs, {**named, keyword: quantizer(named[keyword])}
 
 
 @dataclass(frozen=True)

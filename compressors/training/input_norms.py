@@ -6,22 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fitsmall.compressors.torch_internals import in_backward
 from fitsmall.compressors.weights import is_conv1d
 
-__all__ = ["DECAY", "InputNorm", "has_input_norm"]
+__all__ = ["DECAY", "InputNorm"]
 
 # Averages over about 100 steps: short enough to follow training, long enough to smooth batches.
 DECAY = 0.99
-
-
-def has_input_norm(layer: nn.Module) -> bool:
-    """Return whether each input feature of a layer meets weights of its own.
-
-    Example:
-        >>> has_input_norm(nn.Linear(2, 2)), has_input_norm(nn.Embedding(2, 2))
-        (True, False)
-    """
-    return isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or is_conv1d(layer)
 
 
 class InputNorm:
@@ -30,13 +21,14 @@ class InputNorm:
     Squares are staged until :meth:`commit`, so that those of a skipped step can be dropped.
 
     Args:
-        layer: A layer that :func:`has_input_norm`.
+        layer: A layer that :func:`~fitsmall.compressors.weights.is_product`.
         weight: Its weight, or the parameter that it computes its weight from.
     """
 
     def __init__(self, layer: nn.Module, weight: Tensor) -> None:
         self.layer, self.weight = layer, weight
         self.squares: Tensor | None = None
+        self.seen = False  # whether the layer was called before the backward pass
         self.handle: RemovableHandle | None = None
 
     def hook(self) -> None:
@@ -47,9 +39,11 @@ class InputNorm:
             self.handle.remove()
 
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if layer.training and torch.is_grad_enabled():
+        again = in_backward() and self.seen
+        if layer.training and torch.is_grad_enabled() and not again:
+            self.seen = not in_backward()
             features = -1 if self.weight.dim() == 2 else 1 - self.weight.dim()
-            x = inputs[0] if inputs else named["input"]
+            x: Tensor = next(iter((*inputs, *named.values())))
             rows = x.detach().float().movedim(features, -1).flatten(0, -2)
             squares = rows.square().sum(0)
             self.squares = squares if self.squares is None else self.squares + squares
@@ -63,10 +57,15 @@ class InputNorm:
         sides = (1,) * (weight.dim() - 2)
         return torch.zeros(rows, weight.shape[1], *sides, device=weight.device)
 
+    def drop(self) -> None:
+        """Drop the staged squares."""
+        self.squares, self.seen = None, False
+
     def commit(self, statistics: dict[str, Tensor]) -> None:
         """Average the staged squares into ``statistics["input_norm"]``, which broadcasts to the
         weight."""
-        staged, self.squares = self.squares, None
+        staged = self.squares
+        self.drop()
         if staged is None:
             return
         if is_conv1d(self.layer):

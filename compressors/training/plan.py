@@ -168,12 +168,12 @@ class Plan:
         Raises:
             ValueError: A window ends before it starts, or two stages cannot run together.
         """
-        for stage in self.stages:
-            if stage.chosen_at is not None and not self._loaded:  # by another plan
-                stage.unhook()
-                stage.chosen_at = None
-                stage.reset()
-                stage.hook()
+        used = [stage for stage in self.stages if stage.chosen_at is not None and not self._loaded]
+        for stage in used:  # by another plan
+            stage.chosen_at = None
+            stage.reset()
+        if used:
+            self.reselect()
         self._fix_windows(horizon)
         for stage in self.stages:
             stage.begin(horizon)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fitsmall.compressors.choices.criteria import uniform_noise
 from fitsmall.compressors.select import Selection
-from fitsmall.compressors.training.input_norms import DECAY, InputNorm, has_input_norm
+from fitsmall.compressors.training.input_norms import DECAY, InputNorm
 from fitsmall.compressors.training.sharding import (
     gather,
     processes,
@@ -18,7 +18,7 @@ from fitsmall.compressors.training.sharding import (
     unstack,
     whole,
 )
-from fitsmall.compressors.weights import owner
+from fitsmall.compressors.weights import is_product, owner
 
 __all__ = ["Statistics"]
 
@@ -79,6 +79,7 @@ class Statistics:
         self._parameters = parameters
         # Layers that were replaced are gone.
         self._own = {name: own for name, own in self._own.items() if name in parameters}
+        self._adam = {name: own for name, own in self._adam.items() if name in parameters}
         if "input_norm" in self.needed:
             self._norms = {
                 name: InputNorm(module.get_submodule(selection.forms[name].layer), weight)
@@ -88,9 +89,9 @@ class Statistics:
     def refusal(self, module: nn.Module, name: str) -> str | None:
         """Return the reason why a weight has no such statistics, or None if it has them."""
         layer = owner(module, name)[1]
-        if "input_norm" not in self.needed or has_input_norm(layer):
+        if "input_norm" not in self.needed or is_product(layer):
             return None
-        return f"the inputs of a {type(layer).__name__} have no norms"
+        return f"inputs of {type(layer).__name__} have no norms"
 
     def hook(self) -> None:
         """Register hooks that collect the norms of inputs, where a criterion needs them."""
@@ -122,13 +123,16 @@ class Statistics:
             elif kind == "input_norm":
                 self._norms[name].commit(collected)
             elif gradient is not None and kind in _UPDATES:
-                average = collected.setdefault(kind, torch.zeros_like(gradient))
-                _UPDATES[kind](average, weight.detach(), gradient)
+                # In half precision squares underflow, and averages stop to move.
+                wide = _wide(gradient)
+                if kind not in collected:
+                    collected[kind] = torch.zeros_like(wide)
+                _UPDATES[kind](collected[kind], weight.detach(), wide)
 
     def discard(self, names: Collection[str]) -> None:
         """Drop the inputs of a step of these weights, which is skipped."""
         for name in self._norms.keys() & names:
-            self._norms[name].squares = None
+            self._norms[name].drop()
 
     def is_ready(self, name: str) -> bool:
         """Return whether a choice can be made for a weight, the same on every process.
@@ -201,11 +205,16 @@ class Statistics:
             name: {
                 kind: _of_this_process(tensor.to(parameters[name].device))
                 if kind == "input_norm"
-                else shard(tensor.to(parameters[name].device), parameters[name])
+                else shard(_wide(tensor).to(parameters[name].device), parameters[name])
                 for kind, tensor in collected.items()
             }
             for name, collected in state["statistics"].items()
         }
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in single precision or more."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _of_this_process(norms: Tensor) -> Tensor:

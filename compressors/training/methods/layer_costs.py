@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from fitsmall.compressors.surgery.factorable import is_product, places, unit_costs
+from fitsmall.compressors.surgery.factorable import places, unit_costs
+from fitsmall.compressors.torch_internals import in_backward
 from fitsmall.compressors.training.sharding import processes
+from fitsmall.compressors.weights import is_product
 
 __all__ = ["LayerCosts"]
 
@@ -40,6 +42,11 @@ class LayerCosts:
         self.layers = {n: layer for n, layer in module.named_modules() if is_product(layer)}
         parameters = module.parameters()
         self._num_parameters = sum(p.numel() for p in parameters if not is_lazy(p))
+        # Layers that another stage has replaced are gone.
+        self._own, self._positions = (
+            {name: both for name, both in counted.items() if name in self.layers}
+            for counted in (self._own, self._positions)
+        )
 
     def hook(self) -> None:
         """Register hooks that count the positions of layers that have not been called yet."""
@@ -71,7 +78,9 @@ class LayerCosts:
     def dense(self, name: str, kind: str) -> float:
         """Return the cost of the layer of a weight as it is."""
         path = name.rpartition(".")[0]
-        return float(self._places(path, kind)[0] * self.layers[path].weight.numel())
+        # The weight, or what it is computed from, is a layer's largest parameter.
+        size = max(parameter.numel() for parameter in self.layers[path].parameters())
+        return float(self._places(path, kind)[0] * size)
 
     def units(self, name: str, kind: str) -> dict[str, float]:
         """Return the cost of one rank of the layer of a weight, by form."""
@@ -115,7 +124,8 @@ class _Meter:
     ) -> None:
         # Neither is true in validation; one is in a frozen part, which has no gradients or is in
         # evaluation mode.
-        if layer.training or torch.is_grad_enabled():
+        again = in_backward() and self.name in self.positions
+        if not again and (layer.training or torch.is_grad_enabled()):
             after, between = places(layer, next(iter((*inputs, *named.values()))), output)
             before = self.positions.get(self.name, (0.0, 0.0))
             self.positions[self.name] = before[0] + after, before[1] + between

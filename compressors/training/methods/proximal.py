@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from fitsmall.compressors.choices.allocation import Lazy
 from fitsmall.compressors.choices.schedules import Exponential, Schedule
 from fitsmall.compressors.projections.projection import Projection
-from fitsmall.compressors.select import match
 from fitsmall.compressors.training.sharding import gather, shard
 from fitsmall.compressors.training.stage import Stage
 
@@ -208,14 +207,17 @@ class LearningCompression(Proximal):
 
     def attach(self, module: nn.Module) -> None:
         super().attach(module)
-        self.projections = match(self.projection, list(self.selection.chosen))
-        self.selection = self.selection.without(
-            {
-                name: "it has no projection"
-                for name in self.selection.chosen
-                if name not in self.projections
-            }
-        )
+        self.projections = {
+            name: projection.along(self.selection.forms[name])
+            for name, projection in self.selection.match(self.projection).items()
+        }
+        reasons: dict[str, str] = {}
+        for name, parameter in self.selection.chosen.items():
+            if name not in self.projections:
+                reasons[name] = "it has no projection"
+            elif reason := self.projections[name].refusal(parameter.shape):
+                reasons[name] = reason
+        self.selection = self.selection.without(reasons)
 
     def nearest(self, name: str, weight: Tensor) -> Tensor:
         return self.projections[name].project(weight)

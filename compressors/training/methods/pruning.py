@@ -13,15 +13,13 @@ from fitsmall.compressors.choices.criteria import Criterion, as_criterion
 from fitsmall.compressors.choices.schedules import Cubic, Schedule
 from fitsmall.compressors.codes.dtypes import INTEGERS
 from fitsmall.compressors.naming import abridged, grouped
-from fitsmall.compressors.projections.prune import kept
+from fitsmall.compressors.projections.prune import keep_slices_, kept
 from fitsmall.compressors.projections.structures import Structure, Unstructured, as_structure
-from fitsmall.compressors.select import match
 from fitsmall.compressors.training.messages import warn
 from fitsmall.compressors.training.optimizers import like_gradient
 from fitsmall.compressors.training.sharding import gather, local, shard
 from fitsmall.compressors.training.stage import Stage
 from fitsmall.compressors.training.statistics import Statistics
-from fitsmall.compressors.weights import normed_axis
 
 __all__ = ["GradualPruning"]
 
@@ -133,8 +131,6 @@ class GradualPruning(Stage):
         self.pruned_decay = pruned_decay
         self._coupling = coupling
         self._sparse: set[str] = set()  # weights that a warning has named
-        # Dimension along which a layer divides by norms, by the names of its weight.
-        self._normed: dict[str, int] = {}
         self.statistics = Statistics(self.criterion.statistics)
         # Of this process's part of each weight: all bits set where it is kept, none where pruned.
         self.masks: dict[str, Tensor] = {}
@@ -180,7 +176,7 @@ class GradualPruning(Stage):
         }
         self.selection = self.selection.without({**self._unscored(module), **reasons})
         chosen = self.selection.chosen
-        own = match(self.overrides, list(chosen))
+        own = self.selection.match(self.overrides)
         for name, keep in self._final(own).items():
             target = own.get(name, self.sparsity)
             # A sparsity of exactly 1 switches a layer off on purpose.
@@ -190,9 +186,6 @@ class GradualPruning(Stage):
                     f"{chosen[name].numel():,} weights of {name}: lower it, exclude the parameter, "
                     f"or give it its own with overrides={{{name!r}: ...}}"
                 )
-        self._normed = {
-            name: axis for name in chosen if (axis := normed_axis(module, name)) is not None
-        }
         self.statistics.attach(module, self.selection, self.parameters)
 
     def _unscored(self, module: nn.Module) -> dict[str, str]:
@@ -287,7 +280,7 @@ class GradualPruning(Stage):
         self.statistics.synchronize()
         # A weight without statistics waits for the next choice.
         ready = [name for name in weights if self.statistics.has_all(name)]
-        own = match(self.overrides, list(self.selection.chosen))
+        own = self.selection.match(self.overrides)
         free = [name for name in ready if name not in own]
         keep = self.allocation(self._set_scores(free, weights), self.sparsity * strength)
         for name in ready:
@@ -301,8 +294,8 @@ class GradualPruning(Stage):
                 )
             ]
             mask = form.join(torch.stack(masks)).contiguous()
-            if name in self._normed:
-                _keep_slices_(mask, weights[name], self._normed[name])
+            if form.normed is not None:
+                keep_slices_(mask, weights[name], form.normed)
             self.masks[name] = _bits(shard(mask, self.selection.chosen[name]))
         self._warn_of_sparse_layers(free, keep)
 
@@ -350,7 +343,9 @@ class GradualPruning(Stage):
         return SetScores(self.structure, shapes, scores)
 
     def _score(self, name: str, weight: Tensor) -> Tensor:
-        score = self.criterion(weight, self.statistics.of(name, weight))
+        # In half precision squares of weights underflow.
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        score = self.criterion(wide, self.statistics.of(name, wide))
         if name in self.masks and self.coupling == "hard":
             # With hard coupling a pruned weight never returns, even if an update moved it.
             mask = gather(self.masks[name], self.selection.chosen[name])
@@ -387,13 +382,6 @@ def _check_fraction(fraction: Any) -> None:
     raise ValueError(
         f"GradualPruning: a sparsity is a fraction in [0, 1], got {fraction!r}{percent}"
     )
-
-
-def _keep_slices_(mask: Tensor, weight: Tensor, axis: int) -> None:
-    """Keep the largest weight of each slice that has none left: its layer divides by its norm."""
-    kept, rows = (tensor.movedim(axis, 0) for tensor in (mask, weight))
-    for index in (~kept.flatten(1).any(1)).nonzero().flatten().tolist():
-        kept[index] = rows[index].abs() == rows[index].abs().max()
 
 
 def _bits(mask: Tensor) -> Tensor:

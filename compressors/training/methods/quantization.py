@@ -18,12 +18,12 @@ from fitsmall.compressors.projections.quantize import (
     quantize_,
     scales_of,
 )
-from fitsmall.compressors.select import match
 from fitsmall.compressors.surgery.quantizers import (
-    QUANTIZED_INPUTS,
+    QUANTIZER,
     ActivationQuantizer,
     InputQuantizers,
     detach_quantizer,
+    takes_quantizer,
 )
 from fitsmall.compressors.torch_internals import require
 from fitsmall.compressors.training.messages import inform
@@ -32,7 +32,7 @@ from fitsmall.compressors.training.methods.scales import INPUT_SUFFIX, ScaleLear
 from fitsmall.compressors.training.optimizers import like_gradient
 from fitsmall.compressors.training.sharding import gather, local, processes, shard, stack
 from fitsmall.compressors.training.stage import Stage
-from fitsmall.compressors.weights import is_conv1d, owner
+from fitsmall.compressors.weights import owner
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -179,6 +179,7 @@ class QuantizationAwareTraining(Stage):
         self.quantizers: dict[str, ActivationQuantizer] = {}
         self.norms: list[nn.Module] = []
         self._plain: list[nn.Module] = []
+        self._tied: list[str] = []  # layers whose weight another layer has first
         self._norms_frozen_at = float("inf")
         self.reset()
 
@@ -194,21 +195,26 @@ class QuantizationAwareTraining(Stage):
     def remarks(self) -> list[str]:
         by_bits = group_by(self.quantizers, lambda name: self.bits[name][1])
         lines = [f"inputs of {bits} bits: {self._layers(names)}" for bits, names in by_bits.items()]
-        if others := [name for name in self.bits if name not in self.quantizers]:
-            lines.append(f"weights alone, not their inputs: {self._layers(others)}")
+        others = [name for name in self.bits if name not in self.quantizers]
+        if others or self._tied:
+            lines.append(f"weights alone, not their inputs: {self._layers(others, self._tied)}")
         return lines
 
-    def _layers(self, names: Iterable[str]) -> str:
-        """Return a list of the layers of some weights."""
-        layers = dict.fromkeys(self.selection.forms[name].layer for name in names)
+    def _layers(self, names: Iterable[str], more: Iterable[str] = ()) -> str:
+        """Return a list of the layers of some weights, and of more layers."""
+        layers = dict.fromkeys([*(self.selection.forms[name].layer for name in names), *more])
         return abridged([pattern for pattern, _ in grouped(layers)])
 
     # Weights and layers that are quantized.
 
     def attach(self, module: nn.Module) -> None:
         super().attach(module)
+        numbers = [name for name, p in self.selection.chosen.items() if not p.dim()]
+        self.selection = self.selection.without(dict.fromkeys(numbers, "it is a single number"))
         chosen = self.selection.chosen
-        own = {name: self._pair(bits) for name, bits in match(self.overrides, [*chosen]).items()}
+        own = {
+            name: self._pair(bits) for name, bits in self.selection.match(self.overrides).items()
+        }
         self.bits = {
             name: own.get(name, (self.weight_bits, self.activation_bits)) for name in chosen
         }
@@ -218,10 +224,13 @@ class QuantizationAwareTraining(Stage):
         weights: dict[str, str] = {}
         for name, parameter in chosen.items():
             form = self.selection.forms[name]
-            self.blocks[name] = form.scale_shape(parameter.shape, self.granularity)
+            try:
+                self.blocks[name] = form.scale_shape(parameter.shape, self.granularity)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}, or leave it out with exclude=[...]") from error
             path, layer, own_name = owner(module, name)
             attention = isinstance(_parent(module, path), nn.MultiheadAttention)
-            called = (isinstance(layer, QUANTIZED_INPUTS) or is_conv1d(layer)) and not attention
+            called = takes_quantizer(layer) and not attention
             bits = self.bits[name][1]
             if own_name == "weight" and bits is not None and called:
                 input_bits[path] = bits
@@ -233,6 +242,13 @@ class QuantizationAwareTraining(Stage):
         self.quantizers = {
             weights[layer]: quantizer for layer, quantizer in quantizers.of(module).items()
         }
+        first = {parameter: name for name, parameter in chosen.items()}
+        self._tied = [
+            path
+            for name, parameter in module.named_parameters(remove_duplicate=False)
+            if first.get(parameter, name) != name
+            and not hasattr(module.get_submodule(path := owner(module, name)[0]), QUANTIZER)
+        ]
         if self.search is not None:
             fixed = {name: bits for name, (bits, _) in self.bits.items() if bits != "auto"}
             self.search.attach(module, self.blocks, fixed)

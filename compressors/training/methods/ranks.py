@@ -247,22 +247,27 @@ class RankLearning(Proximal):
         then they stay as they are.
         """
         assert self.keep is not None
-        chosen = self.selection.chosen
-        dense = {name: self.costs.dense(name, self.cost) for name in chosen}
+        self._check_budget(total)
+        dense = {name: self.costs.dense(name, self.cost) for name in self.selection.chosen}
         others = total - sum(dense.values())
-        least = others + sum(self.costs.least(name, self.cost) for name in chosen)
-        if least > self.keep * total:
-            raise ValueError(
-                f"RankLearning: keep_{self.cost}={self.keep:g} cannot be reached, since a rank of "
-                f"1 in every layer leaves {least / total:.3f}: ask for more than that, or act on "
-                "more layers"
-            )
         budget, mine = self.keep * total - others, sum(dense[name] for name in options)
         if math.isinf(self.penalty):
             budget -= sum(dense.values()) - mine
         else:
             budget *= mine / sum(dense.values())
         return max(budget, sum(mine.least for mine in options.values()))
+
+    def _check_budget(self, total: float) -> None:
+        """Refuse a budget that no ranks meet."""
+        assert self.keep is not None
+        costs, chosen = self.costs, self.selection.chosen
+        saved = sum(costs.dense(name, self.cost) - costs.least(name, self.cost) for name in chosen)
+        if total - saved > self.keep * total:
+            raise ValueError(
+                f"RankLearning: keep_{self.cost}={self.keep:g} cannot be reached, since a rank of "
+                f"1 in every layer leaves {1 - saved / total:.3f}: ask for more than that, or act "
+                "on more layers"
+            )
 
     def _report_budget(self) -> None:
         """Warn if the ranks miss the budget."""
@@ -292,6 +297,10 @@ class RankLearning(Proximal):
 
     def check(self, others: Sequence[Stage]) -> None:
         require("RankLearning")
+        # Multiply-adds are known only after a step, and sizes of lazy layers, too.
+        known = self.selection.chosen and not self.selection.waiting
+        if known and self.keep_size is not None:
+            self._check_budget(self.costs.total("size"))
         end = self.window.last
         for other in others:
             shared = self.selection.chosen.keys() & other.selection.chosen.keys()
