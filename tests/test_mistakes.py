@@ -283,10 +283,13 @@ def test_a_logger_that_is_absent(tmp_path: Path) -> None:
 
 
 def test_metrics_that_are_absent(tmp_path: Path) -> None:
-    for callback in (AccuracyGuard("val/loss"), ParetoCheckpoint(tmp_path, "val/loss")):
-        runner = trainer(tmp_path, GradualPruning(), callback)
-        with pytest.raises(MisconfigurationException, match="no 'val/loss', only val/error"):
+    """Told in the first epoch, also by callbacks that wait until everything is compressed."""
+    best = ModelCheckpointOnceCompressed(tmp_path, monitor="val/loss")
+    for callback in (AccuracyGuard("val/loss"), ParetoCheckpoint(tmp_path, "val/loss"), best):
+        runner = trainer(tmp_path, GradualPruning(), callback, enable_checkpointing=True)
+        with pytest.raises(MisconfigurationException, match="no 'val/loss' was logged, only val"):
             runner.fit(Net(), loader(), validation())
+        assert runner.current_epoch == 0
 
 
 def test_validations_that_are_absent(tmp_path: Path) -> None:
