@@ -15,6 +15,7 @@ from fitsmall.compressors.training import (
     GradualPruning,
     Plan,
     QuantizationAwareTraining,
+    RankLearning,
     WeightSharing,
 )
 from fitsmall.compressors.weights import Matrices, matrices_of
@@ -306,6 +307,24 @@ def test_low_coverage_warns(
     if warned:
         assert "position_embeddings.weight (50%: learned positions)" in text
         assert "add a second GradualPruning(include=['position_embeddings.weight'])" in text
+
+
+def test_layers_that_ranks_cannot_take_are_not_advised(recwarn: pytest.WarningsRecorder) -> None:
+    module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    module[0].position_embeddings = nn.Embedding(20, 8)
+    train(module, RankLearning(price=0.1, stop=0.5))
+    (text,) = (str(each.message) for each in recwarn if "RankLearning acts on" in str(each.message))
+    assert "position_embeddings.weight" in text
+    assert "include=" not in text
+
+
+def test_a_stage_whose_weights_are_frozen_warns(recwarn: pytest.WarningsRecorder) -> None:
+    module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    module[0].weight.requires_grad = module[1].weight.requires_grad = False
+    train(module, GradualPruning(0.5, stop=0.5))
+    text = "\n".join(str(warning.message) for warning in recwarn)
+    assert "GradualPruning acts on nothing, since all of its weights are frozen: 0.weight" in text
+    assert "acts on nothing" in str(Plan([GradualPruning(0.5)], module))
 
 
 def test_a_layer_that_loses_nearly_everything_is_named(recwarn: pytest.WarningsRecorder) -> None:

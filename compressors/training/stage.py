@@ -129,6 +129,11 @@ class Stage(ABC):
 
     # Selection.
 
+    @property
+    def takes_any_weight(self) -> bool:
+        """Whether the stage acts on every weight that ``include`` names, whatever its layer."""
+        return True
+
     def attach(self, module: nn.Module) -> None:
         """Select the module's parameters, and check that the stage can act on them.
 

@@ -143,6 +143,10 @@ class RankLearning(Proximal):
 
     # Selection.
 
+    @property
+    def takes_any_weight(self) -> bool:
+        return False
+
     def attach(self, module: nn.Module) -> None:
         selection = select(module, self.include, self.exclude)
         factors = {name: "a factor already" for name in selection.chosen if is_factor(module, name)}
