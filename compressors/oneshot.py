@@ -64,7 +64,7 @@ def compress(
     Raises:
         ValueError: A pattern matches nothing, a weight or its inputs hold NaN, the module cannot
             take the data, or inputs are to be rounded without data.
-        TypeError: The data are no batches.
+        TypeError: The plan is neither a projection nor a mapping, or the data are no batches.
 
     Example:
         >>> from fitsmall.compressors import TopK
@@ -73,10 +73,17 @@ def compress(
         >>> int(net.weight.count_nonzero()), list(codes)
         (5, ['weight'])
     """
+    by_pattern = {"*": plan} if isinstance(plan, Projection) else plan
+    if not isinstance(by_pattern, Mapping) or not all(
+        isinstance(each, Projection) for each in by_pattern.values()
+    ):
+        raise TypeError(
+            "compress takes a Projection, such as TopK(0.9), or a mapping from patterns to "
+            f"projections, and got {plan!r}"
+        )
     selection = select(module, include, exclude)
     # Without training, frozen parameters stay frozen: they are left out.
     chosen = Selection(selection.chosen, selection.skipped).checked().chosen
-    by_pattern = {"*": plan} if isinstance(plan, Projection) else plan
     projections = {
         name: projection.along(selection.forms[name])
         for name, projection in match(by_pattern, list(chosen)).items()

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from fitsmall.callbacks import (
+    EMA,
     AccuracyGuard,
     CompressedCheckpoint,
     CompressionMonitor,
@@ -26,6 +27,8 @@ from fitsmall.callbacks import (
     ModelCheckpointOnceCompressed,
     ParetoCheckpoint,
     Plan,
+    QuantizationAwareTraining,
+    RankLearning,
     ResumableLoader,
     WeightSharing,
 )
@@ -63,7 +66,20 @@ SETTINGS: list[tuple[Callable[[], Any], str]] = [
     (lambda: AccuracyGuard("val/acc"), "of 'val/acc', more is usually better.*give mode='max'"),
     (lambda: AccuracyGuard("BinaryAUROC"), "as of every auroc: give mode='max'"),
     (lambda: ParetoCheckpoint("x", "val_top1"), "as of every top1: give mode='max'"),
-    (lambda: AccuracyGuard(tolerance=-1), "a tolerance is at least 0, got -1"),
+    (lambda: AccuracyGuard(tolerance=-1), "a tolerance is a number of at least 0, .*got -1"),
+    (lambda: AccuracyGuard(tolerance="2%"), "a number of at least 0, .*got '2%'"),  # type: ignore[arg-type]
+    (lambda: RankLearning(keep_size="1MB"), r"keep_size is a fraction in \(0, 1\), got '1MB'"),  # type: ignore[arg-type]
+    (
+        lambda: QuantizationAwareTraining("auto", max_bytes="9 KB"),  # type: ignore[arg-type]
+        "max_bytes='9 KB' is no number",
+    ),
+    (lambda: Plan(Net(), [GradualPruning()]), "a list of stages and a module, and got a Net"),  # type: ignore[arg-type]
+    (lambda: Plan(GradualPruning(), Net()), "takes a list of stages.*got a GradualPruning"),  # type: ignore[arg-type]
+    (lambda: Plan([EMA()], Net()), "EMA is no stage of compression: leave it out"),  # type: ignore[list-item]
+    (lambda: Plan([WeightSharing], Net()), r"WeightSharing is no stage.*write WeightSharing\("),  # type: ignore[list-item]
+    (lambda: compress(Net(), GradualPruning()), r"takes a Projection, such as TopK\(0.9\)"),  # type: ignore[arg-type]
+    (lambda: TopK(0.5) | WeightSharing(), "unsupported operand.*'TopK' and 'WeightSharing'"),  # type: ignore[operator]
+    (lambda: save("x.fitsmall", Net()), r"such as module.state_dict\(\), and got a Net"),  # type: ignore[arg-type]
     (lambda: AccuracyGuard(mode="least"), "the mode of 'val/error' is min or max, got 'least'"),  # type: ignore[arg-type]
     (
         lambda: ParetoCheckpoint("x", mode="least"),
