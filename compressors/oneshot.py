@@ -47,8 +47,8 @@ def compress(
     Without data, each weight is projected: next to it comes a module of other outputs. With data,
     layer by layer, the weights that the projection allows are fitted to the layer's own outputs
     (:mod:`~fitsmall.compressors.repair.surgeon`), biases are corrected, and batch-norms get new
-    statistics. Weights that see no such data, as those of embeddings, are projected, and a warning
-    names them. A forward pass for each layer is needed, and no labels.
+    statistics. Weights that see no such data, as those of recurrent layers, are projected, and a
+    warning names them. Two forward passes for each layer are needed, and no labels.
 
     Args:
         module: Module whose weights are replaced by their projection.
