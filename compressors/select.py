@@ -67,7 +67,8 @@ class Selection:
                 for reason, names in by_reason.items()
             )
             raise ValueError(
-                "name parameters with include=[...], since there is nothing to compress: "
+                "name other parameters with include=[...], or leave the method out, since there is "
+                "nothing to compress: "
                 f"{reasons or 'the module has no parameters'}"
             )
         return self
