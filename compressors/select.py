@@ -54,6 +54,14 @@ class Selection:
         skipped = {**self.skipped, **reasons}
         return Selection(chosen, skipped, self.waiting, self.forms).checked()
 
+    def match(self, overrides: Mapping[str, T]) -> dict[str, T]:
+        """Return the override of each chosen parameter that has one, see :func:`match`.
+
+        A pattern may also be that of parameters that wait.
+        """
+        found = match(overrides, [*self.chosen, *self.waiting])
+        return {name: found[name] for name in self.chosen if name in found}
+
     def checked(self) -> "Selection":
         """Return the selection itself, if it has chosen or waiting parameters.
 

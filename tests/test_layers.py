@@ -13,9 +13,11 @@ from fitsmall.compressors import NofM, Quantize, TopK, compress, restore, save, 
 from fitsmall.compressors.codes.code import Integer
 from fitsmall.compressors.training import (
     GradualPruning,
+    LearningCompression,
     Plan,
     QuantizationAwareTraining,
     RankLearning,
+    Stage,
     WeightSharing,
 )
 from fitsmall.compressors.weights import Matrices, matrices_of
@@ -307,6 +309,26 @@ def test_low_coverage_warns(
     if warned:
         assert "position_embeddings.weight (50%: learned positions)" in text
         assert "add a second GradualPruning(include=['position_embeddings.weight'])" in text
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        GradualPruning(0.5, overrides={"0": 0.75}),
+        WeightSharing(4, overrides={"0": 2}),
+        QuantizationAwareTraining(8, overrides={"0": 4}),
+        LearningCompression({"0": TopK(0.75), "1": TopK(0.5)}),
+    ],
+    ids=lambda stage: type(stage).__name__,
+)
+def test_patterns_match_layers_that_join_later(stage: Stage) -> None:
+    net = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 4))
+    stage.attach(net)
+    assert [*stage.selection.chosen] == ["1.weight"]
+    net(torch.ones(1, 8))
+    net[1].requires_grad_(False)
+    stage.attach(net)
+    assert [*stage.selection.chosen] == ["0.weight"]
 
 
 def test_layers_that_ranks_cannot_take_are_not_advised(recwarn: pytest.WarningsRecorder) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from fitsmall.compressors.choices.allocation import Lazy
 from fitsmall.compressors.choices.schedules import Exponential, Schedule
 from fitsmall.compressors.projections.projection import Projection
-from fitsmall.compressors.select import match
 from fitsmall.compressors.training.sharding import gather, shard
 from fitsmall.compressors.training.stage import Stage
 
@@ -208,7 +207,7 @@ class LearningCompression(Proximal):
 
     def attach(self, module: nn.Module) -> None:
         super().attach(module)
-        self.projections = match(self.projection, list(self.selection.chosen))
+        self.projections = self.selection.match(self.projection)
         self.selection = self.selection.without(
             {
                 name: "it has no projection"

@@ -15,7 +15,6 @@ from fitsmall.compressors.codes.dtypes import INTEGERS
 from fitsmall.compressors.naming import abridged, grouped
 from fitsmall.compressors.projections.prune import kept
 from fitsmall.compressors.projections.structures import Structure, Unstructured, as_structure
-from fitsmall.compressors.select import match
 from fitsmall.compressors.training.messages import warn
 from fitsmall.compressors.training.optimizers import like_gradient
 from fitsmall.compressors.training.sharding import gather, local, shard
@@ -184,7 +183,7 @@ class GradualPruning(Stage):
         }
         self.selection = self.selection.without({**self._unscored(module), **reasons})
         chosen = self.selection.chosen
-        own = match(self.overrides, list(chosen))
+        own = self.selection.match(self.overrides)
         for name, keep in self._final(own).items():
             target = own.get(name, self.sparsity)
             # A sparsity of exactly 1 switches a layer off on purpose.
@@ -291,7 +290,7 @@ class GradualPruning(Stage):
         self.statistics.synchronize()
         # A weight without statistics waits for the next choice.
         ready = [name for name in weights if self.statistics.has_all(name)]
-        own = match(self.overrides, list(self.selection.chosen))
+        own = self.selection.match(self.overrides)
         free = [name for name in ready if name not in own]
         keep = self.allocation(self._set_scores(free, weights), self.sparsity * strength)
         for name in ready:

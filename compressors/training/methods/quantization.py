@@ -18,7 +18,6 @@ from fitsmall.compressors.projections.quantize import (
     quantize_,
     scales_of,
 )
-from fitsmall.compressors.select import match
 from fitsmall.compressors.surgery.quantizers import (
     QUANTIZED_INPUTS,
     ActivationQuantizer,
@@ -208,7 +207,8 @@ class QuantizationAwareTraining(Stage):
     def attach(self, module: nn.Module) -> None:
         super().attach(module)
         chosen = self.selection.chosen
-        own = {name: self._pair(bits) for name, bits in match(self.overrides, [*chosen]).items()}
+        overrides = self.selection.match(self.overrides)
+        own = {name: self._pair(bits) for name, bits in overrides.items()}
         self.bits = {
             name: own.get(name, (self.weight_bits, self.activation_bits)) for name in chosen
         }

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from fitsmall.compressors.choices.schedules import LinearRamp, Schedule
 from fitsmall.compressors.projections.cluster import KMeans, assign, linear
-from fitsmall.compressors.select import match
 from fitsmall.compressors.training.methods.centroids import move_, precision, sums
 from fitsmall.compressors.training.sharding import gather, local, reduce_, shard
 from fitsmall.compressors.training.stage import Stage
@@ -112,7 +111,7 @@ class WeightSharing(Stage):
     def attach(self, module: nn.Module) -> None:
         super().attach(module)
         chosen = self.selection.chosen
-        counts = dict.fromkeys(chosen, self.clusters) | match(self.overrides, list(chosen))
+        counts = dict.fromkeys(chosen, self.clusters) | self.selection.match(self.overrides)
         self.selection = self.selection.without(
             {
                 name: f"{parameter.numel()} weights are too few for {counts[name]} clusters"
@@ -122,7 +121,7 @@ class WeightSharing(Stage):
         )
 
     def check(self, others: Sequence[Stage]) -> None:
-        counts = match(self.overrides, list(self.selection.chosen))
+        counts = self.selection.match(self.overrides)
         for name in self.selection.chosen.keys() - self.projected_before:
             if counts.get(name, self.clusters) == 1:
                 raise ValueError(
@@ -137,7 +136,7 @@ class WeightSharing(Stage):
         return name in self.clusterings
 
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
-        own = match(self.overrides, list(self.selection.chosen))
+        own = self.selection.match(self.overrides)
         for name in weights:
             flat = weights[name].flatten()
             blocks = flat.split(_BLOCK)
