@@ -141,6 +141,7 @@ def restore(module: Module, path: str | os.PathLike[str]) -> Module:
         path: The file.
 
     Raises:
+        TypeError: The first argument is no module.
         ValueError: The file is damaged, or its tensors do not fit the module.
 
     Example:
@@ -151,6 +152,11 @@ def restore(module: Module, path: str | os.PathLike[str]) -> Module:
         >>> torch.equal(restore(nn.Linear(2, 2), path).weight, net.weight)
         True
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            "restore takes a module and then a file, as in restore(MyModule(), path), and got "
+            f"{module!r} first"
+        )
     require("restore")
     _, directory = entries(path)
     held = {entry.name: TensorSpec(torch.Size(entry.shape), entry.dtype) for entry in directory}

@@ -67,6 +67,7 @@ SETTINGS: list[tuple[Callable[[], Any], str]] = [
     (lambda: AccuracyGuard("BinaryAUROC"), "as of every auroc: give mode='max'"),
     (lambda: ParetoCheckpoint("x", "val_top1"), "as of every top1: give mode='max'"),
     (lambda: AccuracyGuard(tolerance=-1), "a tolerance is a number of at least 0, .*got -1"),
+    (lambda: restore(Net, "x.fitsmall"), r"as in restore\(MyModule\(\), path\), and got <class"),  # type: ignore[type-var]
     (lambda: AccuracyGuard(tolerance="2%"), "a number of at least 0, .*got '2%'"),  # type: ignore[arg-type]
     (lambda: RankLearning(keep_size="1MB"), r"keep_size is a fraction in \(0, 1\), got '1MB'"),  # type: ignore[arg-type]
     (
@@ -161,6 +162,12 @@ def test_a_schedule_that_ends_after_training(case: Case, tmp_path: Path) -> None
         UserWarning, match="its window ends at step 1,000, after training does at step"
     ):
         fit(tmp_path, *methods, max_epochs=1)
+
+
+def test_a_window_after_training(tmp_path: Path) -> None:
+    pruning = GradualPruning(start_step=1000, stop_step=2000)
+    with pytest.warns(UserWarning, match="begins at step 1,000, and training ends at step 10: it"):
+        fit(tmp_path, pruning, max_epochs=1)
 
 
 @each_coupling

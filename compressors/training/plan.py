@@ -178,7 +178,13 @@ class Plan:
         self._fix_windows(horizon)
         for stage in self.stages:
             stage.begin(horizon)
-            if stage.window.last > horizon:
+            if stage.window.first > horizon:
+                warn(
+                    f"{type(stage).__name__}: its window begins at step {stage.window.first:,}, "
+                    f"and training ends at step {horizon:,.0f}: it does nothing; train longer, or "
+                    "let it begin earlier"
+                )
+            elif stage.window.last > horizon:
                 warn(
                     f"{type(stage).__name__}: its window ends at step {stage.window.last:,}, after "
                     f"training does at step {horizon:,.0f}: it will not reach its full strength; "
