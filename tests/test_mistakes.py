@@ -339,6 +339,13 @@ def test_steps_by_hand_that_fractions_do_not_fit(tmp_path: Path) -> None:
             fit(tmp_path, GradualPruning(), module=ByHand(steps))
 
 
+def test_a_training_without_optimizer(tmp_path: Path) -> None:
+    module = Net()
+    module.configure_optimizers = lambda: None  # type: ignore[method-assign, assignment]
+    with pytest.raises(MisconfigurationException, match="Net has none: return one from configure"):
+        fit(tmp_path, GradualPruning(), module=module)
+
+
 def test_a_guard_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="no compression to pause; add a stage"):
         fit(tmp_path, AccuracyGuard())
