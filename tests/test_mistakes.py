@@ -146,6 +146,8 @@ def test_plans(methods: list[Stage], message: str, tmp_path: Path) -> None:
 def test_layers_too_small_are_listed() -> None:
     text = str(Plan([WeightSharing(16, include=["head"])], Net(), horizon=100))
     assert "left out (10 weights are too few for 16 clusters): head.bias" in text
+    sharing = WeightSharing(4, include=["head"], overrides={"*.bias": 12})
+    assert "(10 weights are too few for 12 clusters): head.bias" in str(Plan([sharing], Net(), 100))
 
 
 def test_frozen_modules_have_nothing_to_compress_afterwards() -> None:
