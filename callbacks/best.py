@@ -6,12 +6,19 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from fitsmall.callbacks.driver import plan_of
+from fitsmall.callbacks.monitored import MonitoredMetric
 
 __all__ = ["EarlyStoppingOnceCompressed", "ModelCheckpointOnceCompressed"]
 
 
 class _OnceCompressed(pl.Callback):
-    """Calls no hook of a callback until every stage has reached its full strength."""
+    """Calls no hook of a callback until every stage has reached its full strength.
+
+    A metric that is not logged is an error after the first epoch that validates, and not only then.
+    """
+
+    monitor: Any  # text, or None for no metric
+    _validated = False
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         if _compressed(trainer):
@@ -20,8 +27,11 @@ class _OnceCompressed(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if _compressed(trainer):
             super().on_train_epoch_end(trainer, pl_module)
+        elif self.monitor and (self._validated or not trainer.enable_validation):
+            MonitoredMetric(self.monitor, "min").validated(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validated = self._validated or not trainer.sanity_checking
         if _compressed(trainer):
             super().on_validation_end(trainer, pl_module)
 

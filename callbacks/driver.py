@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -78,6 +79,11 @@ class Driver(pl.Callback):
         if state := self._saved or before:
             plan.load_state_dict(state)
         self._saved, self._ready = None, True
+        if not any(optimizer.param_groups for optimizer in trainer.optimizers):
+            raise MisconfigurationException(
+                f"{type(plan.stages[0]).__name__} acts after the steps of an optimizer, and "
+                f"{type(pl_module).__name__} has none: return one from configure_optimizers"
+            )
         plan.hook(trainer.optimizers)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

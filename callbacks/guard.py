@@ -42,9 +42,10 @@ class AccuracyGuard(pl.Callback):
         mode: Literal["min", "max"] | None = None,
     ) -> None:
         super().__init__()
-        if not tolerance >= 0:
+        if not (isinstance(tolerance, int | float) and tolerance >= 0):
             raise MisconfigurationException(
-                f"AccuracyGuard: a tolerance is at least 0, got {tolerance}"
+                "AccuracyGuard: a tolerance is a number of at least 0, in units of the metric, got "
+                f"{tolerance!r}"
             )
         self.metric, self.tolerance = MonitoredMetric(monitor, mode), tolerance
         self.best = math.inf

@@ -66,7 +66,7 @@ class MonitoredMetric:
         if self.name not in trainer.callback_metrics:
             logged = ", ".join(trainer.callback_metrics) or "nothing"
             raise MisconfigurationException(
-                f"the validation logged no {self.name!r}, only {logged}: name one with monitor=..."
+                f"no {self.name!r} was logged, only {logged}: name one with monitor=..."
             )
         return float(trainer.callback_metrics[self.name])
 

@@ -49,9 +49,9 @@ def compress(
     Without data, each weight is projected: next to it comes a module of other outputs. With data,
     layer by layer, the weights that the projection allows are fitted to the layer's own outputs
     (:mod:`~fitsmall.compressors.repair.surgeon`), biases are corrected, and batch-norms get new
-    statistics. Weights that see no such data, as those of embeddings, are projected, and a warning
-    names them. A forward pass for each layer is needed, and no labels. Frozen parameters stay as
-    they are.
+    statistics. Weights that see no such data, as those of recurrent layers, are projected, and a
+    warning names them. Two forward passes for each layer are needed, and no labels. Frozen
+    parameters stay as they are.
 
     Args:
         module: Module whose weights are replaced by their projection.
@@ -67,7 +67,7 @@ def compress(
     Raises:
         ValueError: A pattern matches nothing, a weight or its inputs hold NaN, the module cannot
             take the data, or inputs are to be rounded without data.
-        TypeError: The data are no batches.
+        TypeError: The plan is neither a projection nor a mapping, or the data are no batches.
 
     Example:
         >>> from fitsmall.compressors import TopK
@@ -76,6 +76,14 @@ def compress(
         >>> int(net.weight.count_nonzero()), list(codes)
         (5, ['weight'])
     """
+    by_pattern = {"*": plan} if isinstance(plan, Projection) else plan
+    if not isinstance(by_pattern, Mapping) or not all(
+        isinstance(each, Projection) for each in by_pattern.values()
+    ):
+        raise TypeError(
+            "compress takes a Projection, such as TopK(0.9), or a mapping from patterns to "
+            f"projections, and got {plan!r}"
+        )
     selection = select(module, include, exclude)
     # Without training, frozen parameters stay frozen: they are left out.
     chosen = Selection(selection.chosen, selection.skipped).checked().chosen
@@ -86,7 +94,6 @@ def compress(
             "requires_grad_(True), or name them in exclude=[...]",
             stacklevel=2,
         )
-    by_pattern = {"*": plan} if isinstance(plan, Projection) else plan
     projections = {
         name: projection.along(selection.forms[name])
         for name, projection in match(by_pattern, list(chosen)).items()
@@ -145,6 +152,7 @@ def restore(module: Module, path: str | os.PathLike[str]) -> Module:
         path: The file.
 
     Raises:
+        TypeError: The first argument is no module.
         ValueError: The file is damaged, or its tensors do not fit the module.
 
     Example:
@@ -155,6 +163,11 @@ def restore(module: Module, path: str | os.PathLike[str]) -> Module:
         >>> torch.equal(restore(nn.Linear(2, 2), path).weight, net.weight)
         True
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            "restore takes a module and then a file, as in restore(MyModule(), path), and got "
+            f"{module!r} first"
+        )
     require("restore")
     _, directory = entries(path)
     held = {entry.name: TensorSpec(torch.Size(entry.shape), entry.dtype) for entry in directory}

@@ -100,7 +100,7 @@ def test_what_a_run_must_hold(
         (tmp_path / name).touch()
     with pytest.raises(SystemExit):
         main(["bench", str(tmp_path / "model.onnx")])
-    assert f"fitsmall: {tmp_path / missing} does not exist: {remedy}" in capsys.readouterr().err
+    assert f"fitsmall: {tmp_path / missing} is no file: {remedy}" in capsys.readouterr().err
 
 
 def test_numbers_are_positive(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

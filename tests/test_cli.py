@@ -57,6 +57,12 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
             "sparsity: a grid has values, not an interval: list values, or search with",
         ),
         (["train", "model=lenet5", *QUICK], "choose data=mnist"),
+        (["train", "~model._target_", *QUICK], "makes a dict, and no LightningModule: name its"),
+        # After the first validation, and not when the file is written.
+        (
+            ["train", "metric=f1", "+trainer.limit_train_batches=2", *QUICK],
+            "it logs val/error: choose one by metric=..., or log it\n",
+        ),
         (["train", "model=resnet20", *QUICK], "images of 3 x 32 x 32, and got 1 x 8 x 8"),
     ],
 )

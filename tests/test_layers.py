@@ -475,6 +475,44 @@ def test_low_coverage_warns(
         assert "add a second GradualPruning(include=['position_embeddings.weight'])" in text
 
 
+@pytest.mark.parametrize(
+    "stage",
+    [
+        GradualPruning(0.5, overrides={"0": 0.75}),
+        WeightSharing(4, overrides={"0": 2}),
+        QuantizationAwareTraining(8, overrides={"0": 4}),
+        LearningCompression({"0": TopK(0.75), "1": TopK(0.5)}),
+    ],
+    ids=lambda stage: type(stage).__name__,
+)
+def test_patterns_match_layers_that_join_later(stage: Stage) -> None:
+    net = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 4))
+    stage.attach(net)
+    assert [*stage.selection.chosen] == ["1.weight"]
+    net(torch.ones(1, 8))
+    net[1].requires_grad_(False)
+    stage.attach(net)
+    assert [*stage.selection.chosen] == ["0.weight"]
+
+
+def test_layers_that_ranks_cannot_take_are_not_advised(recwarn: pytest.WarningsRecorder) -> None:
+    module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    module[0].position_embeddings = nn.Embedding(20, 8)
+    train(module, RankLearning(price=0.1, stop=0.5))
+    (text,) = (str(each.message) for each in recwarn if "RankLearning acts on" in str(each.message))
+    assert "position_embeddings.weight" in text
+    assert "include=" not in text
+
+
+def test_a_stage_whose_weights_are_frozen_warns(recwarn: pytest.WarningsRecorder) -> None:
+    module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    module[0].weight.requires_grad = module[1].weight.requires_grad = False
+    train(module, GradualPruning(0.5, stop=0.5))
+    text = "\n".join(str(warning.message) for warning in recwarn)
+    assert "GradualPruning acts on nothing, since all of its weights are frozen: 0.weight" in text
+    assert "acts on nothing" in str(Plan([GradualPruning(0.5)], module))
+
+
 def test_a_layer_that_loses_nearly_everything_is_named(recwarn: pytest.WarningsRecorder) -> None:
     net = nn.Sequential(nn.Linear(8, 400), nn.Linear(400, 8))
     with torch.no_grad():

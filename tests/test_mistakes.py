@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from fitsmall.callbacks import (
+    EMA,
     AccuracyGuard,
     CompressedCheckpoint,
     CompressionMonitor,
@@ -26,6 +27,8 @@ from fitsmall.callbacks import (
     ModelCheckpointOnceCompressed,
     ParetoCheckpoint,
     Plan,
+    QuantizationAwareTraining,
+    RankLearning,
     ResumableLoader,
     WeightSharing,
 )
@@ -63,7 +66,21 @@ SETTINGS: list[tuple[Callable[[], Any], str]] = [
     (lambda: AccuracyGuard("val/acc"), "of 'val/acc', more is usually better.*give mode='max'"),
     (lambda: AccuracyGuard("BinaryAUROC"), "as of every auroc: give mode='max'"),
     (lambda: ParetoCheckpoint("x", "val_top1"), "as of every top1: give mode='max'"),
-    (lambda: AccuracyGuard(tolerance=-1), "a tolerance is at least 0, got -1"),
+    (lambda: AccuracyGuard(tolerance=-1), "a tolerance is a number of at least 0, .*got -1"),
+    (lambda: restore(Net, "x.fitsmall"), r"as in restore\(MyModule\(\), path\), and got <class"),  # type: ignore[type-var]
+    (lambda: AccuracyGuard(tolerance="2%"), "a number of at least 0, .*got '2%'"),  # type: ignore[arg-type]
+    (lambda: RankLearning(keep_size="1MB"), r"keep_size is a fraction in \(0, 1\), got '1MB'"),  # type: ignore[arg-type]
+    (
+        lambda: QuantizationAwareTraining("auto", max_bytes="9 KB"),  # type: ignore[arg-type]
+        "max_bytes='9 KB' is no number",
+    ),
+    (lambda: Plan(Net(), [GradualPruning()]), "a list of stages and a module, and got a Net"),  # type: ignore[arg-type]
+    (lambda: Plan(GradualPruning(), Net()), "takes a list of stages.*got a GradualPruning"),  # type: ignore[arg-type]
+    (lambda: Plan([EMA()], Net()), "EMA is no stage of compression: leave it out"),  # type: ignore[list-item]
+    (lambda: Plan([WeightSharing], Net()), r"WeightSharing is no stage.*write WeightSharing\("),  # type: ignore[list-item]
+    (lambda: compress(Net(), GradualPruning()), r"takes a Projection, such as TopK\(0.9\)"),  # type: ignore[arg-type]
+    (lambda: TopK(0.5) | WeightSharing(), "unsupported operand.*'TopK' and 'WeightSharing'"),  # type: ignore[operator]
+    (lambda: save("x.fitsmall", Net()), r"such as module.state_dict\(\), and got a Net"),  # type: ignore[arg-type]
     (lambda: AccuracyGuard(mode="least"), "the mode of 'val/error' is min or max, got 'least'"),  # type: ignore[arg-type]
     (
         lambda: ParetoCheckpoint("x", mode="least"),
@@ -89,7 +106,7 @@ PLANS: list[tuple[list[Stage], str]] = [
     ),
     (
         [GradualPruning(include="body.0.wieght")],
-        r"'body.0.wieght' matches no parameter of Net; did you mean body.0.weight or",
+        r"GradualPruning: pattern 'body.0.wieght' matches no parameter of Net; did you mean body.0",
     ),
     ([WeightSharing(exclude="haed")], r"'haed' matches no parameter of Net; did you mean head"),
     (
@@ -108,7 +125,7 @@ PLANS: list[tuple[list[Stage], str]] = [
     ([GradualPruning(overrides={"head": 0.9999})], "leaves none of the 400 weights of head.weight"),
     (
         [WeightSharing(16, include="*.bias", exclude="body")],
-        r"nothing to compress: .*head.bias: 10 weights are too few for 16 clusters",
+        "WeightSharing: name other parameters.* nothing to compress: .*head.bias: 10 weights are",
     ),
     ([GradualPruning(start=0.8, stop=0.5)], "its window ends at step 20, before it starts at step"),
 ]
@@ -129,6 +146,8 @@ def test_plans(methods: list[Stage], message: str, tmp_path: Path) -> None:
 def test_layers_too_small_are_listed() -> None:
     text = str(Plan([WeightSharing(16, include=["head"])], Net(), horizon=100))
     assert "left out (10 weights are too few for 16 clusters): head.bias" in text
+    sharing = WeightSharing(4, include=["head"], overrides={"*.bias": 12})
+    assert "(10 weights are too few for 12 clusters): head.bias" in str(Plan([sharing], Net(), 100))
 
 
 @pytest.mark.filterwarnings("ignore:compress. nothing makes up")
@@ -150,6 +169,12 @@ def test_a_schedule_that_ends_after_training(case: Case, tmp_path: Path) -> None
         UserWarning, match="its window ends at step 1,000, after training does at step"
     ):
         fit(tmp_path, *methods, max_epochs=1)
+
+
+def test_a_window_after_training(tmp_path: Path) -> None:
+    pruning = GradualPruning(start_step=1000, stop_step=2000)
+    with pytest.warns(UserWarning, match="begins at step 1,000, and training ends at step 10: it"):
+        fit(tmp_path, pruning, max_epochs=1)
 
 
 @each_coupling
@@ -288,10 +313,13 @@ def test_a_logger_that_is_absent(tmp_path: Path) -> None:
 
 
 def test_metrics_that_are_absent(tmp_path: Path) -> None:
-    for callback in (AccuracyGuard("val/loss"), ParetoCheckpoint(tmp_path, "val/loss")):
-        runner = trainer(tmp_path, GradualPruning(), callback)
-        with pytest.raises(MisconfigurationException, match="no 'val/loss', only val/error"):
+    """Told in the first epoch, also by callbacks that wait until everything is compressed."""
+    best = ModelCheckpointOnceCompressed(tmp_path, monitor="val/loss")
+    for callback in (AccuracyGuard("val/loss"), ParetoCheckpoint(tmp_path, "val/loss"), best):
+        runner = trainer(tmp_path, GradualPruning(), callback, enable_checkpointing=True)
+        with pytest.raises(MisconfigurationException, match="no 'val/loss' was logged, only val"):
             runner.fit(Net(), loader(), validation())
+        assert runner.current_epoch == 0
 
 
 def test_validations_that_are_absent(tmp_path: Path) -> None:
@@ -318,6 +346,13 @@ def test_steps_by_hand_that_fractions_do_not_fit(tmp_path: Path) -> None:
             fit(tmp_path, GradualPruning(), module=ByHand(steps))
 
 
+def test_a_training_without_optimizer(tmp_path: Path) -> None:
+    module = Net()
+    module.configure_optimizers = lambda: None  # type: ignore[method-assign, assignment]
+    with pytest.raises(MisconfigurationException, match="Net has none: return one from configure"):
+        fit(tmp_path, GradualPruning(), module=module)
+
+
 def test_a_guard_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="no compression to pause; add a stage"):
         fit(tmp_path, AccuracyGuard())
@@ -337,6 +372,13 @@ def test_a_layer_without_gradients_is_pointed_out(tmp_path: Path) -> None:
 
     with pytest.warns(UserWarning, match=r"left out spare\.weight: no gradients and no inputs"):
         fit(tmp_path, GradualPruning(0.8, "gradient"), module=Spare())
+
+
+def test_an_average_of_what_is_not_initialised(tmp_path: Path) -> None:
+    module = Net()
+    module.head = nn.LazyLinear(10)  # type: ignore[assignment]
+    with pytest.raises(MisconfigurationException, match=r"EMA .* initialised yet: head.weight"):
+        fit(tmp_path, EMA(), module=module)
 
 
 @each_coupling

@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lion_pytorch import Lion
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.nn.utils import parametrizations
 from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -267,6 +268,7 @@ def test_what_cannot_be_factored_is_left_out_with_a_reason() -> None:
             self.standardized = Standardized(6, 6, 3)
             self.attention = nn.MultiheadAttention(6, 2)
             self.single = nn.Linear(6, 1)
+            self.normed = parametrizations.weight_norm(nn.Linear(6, 6))
             self.linear = nn.Linear(6, 6)
             self.tied, self.quantized = nn.Linear(6, 6), nn.Linear(6, 6)
             self.other = nn.Linear(6, 6)
@@ -283,6 +285,7 @@ def test_what_cannot_be_factored_is_left_out_with_a_reason() -> None:
         "attention.in_proj_weight": "nn.MultiheadAttention multiplies by it",
         "attention.out_proj.weight": "nn.MultiheadAttention multiplies by it",
         "single.weight": "its rank is 1 already",
+        "normed.parametrizations.weight.original1": "its weight is computed from another, as under",
         "tied.weight": "weight tied.weight is tied to other.weight",
         "quantized.weight": "its inputs are quantized",
     }.items():

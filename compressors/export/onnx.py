@@ -125,8 +125,9 @@ def export_onnx(
         raise ValueError(
             f"{type(module).__name__} has no layer with integer weights and quantized inputs to "
             "export: train it with QuantizationAwareTraining past its start, with activation_bits "
-            "and granularity='channel', or restore a file that was; of classes other than Linear, "
-            "convolutions and Conv1D inputs are not quantized"
+            "and granularity='channel'; or compress(module, Quantize(8), data=loader, "
+            "activation_bits=8); or restore the file of either. Inputs of other layers than "
+            "Linear, convolutions and Conv1D are not quantized"
         )
     arguments = Arguments.of(examples)
     expected = outputs_of(rounding, arguments)

@@ -1,6 +1,7 @@
 """Files that appear under their name only when they are complete."""
 
 import contextlib
+import errno
 import glob
 import os
 import stat
@@ -25,6 +26,9 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
     one that a killed process left is removed by the next replacement. A file that is replaced keeps
     its permissions.
 
+    Raises:
+        FileNotFoundError: The folder does not exist.
+
     Example:
         >>> path = Path(tempfile.mkdtemp()) / "numbers"
         >>> with replaced(path) as file:
@@ -34,6 +38,8 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
         >>> path.read_bytes()
         b'12'
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "There is no folder", str(path.parent))
     _remove_leftovers(path)
     with _scratch(path) as file:
         try:

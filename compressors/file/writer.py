@@ -52,8 +52,9 @@ def save(
         coder: ``"context"`` (smallest), ``"ans"`` (fastest to read) or ``"huffman"``.
 
     Raises:
-        TypeError: An entry is neither a tensor nor a code, or of a kind that no file can hold, see
-            :func:`check_storable`.
+        FileNotFoundError: The folder of the file does not exist.
+        TypeError: The tensors are no mapping, or an entry is neither a tensor nor a code, or of a
+            kind that no file can hold, see :func:`check_storable`.
         ValueError: A name is longer than 1,024 characters, or cannot be printed.
 
     Example:
@@ -65,6 +66,11 @@ def save(
         (True, True)
     """
     path = Path(path)
+    if not isinstance(tensors, Mapping):
+        raise TypeError(
+            "save takes a mapping from names to tensors, such as module.state_dict(), and got a "
+            f"{type(tensors).__name__}"
+        )
     if coder not in CODER_NAMES:
         raise ValueError(f"unknown coder {coder!r}: choose one of {', '.join(CODER_NAMES)}")
     with replaced(path) as file:
@@ -88,7 +94,9 @@ def check_storable(name: str, value: object) -> None:
     if not isinstance(value, Tensor | Code):
         raise TypeError(f"{name!r} is a {type(value).__name__}: only tensors can be stored")
     if value.dtype not in DTYPES:
-        raise TypeError(f"{name!r} is {value.dtype}, which no file can hold")
+        raise TypeError(
+            f"{name!r} is {value.dtype}, which no file can hold: register it in another dtype"
+        )
     if not isinstance(value, Tensor):
         return
     if value.layout != torch.strided:

@@ -68,7 +68,7 @@ class Projection(ABC):
             >>> (TopK(0.5) | KMeans(1)).project(torch.tensor([3.0, -0.1, 0.2, 5.0]))
             tensor([4., 0., 0., 4.])
         """
-        return Chain(self, then)
+        return Chain(self, then) if isinstance(then, Projection) else NotImplemented
 
     def __add__(self, other: "Projection") -> "Projection":
         """``first + second`` finds two tensors that add up to the weight.
@@ -79,7 +79,7 @@ class Projection(ABC):
             >>> (KMeans(1) + TopK(0.75)).project(torch.tensor([1.0, 1.0, 1.0, 9.0]))
             tensor([1., 1., 1., 9.])
         """
-        return Additive(self, other)
+        return Additive(self, other) if isinstance(other, Projection) else NotImplemented
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fitsmall.compressors.projections.lowrank import FORMS, matrix
 from fitsmall.compressors.select import Selection
@@ -137,6 +138,8 @@ def _unsuitable(module: nn.Module, name: str) -> str | None:
     parent, _ = layer_of(module, name.rpartition(".")[0])
     if nn.MultiheadAttention in (type(layer), type(parent)):
         return "nn.MultiheadAttention multiplies by it without calling a layer"
+    if isinstance(layer, ParametrizationList) or weight in ("weight_v", "weight_orig"):
+        return "its weight is computed from another, as under weight norm"
     if weight != "weight" or not is_product(layer):
         return "no Linear, Conv1D or convolution layer that can be factored"
     if getattr(layer, "groups", 1) > 1:

@@ -45,7 +45,13 @@ class Chains:
     def select(self) -> None:
         """Let every stage select its parameters, and check that they fit together."""
         for stage in self.stages:
-            stage.attach(self.module)
+            name = type(stage).__name__
+            try:
+                stage.attach(self.module)
+            except ValueError as error:
+                if str(error).startswith(name):
+                    raise
+                raise ValueError(f"{name}: {error}") from error
         self.names = {
             parameter: name
             for stage in self.stages

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from fitsmall.compressors.naming import group_by, grouped
+from fitsmall.compressors.naming import abridged, group_by, grouped
 from fitsmall.compressors.select import EXCLUDED, FROZEN, NOT_INCLUDED
 from fitsmall.compressors.training.stage import Stage
 from fitsmall.compressors.weights import BIAS_OR_NORM, POSITIONS, TOKEN
@@ -61,9 +61,17 @@ def coverage_warning(stage: Stage) -> str | None:
     """Return a warning if a stage leaves out much that the user did not leave out, else None.
 
     It counts weights that are neither biases and norms, nor frozen, nor left out by the stage's
-    ``include`` and ``exclude``.
+    ``include`` and ``exclude``. It also warns if all weights of the stage are frozen.
     """
     selection, parameters = stage.selection, stage.parameters
+    kind = type(stage).__name__
+    waiting = selection.waiting
+    if waiting and not selection.chosen and all(selection.skipped[n] == FROZEN for n in waiting):
+        listed = abridged([pattern for pattern, _ in grouped(waiting)], most=3)
+        return (
+            f"{kind} acts on nothing, since all of its weights are frozen: {listed}. They join "
+            f"once their requires_grad is True; if they stay frozen, leave {kind} out"
+        )
     left = [name for name, reason in selection.skipped.items() if reason not in _DELIBERATE]
     acted = num_weights(selection.chosen.values())
     total = acted + num_weights(parameters[name] for name in left)
@@ -78,12 +86,11 @@ def coverage_warning(stage: Stage) -> str | None:
     listed = "; ".join(
         f"{group.pattern} ({group.weights / total:.0%}: {reason})" for group, reason in largest
     )
-    kind = type(stage).__name__
     text = f"{kind} acts on {acted / total:.0%} of the weights. The largest left out: {listed}"
     patterns = [
         re.sub(r"\d+-\d+", "*", group.pattern)
         for group, reason in largest
-        if reason in (POSITIONS, TOKEN)
+        if reason in (POSITIONS, TOKEN) and stage.takes_any_weight
     ]
     if patterns:
         text += f". To act on them too, add a second {kind}(include={patterns!r})"

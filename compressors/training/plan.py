@@ -36,7 +36,7 @@ from fitsmall.compressors.training.optimizers import (
 )
 from fitsmall.compressors.training.settings import settings_of, take_settings
 from fitsmall.compressors.training.sharding import local, whole
-from fitsmall.compressors.training.stage import Stage
+from fitsmall.compressors.training.stage import Stage, checked_stages
 from fitsmall.compressors.training.table import plan_table
 
 __all__ = ["Plan"]
@@ -68,6 +68,7 @@ class Plan:
             that wraps the module can wrap it again there.
 
     Raises:
+        TypeError: An argument is no stage, or no module.
         ValueError: Two stages cannot act on one parameter in this order.
     """
 
@@ -78,7 +79,7 @@ class Plan:
         horizon: float | None = None,
         after_surgery: Callable[[], None] = lambda: None,
     ) -> None:
-        self.stages, self.module = tuple(stages), module
+        self.stages, self.module = checked_stages(stages, module), module
         self.after_surgery = after_surgery
         self.clock = Clock()
         self._restored: list[Optimizer] = []
@@ -177,7 +178,13 @@ class Plan:
         self._fix_windows(horizon)
         for stage in self.stages:
             stage.begin(horizon)
-            if stage.window.last > horizon:
+            if stage.window.first > horizon:
+                warn(
+                    f"{type(stage).__name__}: its window begins at step {stage.window.first:,}, "
+                    f"and training ends at step {horizon:,.0f}: it does nothing; train longer, or "
+                    "let it begin earlier"
+                )
+            elif stage.window.last > horizon:
                 warn(
                     f"{type(stage).__name__}: its window ends at step {stage.window.last:,}, after "
                     f"training does at step {horizon:,.0f}: it will not reach its full strength; "

@@ -64,9 +64,9 @@ def take_settings(stage: Stage, saved: Mapping[str, Any]) -> None:
         taken, why = set(), "has made its last choice"
     if refused := [text for setting, text in different.items() if setting not in taken]:
         raise ValueError(
-            f"{name}: the checkpoint has {', '.join(refused)}, and the stage {why}: resume with "
-            "the first value; or load the checkpoint's state_dict into the module, and train "
-            "without ckpt_path, so that every stage begins again"
+            f"{name}: the checkpoint has other settings, {', '.join(refused)}, and the stage "
+            f"{why}: resume with the first value; or load the checkpoint's state_dict into the "
+            "module, and train without ckpt_path, so that every stage begins again"
         )
     if different:
         inform(f"{name}: resumed with other settings: {', '.join(different.values())}")

@@ -1,7 +1,7 @@
 """A stage: one method of compression in training, with the parameters and steps that it acts on."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from fitsmall.compressors.select import Selection, select
 from fitsmall.compressors.surgery.protocol import Surgery
 from fitsmall.compressors.training.clock import NEVER, Clock, Window
 
-__all__ = ["Stage"]
+__all__ = ["Stage", "checked_stages"]
 
 
 class Stage(ABC):
@@ -128,6 +128,11 @@ class Stage(ABC):
         return {}
 
     # Selection.
+
+    @property
+    def takes_any_weight(self) -> bool:
+        """Whether the stage acts on every weight that ``include`` names, whatever its layer."""
+        return True
 
     def attach(self, module: nn.Module) -> None:
         """Select the module's parameters, and check that the stage can act on them.
@@ -313,6 +318,26 @@ class Stage(ABC):
     @abstractmethod
     def load_choices(self, choices: dict[str, Any], module: nn.Module) -> None:
         """Take over the state that :meth:`choices` returned."""
+
+
+def checked_stages(stages: Sequence[Stage], module: nn.Module) -> tuple[Stage, ...]:
+    """Return the stages as a tuple, if they are stages and the module is one.
+
+    Raises:
+        TypeError: They are not.
+    """
+    if not isinstance(stages, Iterable) or not isinstance(module, nn.Module):
+        raise TypeError(
+            "Plan(stages, module) takes a list of stages and a module, and got a "
+            f"{type(stages).__name__} and a {type(module).__name__}"
+        )
+    found = tuple(stages)
+    for stage in found:
+        if not isinstance(stage, Stage):
+            name = stage.__name__ if isinstance(stage, type) else type(stage).__name__
+            remedy = f"write {name}(...)" if isinstance(stage, type) else "leave it out of the plan"
+            raise TypeError(f"Plan: {name} is no stage of compression: {remedy}")
+    return found
 
 
 def _is_whole(number: Any) -> bool:

@@ -35,7 +35,9 @@ def plan_table(stages: Sequence[Stage], windows: Mapping[str, Window]) -> str:
         lines.extend(f"    {remark}" for remark in stage.remarks())
         chosen = frozenset(stage.selection.chosen)
         acts = f"    acts on {_share(num_weights(stage.selection.chosen.values()), total)}"
-        if chosen in shown:
+        if not chosen:
+            lines.append("    acts on nothing")
+        elif chosen in shown:
             lines.append(f"{acts}: as {sets[chosen]}")
         else:
             lines.append(f"{acts}:")

@@ -238,7 +238,7 @@ def _bench(options: argparse.Namespace) -> None:
         (file.parent / "model.fitsmall", "FILE must be in the folder of its run"),
     ):
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: {remedy}")
+            raise FileNotFoundError(f"{path} is no file: {remedy}")
     module, images = _load_run(file.parent, options.trust)
     table = bench(file, module, images, options.batch, options.threads, options.rounds)
     Console().print(table)
@@ -318,10 +318,16 @@ def _load_run(
 
 
 def _is_user_error(error: Exception) -> bool:
-    # Lightning's own exception can only be raised if Lightning was imported.
-    lightning: Any = sys.modules.get("lightning.fabric.utilities.exceptions")
-    kinds = (*_USER_ERRORS, lightning.MisconfigurationException) if lightning else _USER_ERRORS
-    return isinstance(error, kinds)
+    # Exceptions of Lightning and W&B can only be raised if these were imported.
+    others = (
+        getattr(sys.modules[module], name)
+        for module, name in (
+            ("lightning.fabric.utilities.exceptions", "MisconfigurationException"),
+            ("wandb.errors", "Error"),  # such as a missing API key
+        )
+        if module in sys.modules
+    )
+    return isinstance(error, (*_USER_ERRORS, *others))
 
 
 def _one_line(error: Exception, words: list[str]) -> str:

@@ -9,6 +9,7 @@ import csv
 import pickle
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,12 +169,18 @@ def fit(
     timer = next((c for c in callbacks if isinstance(c, Timer)), None)
     if timer is None:
         callbacks = [timer := Timer(), *callbacks]
+    callbacks = [*callbacks, _MetricCheck(config)]
     trainer = instantiate(config.trainer, _partial_=True)(
         callbacks=callbacks,
         logger=loggers or False,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
     )
     model, data = instantiate_node(config.model), instantiate_node(config.data)
+    if not isinstance(model, pl.LightningModule):
+        raise MisconfigurationException(
+            f"the configuration 'model' makes a {type(model).__name__}, and no LightningModule: "
+            "name its class by _target_"
+        )
     if resume is not None and resume.exists():
         # A sharded checkpoint is a folder.
         file = resume / "meta.pt" if resume.is_dir() else resume
@@ -217,14 +224,33 @@ def _evaluate(
     loaders = evaluate(module, datamodule=instantiate_node(config.data), verbose=False)
     metrics = {name: value for loader in loaders for name, value in loader.items()}
     trainer.loggers = loggers
+    return _metric_of(config, metrics, split)
+
+
+def _metric_of(config: DictConfig, metrics: Mapping[str, Any], split: str) -> float:
+    """The configured metric among those that were logged.
+
+    Raises:
+        MisconfigurationException: It was not.
+    """
     name = f"{split}/{config.metric}"
     if name not in metrics:
         raise MisconfigurationException(
             f"{config.model._target_} does not log {name}, by which runs are compared; it logs "
-            f"{', '.join(metrics) or 'nothing'}: choose one by metric=..., or log it; "
-            f"{config.folder} holds the compressed file"
+            f"{', '.join(metrics) or 'nothing'}: choose one by metric=..., or log it"
         )
-    return metrics[name]
+    return float(metrics[name])
+
+
+class _MetricCheck(pl.Callback):
+    """Ends a training after its first validation if the configured metric is not logged."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config = config
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            _metric_of(self.config, trainer.callback_metrics, "val")
 
 
 def _sizes(report: Report) -> dict[str, Any]:

@@ -26,7 +26,8 @@ class BitwidthSearch:
             before entropy coding.
 
     Raises:
-        ValueError: None or both are given, or the average is not between 2 and 16.
+        ValueError: None or both are given, one is no number, or the average is not between 2 and
+            16.
     """
 
     def __init__(self, average_bits: float | None, max_bytes: int | None) -> None:
@@ -35,6 +36,9 @@ class BitwidthSearch:
                 "QuantizationAwareTraining: weight_bits='auto' needs one budget, average_bits or "
                 "max_bytes"
             )
+        for name, budget in (("average_bits", average_bits), ("max_bytes", max_bytes)):
+            if budget is not None and not isinstance(budget, int | float):
+                raise ValueError(f"QuantizationAwareTraining: {name}={budget!r} is no number")
         if average_bits is not None and not WIDTHS[0] <= average_bits <= WIDTHS[-1]:
             raise ValueError(
                 f"QuantizationAwareTraining: average_bits={average_bits} is not between 2 and 16"

@@ -166,6 +166,10 @@ class GradualPruning(Stage):
 
     # Selection.
 
+    @property
+    def takes_any_weight(self) -> bool:
+        return "input_norm" not in self.criterion.statistics
+
     def attach(self, module: nn.Module) -> None:
         super().attach(module)
         forms = self.selection.forms

@@ -212,9 +212,8 @@ class QuantizationAwareTraining(Stage):
         numbers = [name for name, p in self.selection.chosen.items() if not p.dim()]
         self.selection = self.selection.without(dict.fromkeys(numbers, "it is a single number"))
         chosen = self.selection.chosen
-        own = {
-            name: self._pair(bits) for name, bits in self.selection.match(self.overrides).items()
-        }
+        overrides = self.selection.match(self.overrides)
+        own = {name: self._pair(bits) for name, bits in overrides.items()}
         self.bits = {
             name: own.get(name, (self.weight_bits, self.activation_bits)) for name in chosen
         }

@@ -118,10 +118,11 @@ class RankLearning(Proximal):
                 f"{', '.join(given) or 'none'}; keep_flops=0.5 leaves half of the multiply-adds"
             )
         ((name, value),) = given.items()
-        if name == "price" and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"RankLearning: a price is above 0, got {value}")
-        if name != "price" and not 0 < value < 1:
-            raise ValueError(f"RankLearning: {name} is a fraction in (0, 1), got {value}")
+        number = isinstance(value, int | float)
+        if name == "price" and not (number and value > 0 and math.isfinite(value)):
+            raise ValueError(f"RankLearning: a price is above 0, got {value!r}")
+        if name != "price" and not (number and 0 < value < 1):
+            raise ValueError(f"RankLearning: {name} is a fraction in (0, 1), got {value!r}")
         if cost not in ("size", "flops"):
             raise ValueError(f"RankLearning: unknown cost {cost!r}, choose size or flops")
         self.keep = None if name == "price" else value
@@ -142,6 +143,10 @@ class RankLearning(Proximal):
         return found | self.left
 
     # Selection.
+
+    @property
+    def takes_any_weight(self) -> bool:
+        return False
 
     def attach(self, module: nn.Module) -> None:
         selection = select(module, self.include, self.exclude)

@@ -111,19 +111,19 @@ class WeightSharing(Stage):
     def attach(self, module: nn.Module) -> None:
         super().attach(module)
         chosen = self.selection.chosen
-        counts = dict.fromkeys(chosen, self.clusters) | self.selection.match(self.overrides)
+        own = self.selection.match(self.overrides)
+        self._counts = dict.fromkeys(chosen, self.clusters) | own
         self.selection = self.selection.without(
             {
-                name: f"{parameter.numel()} weights are too few for {counts[name]} clusters"
+                name: f"{parameter.numel()} weights are too few for {self._counts[name]} clusters"
                 for name, parameter in chosen.items()
-                if parameter.numel() <= counts[name]
+                if parameter.numel() <= self._counts[name]
             }
         )
 
     def check(self, others: Sequence[Stage]) -> None:
-        counts = self.selection.match(self.overrides)
         for name in self.selection.chosen.keys() - self.projected_before:
-            if counts.get(name, self.clusters) == 1:
+            if self._counts[name] == 1:
                 raise ValueError(
                     f"WeightSharing: with one cluster all weights of {name} would be equal, and "
                     "its layer useless: give it 2 clusters or more, or prune it before"
@@ -136,11 +136,10 @@ class WeightSharing(Stage):
         return name in self.clusterings
 
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
-        own = self.selection.match(self.overrides)
         for name in weights:
             flat = weights[name].flatten()
             blocks = flat.split(_BLOCK)
-            kmeans = KMeans(own.get(name, self.clusters), self.codebook_dtype)
+            kmeans = KMeans(self._counts[name], self.codebook_dtype)
             if self.init == "optimal":
                 codebook = kmeans.centroids(flat[flat != 0])
             elif name in self.clusterings:
