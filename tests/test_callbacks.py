@@ -311,7 +311,7 @@ def test_training_that_ends_early_is_pointed_out(tmp_path: Path) -> None:
 def test_the_plan_prints_itself_without_training() -> None:
     pruning = GradualPruning(0.9, exclude="head")
     text = str(Plan([pruning, WeightSharing(8, start_step=700)], Net(), horizon=1000))
-    assert "GradualPruning: sparsity 0.9 (global adam), hard, steps 0 to 700" in text
+    assert "GradualPruning: sparsity 0.9 (global gradient), hard, steps 0 to 700" in text
     assert "WeightSharing: 8 clusters (linear start), straight-through, steps 700 to 850" in text
     assert "  body.0.weight  2,560 " in text
     assert "left out (a bias or a norm)" in text

@@ -73,7 +73,7 @@ class GradualPruning(Stage):
         >>> from fitsmall.compressors.training import Plan
         >>> print(Plan([GradualPruning(0.9, stop=0.5)], nn.Linear(20, 10), horizon=1000))
         Compression plan of 210 parameters
-          GradualPruning: sparsity 0.9 (global adam), hard, steps 0 to 500
+          GradualPruning: sparsity 0.9 (global gradient), hard, steps 0 to 500
             acts on 95.2 %:
               weight  200  95.2 %
           left out (a bias or a norm): bias; 4.8 %, 40 bytes
@@ -87,7 +87,7 @@ class GradualPruning(Stage):
     def __init__(
         self,
         sparsity: float | None = None,
-        criterion: str | Criterion | Callable[..., Tensor] = "adam",
+        criterion: str | Criterion | Callable[..., Tensor] = "gradient",
         allocation: str | Allocation | Callable[..., Mapping[str, int]] | None = None,
         schedule: Schedule | None = None,
         start: float = 0.0,

@@ -65,7 +65,7 @@ class WeightSharing(Stage):
         >>> net = nn.Sequential(nn.Linear(20, 10))
         >>> print(Plan([GradualPruning(0.9), WeightSharing(8)], net, horizon=1000))
         Compression plan of 210 parameters
-          GradualPruning: sparsity 0.9 (global adam), hard, steps 0 to 700
+          GradualPruning: sparsity 0.9 (global gradient), hard, steps 0 to 700
             acts on 95.2 %:
               0.weight  200  95.2 %
           WeightSharing: 8 clusters (linear start), straight-through, steps 700 to 850
