@@ -15,7 +15,8 @@ from fitsmall.compressors.codes.code import Code
 from fitsmall.compressors.file.reader import entries, load
 from fitsmall.compressors.naming import abridged, grouped
 from fitsmall.compressors.projections.projection import Projection
-from fitsmall.compressors.repair.layers import batches_of, repair
+from fitsmall.compressors.repair.batches import batches_of
+from fitsmall.compressors.repair.layers import repair
 from fitsmall.compressors.select import FROZEN, Selection, match, select
 from fitsmall.compressors.surgery.kinds import surgeries
 from fitsmall.compressors.surgery.legacy import with_marks
@@ -49,9 +50,10 @@ def compress(
     Without data, each weight is projected: next to it comes a module of other outputs. With data,
     layer by layer, the weights that the projection allows are fitted to the layer's own outputs
     (:mod:`~fitsmall.compressors.repair.surgeon`), biases are corrected, and batch-norms get new
-    statistics. Weights that see no such data, as those of recurrent layers, are projected, and a
-    warning names them. Two forward passes for each layer are needed, and no labels. Frozen
-    parameters stay as they are.
+    statistics; then codebooks, biases and norms are tuned together, so that the module's outputs
+    come closest to its own before. Weights that see no such data, as those of recurrent layers, are
+    projected, and a warning names them. It takes two forward passes for each layer and some hundred
+    for the whole, and no labels. Frozen parameters stay as they are.
 
     Args:
         module: Module whose weights are replaced by their projection.
@@ -102,7 +104,9 @@ def compress(
         device = next(iter(chosen.values())).device
         batches = batches_of(data, device)
         detach_computed_(module)
-        codes, reasons = repair(module, chosen, projections, batches, activation_bits)
+        codes, reasons = repair(
+            module, chosen, projections, selection.forms, batches, activation_bits
+        )
         if reasons:
             _warn_of_projected(reasons)
         return codes

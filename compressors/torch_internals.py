@@ -6,6 +6,7 @@ of an AttributeError during training.
 
 from collections.abc import Callable
 from pkgutil import resolve_name
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "is_there",
     "map_tensors",
     "move_hooks",
+    "opened",
     "probe_of",
     "remove_forward_pre_hook",
     "require",
@@ -177,6 +179,26 @@ def has_vnni() -> bool:
 
 
 # Nested inputs and outputs.
+
+
+def opened(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a copy of one of torch's functions, in which modes see the functions that it calls.
+
+    A function that is written in Python is handed to a mode as a whole.
+
+    Args:
+        function: Function of ``torch.nn.functional``.
+
+    Example:
+        >>> opened(torch.nn.functional.softmin)(torch.zeros(2), dim=0)
+        tensor([0.5000, 0.5000])
+    """
+    names = function.__globals__ | {
+        name: lambda *tensors: False for name in function.__code__.co_names if "has_torch" in name
+    }
+    return FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+    )
 
 
 def tensors_in(value: Any) -> list[Tensor]:

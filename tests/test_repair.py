@@ -1,6 +1,8 @@
 """Repair: one-shot compression that is fitted to data, and a word on what cannot be fitted."""
 
 import copy
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from fitsmall.compressors import (
     restore,
     save,
 )
+from fitsmall.compressors.repair.batches import Batch, batches_of, compared
 from fitsmall.compressors.surgery.quantizers import attach_quantizer
 
 
@@ -70,7 +73,7 @@ def images() -> Tensor:
 
 
 @torch.no_grad()
-def error(whole: nn.Module, compressed: nn.Module, inputs: Tensor) -> float:
+def error(whole: Callable[[Tensor], Tensor], compressed: nn.Module, inputs: Tensor) -> float:
     expected, found = whole(inputs), compressed(inputs)
     return float((expected - found).square().mean() / expected.var())
 
@@ -123,6 +126,98 @@ def test_what_cannot_be_fitted_is_named() -> None:
     expected = whole(text)[..., :20]
     losses = [(net(text)[..., :20] - expected).square().mean() for net in (fitted, plain)]
     assert losses[0] < 0.7 * losses[1]
+
+
+class Conv1D(nn.Module):
+    """Hugging Face's Linear with its weight transposed."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.nf = outputs
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+
+
+@pytest.mark.parametrize("projection", [TopK(0.5, NofM(2, 4)), TopK(0.5) | Quantize(4)], ids=str)
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True),
+        lambda: nn.Sequential(Conv1D(32, 16), nn.ReLU(), Conv1D(8, 32)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:compress. nothing makes up")
+def test_layers_that_multiply_in_other_ways_are_fitted(
+    made: Callable[[], nn.Module], projection: Projection
+) -> None:
+    torch.manual_seed(0)
+    whole = made().eval()
+    inputs = torch.randn(40, 5, 16) @ torch.randn(16, 16)
+    plain, fitted = copy.deepcopy(whole), copy.deepcopy(whole)
+    compress(plain, projection)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is left out
+        codes = compress(fitted, projection, data=[inputs])
+    assert error(whole, fitted, inputs) < 0.4 * error(whole, plain, inputs)
+    for name, code in codes.items():
+        assert torch.equal(code.decode(), fitted.get_parameter(name))
+
+
+@pytest.mark.parametrize("first", [nn.Linear(6, 8), nn.Conv1d(6, 8, 1, groups=2)])
+def test_errors_count_as_the_outputs_see_them(first: nn.Module) -> None:
+    """Outputs read the mean of four units: errors of units that cancel each other cost nothing."""
+    torch.manual_seed(0)
+    last = nn.Linear(8, 2, bias=False)
+    last.weight.data = torch.tensor([[1.0] * 4 + [0.0] * 4, [0.0] * 4 + [1.0] * 4])
+    flatten = nn.Flatten() if isinstance(first, nn.Conv1d) else nn.Identity()
+    whole = nn.Sequential(copy.deepcopy(first), flatten, last)
+    inputs = torch.randn(200, 6, 1) if isinstance(first, nn.Conv1d) else torch.randn(200, 6)
+    fitted, alone = copy.deepcopy(whole), copy.deepcopy(whole)
+    compress(fitted, {"0": TopK(0.7)}, data=[inputs])
+    compress(alone[0], TopK(0.7), data=[inputs])
+    assert error(whole, fitted, inputs) < 0.2 * error(whole, alone, inputs)
+
+
+class Classes(nn.Module):
+    """Outputs and hidden units without derivatives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).sign()).argmax(1)
+
+
+def test_networks_without_derivatives_are_fitted_layer_by_layer() -> None:
+    torch.manual_seed(0)
+    module, inputs = Classes(), torch.randn(50, 8)
+    expected = module.first(inputs).detach()
+    with torch.inference_mode():
+        compress(module, TopK(0.5) | KMeans(4), data=[inputs])
+    assert int((module.first.weight == 0).sum()) == 32
+    assert error(lambda x: expected, module.first, inputs) < 0.3
+
+
+def test_outputs_of_labels_and_symbols_are_logits() -> None:
+    images, labels = torch.randn(6, 4), torch.tensor([0, 2, 1, 1, 0, 2])
+    text = torch.randint(8, (6, 8))
+    cases: list[tuple[nn.Module, Batch, Tensor, int | None]] = [
+        (nn.Linear(4, 3), Batch((images,), {}, labels), torch.randn(6, 3), 1),
+        (nn.Linear(4, 3), Batch((images,), {}, labels + 1), torch.randn(6, 3), None),  # no class 3
+        (nn.Linear(4, 3), Batch((images,), {}), torch.randn(6, 3), None),
+        (nn.Conv2d(3, 5, 1), Batch((images,), {}, torch.ones(6, 2, 2).long()),
+         torch.randn(6, 5, 2, 2), 1),
+        (nn.Embedding(8, 4), Batch((text,), {}), torch.randn(6, 8, 8), 2),  # as long as wide
+        (nn.Embedding(9, 8), Batch((text,), {}), torch.randn(6, 8, 8), None),  # hidden units
+        (nn.Embedding(8, 4), Batch((), {"input_ids": text}), torch.randn(6, 8, 8), 2),
+    ]  # fmt: skip
+    for module, batch, output, expected in cases:
+        found = compared(module, batch, {"loss": torch.zeros(()), "out": output})
+        assert [(tensor is output, logits) for tensor, logits in found] == [(True, expected)]
 
 
 def test_a_layer_with_equal_inputs_needs_one_of_them() -> None:

@@ -5,7 +5,7 @@ of its levels. A solver may then round weights one by one, each to the level tha
 the errors of the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Self
 
 from torch import Tensor
@@ -21,8 +21,12 @@ class Levels:
         """Whether a weight may have any value."""
         return type(self) is Levels
 
-    def view(self, shape: Sequence[int]) -> Self:
-        """Return the levels of the weight in another shape."""
+    def rearranged(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return the levels of the weight with its dimensions in another order or shape.
+
+        Args:
+            change: Function that gives a tensor of the weight's shape the other one.
+        """
         return self
 
     def nearest(self, values: Tensor, column: int) -> Tensor:

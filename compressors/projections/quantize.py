@@ -4,7 +4,7 @@ The grid is symmetric, with a scale ``s`` for each output channel, tensor or gro
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -243,8 +243,8 @@ class Grid(Levels):
     scales: Tensor
     bits: int
 
-    def view(self, shape: Sequence[int]) -> Self:
-        return replace(self, scales=self.scales.reshape(tuple(shape)))
+    def rearranged(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, scales=change(self.scales))
 
     def nearest(self, values: Tensor, column: int) -> Tensor:
         return _grid(values, self.scales[..., column], *bounds(self.bits))

@@ -13,9 +13,15 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Moments", "Statistics", "Watch", "unfolded"]
+from fitsmall.compressors.torch_internals import opened
+
+__all__ = ["EMBEDDINGS", "MATRIX_PRODUCTS", "Moments", "Statistics", "Watch", "unfolded"]
 
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+# Functions whose outputs and inputs have their channels last, and those that read rows of a weight.
+MATRIX_PRODUCTS = (F.linear, torch.addmm)
+EMBEDDINGS = (F.embedding, F.embedding_bag)
+
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
@@ -23,12 +29,22 @@ _ARGUMENTS: dict[Any, tuple[str, ...]] = {
     F.conv2d: _CONVOLUTION,
     F.conv3d: _CONVOLUTION,
     **dict.fromkeys(_TRANSPOSED, _CONVOLUTION),
+    torch.addmm: ("bias", "input", "weight"),  # Conv1D of Hugging Face
     F.embedding: ("input", "weight"),
+    F.embedding_bag: ("input", "weight"),
     F.batch_norm: ("input", "running_mean", "running_var"),
 }
 
+# Functions of several products.
+_OPENED = {F.multi_head_attention_forward: opened(F.multi_head_attention_forward)}
+
 # Numbers of unfolded inputs that are held at once, and values that are kept of an input.
 _CHUNK, _SAMPLE = 2**24, 2**14
+
+# Share of all reads of an embedding that a row has at least.
+_UNSEEN = 1e-5
+
+_TINY = 1e-300
 
 
 class Watch(TorchFunctionMode):
@@ -58,10 +74,15 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _OPENED:
+            with self:
+                return _OPENED[func](*args, **kwargs)
         if func not in _ARGUMENTS:
             return func(*args, **kwargs)
         named = dict(zip(_ARGUMENTS[func], args, strict=False)) | kwargs
-        weight = named["running_mean" if func is F.batch_norm else "weight"]
+        weight = named.get("running_mean" if func is F.batch_norm else "weight")
+        if weight is None:
+            return func(*args, **kwargs)
         self._before(func, weight, named)
         output = func(*args, **kwargs)
         self._after(weight, output)
@@ -95,13 +116,13 @@ class Moments:
             original: The input of the same use in the original network.
         """
         x = named["input"]
-        if function is F.embedding:
+        if function in EMBEDDINGS:
             counts = torch.bincount(x.flatten(), minlength=len(weight))
             self._counts = counts if self._counts is None else self._counts + counts
             return
         low, high = (float(bound) for bound in x.aminmax())
         self.low, self.high = min(self.low, low), max(self.high, high)
-        self._values.append(x.flatten()[:: max(1, x.numel() // _SAMPLE)])
+        self._values.append(x.flatten()[:: max(1, x.numel() // _SAMPLE)].clone())
         if function in _TRANSPOSED:
             return
         parts = (_rows(function, each.float(), weight, named) for each in (x, original))
@@ -125,21 +146,25 @@ class Moments:
 
     @property
     def frequencies(self) -> Tensor | None:
-        """How often each row of an embedding was read, relative to their mean; None for others."""
+        """How often each row of an embedding was read, of shape ``(1, rows)``; None for others."""
         if self._counts is None:
             return None
-        counts = self._counts.double() + 1  # rows that were never read may be read later
-        return counts / counts.mean()
+        # Rows that were never read may be read later, and be probable outputs if they are errors.
+        counts = self._counts.double()[None]
+        return counts + _UNSEEN * counts.sum()
 
-    def seconds(self, weight: Tensor, centred: bool) -> tuple[Tensor, Tensor] | None:
+    def seconds(
+        self, weight: Tensor, centred: bool, reads: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
         """Return the second moments ``x x^T`` and ``x_0 x^T``, of shape ``(groups, n, n)``.
 
-        The input of an embedding is one row alone, and its second moment the identity. Where an
-        embedding is also multiplied, both uses count the same.
+        An embedding gives a row of itself, whose errors count by the metric of what is read. Where
+        an embedding is also multiplied, both uses count the same.
 
         Args:
             weight: The weight.
             centred: Whether they are those about the means, covariances.
+            reads: Metric of rows that are read, of shape ``(1, n, n)``; by default the identity.
 
         Returns:
             Those of the inputs ``x``, and with original inputs ``x_0``; None for transposed
@@ -156,16 +181,18 @@ class Moments:
                 )
         if self._counts is None:
             return found
-        eye = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)[None]
+        if reads is None:
+            reads = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)[None]
         if found is None:
-            return eye, eye
-        eye = eye * found[0].diagonal(dim1=1, dim2=2).mean()
-        return found[0] + eye, found[1] + eye
+            return reads, reads
+        means = [each.diagonal(dim1=1, dim2=2).mean() for each in (found[0], reads)]
+        reads = reads * means[0] / means[1].clamp_min(_TINY)
+        return found[0] + reads, found[1] + reads
 
 
 def _rows(function: Any, x: Tensor, weight: Tensor, named: Mapping[str, Any]) -> Iterator[Tensor]:
     """Return the vectors that the matrices of a weight multiply, in parts of ``(groups, k, n)``."""
-    if function is F.linear:
+    if function in MATRIX_PRODUCTS:
         yield x.reshape(1, -1, x.shape[-1])
         return
     settings = {

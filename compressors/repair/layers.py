@@ -4,11 +4,12 @@ Layers come in the order in which a forward pass reaches them, so that the input
 that the compressed layers before it produce. A weight is fitted to the outputs that its layer had
 in the original network, see :mod:`~fitsmall.compressors.repair.surgeon`, and a bias takes the mean
 of their error; the layer's input may be rounded from then on. A batch-norm gets the statistics of
-its input.
+its input. At the end, what is not pruned and on no grid is tuned for the outputs of the whole, see
+:mod:`~fitsmall.compressors.repair.tuning`.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,67 +19,19 @@ from torch import Tensor, nn
 
 from fitsmall.compressors.codes.code import Code
 from fitsmall.compressors.projections.projection import Projection
+from fitsmall.compressors.repair.batches import Batch
 from fitsmall.compressors.repair.inputs import Moments, Statistics, Watch
+from fitsmall.compressors.repair.metric import output_metrics
 from fitsmall.compressors.repair.surgeon import fit
 from fitsmall.compressors.surgery.quantizers import (
-    QUANTIZED_INPUTS,
     QUANTIZER,
     attach_quantizer,
     detach_quantizer,
+    takes_quantizer,
 )
-from fitsmall.compressors.torch_internals import map_tensors, tensors_in
+from fitsmall.compressors.weights import Matrices
 
-__all__ = ["batches_of", "repair"]
-
-# Examples that are used; more take longer, and hardly help.
-_EXAMPLES = 1024
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def batches_of(data: Iterable[Any], device: torch.device) -> list[Call]:
-    """Return the arguments of a module for each batch, until there are 1,024 examples.
-
-    Args:
-        data: Batches: tensors, tuples or lists whose first entry is the input, or dictionaries of
-            arguments by name.
-        device: Device of the module.
-
-    Raises:
-        TypeError: The data are no batches.
-        ValueError: There are none.
-
-    Example:
-        >>> batches_of([(torch.ones(2, 3), "label")], torch.device("cpu"))
-        [((tensor([[1., 1., 1.],
-                [1., 1., 1.]]),), {})]
-    """
-    forms = "a tensor, a tuple or list whose first entry is the input, or a dictionary of arguments"
-    if isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
-        raise TypeError(
-            f"data is an iterable of batches, such as a DataLoader or [batch], and got a "
-            f"{type(data).__name__}; a batch is {forms}"
-        )
-    calls: list[Call] = []
-    examples = 0
-    for batch in data:
-        first = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
-        if isinstance(first, Mapping):
-            call: Call = (), dict(first)
-        elif isinstance(first, Tensor):
-            call = (first,), {}
-        else:
-            raise TypeError(
-                f"batch {len(calls)} of data is a {type(batch).__name__}: it is {forms}"
-            )
-        calls.append(map_tensors(lambda tensor: tensor.to(device), call))
-        tensors = tensors_in(call)
-        examples += len(tensors[0]) if tensors and tensors[0].dim() else 1
-        if examples >= _EXAMPLES:
-            break
-    if not calls:
-        raise ValueError("data has no batch: is it an iterator that was used before?")
-    return calls
+__all__ = ["repair"]
 
 
 @torch.no_grad()
@@ -86,7 +39,8 @@ def repair(
     module: nn.Module,
     weights: Mapping[str, nn.Parameter],
     projections: Mapping[str, Projection],
-    batches: list[Call],
+    forms: Mapping[str, Matrices],
+    batches: list[Batch],
     activation_bits: int | None,
 ) -> tuple[dict[str, Code], dict[str, str]]:
     """Compress weights of a module in place, fitted to data.
@@ -97,6 +51,7 @@ def repair(
         module: The module.
         weights: Parameters by name.
         projections: Projection of each of them.
+        forms: Dimensions of each of them.
         batches: See :func:`batches_of`.
         activation_bits: Bits of the inputs of these weights' layers, or None.
 
@@ -108,7 +63,7 @@ def repair(
             projection refuses a weight.
     """
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    work = _Repair(module, weights, projections, batches, activation_bits)
+    work = _Repair(module, weights, projections, forms, batches, activation_bits)
     try:
         with _evaluating(module):
             work.run()
@@ -128,10 +83,12 @@ class _Repair:
         module: nn.Module,
         weights: Mapping[str, nn.Parameter],
         projections: Mapping[str, Projection],
-        batches: list[Call],
+        forms: Mapping[str, Matrices],
+        batches: list[Batch],
         activation_bits: int | None,
     ) -> None:
-        self.module, self.batches, self.projections = module, batches, projections
+        self.module, self.batches = module, batches
+        self.projections, self.forms = projections, forms
         self.original = copy.deepcopy(module).eval()
         self.weights = {name: weights[name] for name in projections}
         self.names: dict[Tensor, str] = {weight: name for name, weight in self.weights.items()}
@@ -142,6 +99,11 @@ class _Repair:
 
     def run(self) -> None:
         uses = self._survey()
+        names: dict[Tensor, str] = {self.original.get_parameter(n): n for n in self.weights}
+        self.products, self.reads = (
+            {names[weight]: metric for weight, metric in metrics.items()}
+            for metrics in output_metrics(self.original, names, self.batches)
+        )
         for name, weight in self.weights.items():
             if weight not in uses:
                 self.reasons[name] = "no product of it with data was seen"
@@ -167,10 +129,13 @@ class _Repair:
 
     def _fit(self, name: str, moments: Moments, use: "_Use") -> None:
         """Fit a weight to its layer's own outputs, and correct the bias."""
-        weight, before = self.weights[name], self.weights[name].double()
+        weight, form = self.weights[name], self.forms[name]
+        before = form.split(weight.double())
+        frequencies = moments.frequencies
         bias = None if use.bias in self.names else use.bias
         # A bias, or the norm after the layer, takes the mean of the error.
-        seconds = moments.seconds(weight, centred=use.normed or bias is not None)
+        centred = use.normed or bias is not None
+        seconds = moments.seconds(weight, centred, self.reads.get(name))
         if seconds is None:
             self.reasons[name] = "it belongs to a transposed convolution"
         else:
@@ -179,7 +144,8 @@ class _Repair:
                     f"{name}, or inputs of its layer, hold NaN or infinity: did training diverge?"
                 )
             try:
-                found = fit(weight, self.projections[name], *seconds, moments.frequencies)
+                metric = self.products.get(name) if frequencies is None else frequencies
+                found = fit(weight, self.projections[name], *seconds, metric, form)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             if found is None:
@@ -190,15 +156,18 @@ class _Repair:
         if bias is not None and moments.means is not None:
             now, then = moments.means
             shape = (len(now), -1, now.shape[1])
-            mean = (
-                before.view(shape) @ then[..., None] - weight.double().view(shape) @ now[..., None]
-            )
+            after = form.split(weight.double())
+            mean = before.reshape(shape) @ then[..., None] - after.reshape(shape) @ now[..., None]
             bias += mean.flatten().to(bias.dtype)
 
     def _round_inputs(self, name: str, moments: Moments) -> None:
         """Round the inputs of a weight's layer from now on, in the range that does it best."""
-        layer = self.module.get_submodule(name.rpartition(".")[0])
-        if self.bits is None or not isinstance(layer, QUANTIZED_INPUTS):
+        if self.bits is None:
+            return
+        path = name.rpartition(".")[0]
+        layer = self.module.get_submodule(path)
+        parent = self.module.get_submodule(path.rpartition(".")[0])
+        if not takes_quantizer(layer) or isinstance(parent, nn.MultiheadAttention):
             return
         if moments.low == moments.high:
             self.reasons[name] = "its inputs are zero in all data, and are not rounded"
@@ -229,10 +198,10 @@ class _Repair:
             nonlocal last
             last = tensor, output
 
-        for number, (args, kwargs) in enumerate(self.batches):
+        for number, batch in enumerate(self.batches):
             try:
                 with Watch(before, after):
-                    self.module(*args, **kwargs)
+                    self.module(*batch.args, **batch.kwargs)
             except Exception as error:
                 raise ValueError(
                     f"{type(self.module).__name__} cannot take batch {number} of data: {error}"
@@ -263,14 +232,14 @@ class _Repair:
                 if not left:
                     raise _Reached
 
-        for (args, kwargs), left in zip(self.batches, calls, strict=True):
+        for batch, left in zip(self.batches, calls, strict=True):
             if left:
                 originals.clear()
                 if twin is not None:
                     with suppress(_Reached), Watch(before_original):
-                        self.original(*args, **kwargs)
+                        self.original(*batch.args, **batch.kwargs)
                 with suppress(_Reached), Watch(before):
-                    self.module(*args, **kwargs)
+                    self.module(*batch.args, **batch.kwargs)
 
 
 @dataclass

@@ -3,18 +3,19 @@ r"""Optimal brain surgeon: the weights that a projection allows, fitted to a lay
 A layer ``y = W x_0`` is compressed to ``V`` with the least mean squared error of its outputs, where
 its inputs have become ``x``, since layers before it are compressed:
 
-    min over V of mean |W x_0 - V x|^2  =  min over V of tr (U - V) H (U - V)^T,
-    H = mean of x x^T,    C = mean of x_0 x^T,    U = W C H^-1.
+    min over V of mean |W x_0 - V x|_G^2  =  min over V of tr G (U - V) H (U - V)^T,
+    H = mean of x x^T,    C = mean of x_0 x^T,    U = W C H^-1,    |e|_G^2 = e^T G e.
 
-``H`` is the Hessian of each row, and its off-diagonal part tells how the other weights make up for
-the error of one (Hassibi and Stork, 1993). The problem is solved in three steps:
+``G`` is the metric of the outputs, see :mod:`~fitsmall.compressors.repair.metric`, and the
+Kronecker product of ``G`` and ``H`` the Hessian: its off-diagonal part tells how the other weights
+make up for the error of one (Hassibi and Stork, 1993). The problem is solved in three steps:
 
 1. Support: which weights survive. ADMM turns between the quadratic problem, ``X``, and the
    projection, ``D`` (Meng et al., 2024, "ALPS").
 2. Values of the survivors, by least squares.
 3. Levels, where the projection has a codebook or a grid: columns are rounded one by one, and later
    columns make up for the error (GPTQ, Frantar et al., 2023); then sweeps round every weight again,
-   to the level that is best given all others (Behdin et al., 2023, "QuantEase").
+   to the level that is best given all others of its row (Behdin et al., 2023, "QuantEase").
 
 Memory and time are those of a few matrices of the inputs, and of about 200 products of them with
 the weight.
@@ -27,17 +28,18 @@ from torch import Tensor
 
 from fitsmall.compressors.projections.levels import Levels
 from fitsmall.compressors.projections.projection import Projection
+from fitsmall.compressors.weights import Matrices
 
 __all__ = ["fit"]
 
-# Fraction of the mean of H's diagonal that is added to it, as in GPTQ.
-_DAMPING = 0.01
+# Fraction of the mean of the diagonal that is added to it: of H as in GPTQ, and of G.
+_DAMPING, _OUTPUT_DAMPING = 0.01, 0.03
 
 # ADMM: its turns, its first penalty as a fraction of H's mean eigenvalue, and its growth in a turn.
 _TURNS, _PENALTY, _GROWTH = 60, 0.03, 1.08
 
 # Conjugate gradients: most steps, and the squared residual at which they end.
-_STEPS, _PRECISION = 100, 1e-16
+_STEPS, _PRECISION = 200, 1e-16
 
 # Sweeps over all columns, and columns whose changes reach the others together.
 _SWEEPS, _BLOCK = 4, 128
@@ -50,17 +52,20 @@ def fit(
     projection: Projection,
     hessian: Tensor,
     cross: Tensor | None = None,
-    frequencies: Tensor | None = None,
+    metric: Tensor | None = None,
+    form: Matrices | None = None,
 ) -> Tensor | None:
     """Return the weight that a projection allows whose layer comes closest to its own outputs.
 
     Args:
-        weight: Weight ``W``, of shape ``(outputs, inputs, ...)``. Its zeros stay zero.
+        weight: Weight ``W``. Its zeros stay zero.
         projection: The projection.
         hessian: Second moment ``H`` of the inputs, in double precision and of shape
-            ``(groups, n, n)``, where each group of outputs sees ``n`` inputs.
+            ``(groups, n, n)``, where each group of ``k`` outputs sees ``n`` inputs.
         cross: Second moment ``C`` of original inputs with inputs; by default ``H``.
-        frequencies: Positive weights of the errors of each output; by default all are 1.
+        metric: Metric ``G`` of the outputs, of shape ``(groups, k, k)``, or its diagonal, of shape
+            ``(groups, k)``; by default the identity.
+        form: Dimensions of the weight; by default ``(outputs, inputs, ...)``.
 
     Returns:
         A weight that the projection leaves as it is; None if the projection has no levels, so that
@@ -75,54 +80,78 @@ def fit(
         >>> fit(weight, TopK(0.5), same)  # two inputs that are always equal
         tensor([[4.9802, 0.0000]])
     """
-    w, h = weight.double().reshape(len(hessian), -1, hessian.shape[1]), _damped(hessian)
+    form = form or Matrices("")
+
+    def matrices(tensor: Tensor) -> Tensor:
+        """Return a tensor of the weight's shape as ``(groups, k, n)``."""
+        return form.split(tensor).reshape(len(hessian), -1, hessian.shape[1])
+
+    def whole(tensor: Tensor) -> Tensor:
+        return form.join(tensor.reshape(form.split(weight).shape))
+
+    w = matrices(weight.double())
+    h = _damped(hessian, _DAMPING)
     unpruned = w != 0
     if cross is not None:
         w = w + torch.linalg.solve(h, w @ (cross - hessian), left=False)
-    rows = w.new_ones(len(weight)) if frequencies is None else frequencies
-    rows = rows.view(len(w), -1, 1)
-    importance = (rows * h.diagonal(dim1=1, dim2=2)[:, None]).reshape(weight.shape)
+    if metric is None:
+        metric = w.new_ones(w.shape[:2])
+    if metric.dim() == 3:
+        metric = _damped(metric, _OUTPUT_DAMPING)
+    squares = metric if metric.dim() == 2 else metric.diagonal(dim1=1, dim2=2)
+    # With outputs in the units of their own errors, G has ones on its diagonal.
+    units = squares.sqrt()[..., None]
+    g = metric / (units * units.mT) if metric.dim() == 3 else None
+    importance = whole(squares[..., None] * h.diagonal(dim1=1, dim2=2)[:, None])
     if projection.levels(weight, importance) is None:
         return None
 
-    def support(values: Tensor) -> Tensor:
-        return projection.support(values.view_as(weight)).view_as(w)
+    def support(tensor: Tensor) -> Tensor:
+        return matrices(projection.support(whole(tensor)))
 
-    mask = _support(rows.sqrt() * w, h, support) & unpruned
-    v = _least_squares(w, h, mask)
-    levels = projection.levels(v.view_as(weight).to(weight.dtype), importance)
+    mask = _support(units * w, h, g, support) & unpruned
+    v = _least_squares(units * w, h, g, mask) / units
+    levels = projection.levels(whole(v).to(weight.dtype), importance)
     assert levels is not None  # as for the weight itself
     if not levels.any_value and mask.any():
-        v = _round(w, v, h, mask, levels.view(w.shape))
-    return v.view_as(weight).to(weight.dtype)
+        v = _round(v, h, mask, levels.rearranged(matrices))
+    return whole(v).to(weight.dtype)
 
 
-def _damped(hessian: Tensor) -> Tensor:
-    """Return ``H`` with a little added to its diagonal, so that it is positive definite."""
-    means = hessian.diagonal(dim1=1, dim2=2).mean(1)
-    damping = torch.where(means > 0, _DAMPING * means, 1.0)
-    return hessian + torch.diag_embed(damping[:, None].expand(hessian.shape[:2]))
+def _damped(matrix: Tensor, fraction: float) -> Tensor:
+    """Return matrices with a little added to their diagonal, so that they are positive definite."""
+    means = matrix.diagonal(dim1=1, dim2=2).mean(1)
+    damping = torch.where(means > 0, fraction * means, 1.0)
+    return matrix + torch.diag_embed(damping[:, None].expand(matrix.shape[:2]))
 
 
-def _support(w: Tensor, h: Tensor, support: Callable[[Tensor], Tensor]) -> Tensor:
+def _support(w: Tensor, h: Tensor, g: Tensor | None, support: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the mask of the weights that survive.
 
-    ADMM for ``min tr (W - X) H (W - X)^T`` over ``X = D``, where the projection allows ``D``:
+    ADMM for ``min tr G (W - X) H (W - X)^T`` over ``X = D``, where the projection allows ``D``:
 
-        X <- (W H - Y + rho D) (H + rho I)^-1
+        X <- the solution of G X H + rho X = G W H - Y + rho D
         D <- the projection of X + Y / rho
         Y <- Y + rho (X - D)
 
-    The penalty ``rho`` grows, so that the mask settles.
+    The penalty ``rho`` grows, so that the mask settles. Eigenvectors of ``G`` and ``H`` give ``X``.
     """
     mask = support(w)
     if bool((mask | (w == 0)).all()):  # nothing is pruned
         return mask
-    values, vectors = torch.linalg.eigh(h)
-    rho = _PENALTY * values.mean(1)[:, None, None]
-    target, d, y = w @ h, w, torch.zeros_like(w)
+    values, right = torch.linalg.eigh(h)
+    curvature, target, left = values[:, None], w @ h, None
+    if g is not None:
+        more, left = torch.linalg.eigh(g)
+        curvature, target = more[..., None] * curvature, g @ target
+    rho = _PENALTY * curvature.mean((1, 2), keepdim=True)
+    d, y = w, torch.zeros_like(w)
     for _ in range(_TURNS):
-        x = (target - y + rho * d) @ vectors / (values[:, None] + rho) @ vectors.mT
+        x = target - y + rho * d
+        if left is None:
+            x = x @ right / (curvature + rho) @ right.mT
+        else:
+            x = left @ (left.mT @ x @ right / (curvature + rho)) @ right.mT
         d = x + y / rho
         mask = support(d)
         d = d * mask
@@ -131,42 +160,49 @@ def _support(w: Tensor, h: Tensor, support: Callable[[Tensor], Tensor]) -> Tenso
     return mask
 
 
-def _least_squares(w: Tensor, h: Tensor, mask: Tensor) -> Tensor:
-    """Return ``min over V of tr (W - V) H (W - V)^T`` where ``V`` is zero outside of the mask.
+def _least_squares(w: Tensor, h: Tensor, g: Tensor | None, mask: Tensor) -> Tensor:
+    """Return ``min over V of tr G (W - V) H (W - V)^T`` where ``V`` is zero outside of the mask.
 
-    Each row is a system of its own, and conjugate gradients solve all of them together.
+    Each row is a system of its own without ``G``, and each group with it. Conjugate gradients solve
+    all of them together.
     """
+    system = -1 if g is None else (-2, -1)
+
+    def product(v: Tensor) -> Tensor:
+        return (v @ h if g is None else g @ (v @ h)) * mask
+
     v = w * mask
-    residual = (w - v) @ h * mask
-    direction, squares = residual, residual.square().sum(-1, keepdim=True)
+    residual = product(w - v)
+    direction, squares = residual, residual.square().sum(system, keepdim=True)
     end = _PRECISION * squares
     for _ in range(_STEPS):
         if not (squares > end).any():
             break
-        curved = direction @ h * mask
-        step = squares / (direction * curved).sum(-1, keepdim=True).clamp_min(_TINY)
+        curved = product(direction)
+        step = squares / (direction * curved).sum(system, keepdim=True).clamp_min(_TINY)
         v = v + step * direction
         residual = residual - step * curved
-        before, squares = squares, residual.square().sum(-1, keepdim=True)
+        before, squares = squares, residual.square().sum(system, keepdim=True)
         direction = residual + squares / before.clamp_min(_TINY) * direction
     return v
 
 
-def _round(w: Tensor, v: Tensor, h: Tensor, mask: Tensor, levels: Levels) -> Tensor:
-    """Return survivors ``v`` rounded to levels: in one pass of optimal brain surgeon, then sweeps.
+def _round(w: Tensor, h: Tensor, mask: Tensor, levels: Levels) -> Tensor:
+    """Return survivors ``w`` rounded to levels: in one pass of optimal brain surgeon, then sweeps.
 
-    The pass moves later columns as if none of them were pruned. Rows for which it is worse than
-    rounding to the nearest level, as those of few survivors, start from that.
+    Errors are those from ``w``, row by row: it is the least-squares solution, so that others add up
+    to nothing. The pass moves later columns as if none of them were pruned. Rows for which it is
+    worse than rounding to the nearest level, as those of few survivors, start from that.
     """
     order = h.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True)  # the costly columns first
     columns = order.tolist()
-    w, v, mask, h = w[..., order], v[..., order], mask[..., order], h[:, order][..., order]
+    w, mask, h = w[..., order], mask[..., order], h[:, order][..., order]
     # After a change d of column j, columns k > j are best moved by d [H^-1]_jk / [H^-1]_jj, with
     # the inverse over the columns from j on. Rows of its Cholesky factor hold these fractions.
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     later = (-factor / factor.diagonal(dim1=1, dim2=2)[..., None]).triu(1)
     passed = _rounded_in_turn(w, w, later, mask, levels, columns)
-    each = [levels.nearest(v[..., k], column) for k, column in enumerate(columns)]
+    each = [levels.nearest(w[..., k], column) for k, column in enumerate(columns)]
     nearest = torch.stack(each, -1) * mask
     better = _errors(w - passed, h) < _errors(w - nearest, h)
     v = torch.where(better, passed, nearest)
