@@ -23,6 +23,7 @@ from fitsmall.compressors import (
     save,
 )
 from fitsmall.compressors.repair.batches import Batch, batches_of, compared
+from fitsmall.compressors.repair.tuning import divergence, tune
 from fitsmall.compressors.surgery.quantizers import attach_quantizer
 
 
@@ -218,6 +219,32 @@ def test_outputs_of_labels_and_symbols_are_logits() -> None:
     for module, batch, output, expected in cases:
         found = compared(module, batch, {"loss": torch.zeros(()), "out": output})
         assert [(tensor is output, logits) for tensor, logits in found] == [(True, expected)]
+
+
+def test_tuning_brings_the_whole_closer_and_keeps_what_is_shared() -> None:
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.LayerNorm(32), nn.Linear(32, 4))
+    inputs, labels = torch.randn(256, 6), torch.randint(4, (256,))
+    batches = batches_of(zip(inputs.split(64), labels.split(64), strict=True), inputs.device)
+    fitted = copy.deepcopy(whole)
+    with pytest.warns(UserWarning, match="nothing makes up"):
+        compress(fitted, TopK(0.5) | KMeans(3))
+    weights = {name: p for name, p in fitted.named_parameters() if p.dim() == 2}
+    free = {"2.weight": fitted[2].weight, "3.bias": fitted[3].bias}
+    before = {name: p.detach().clone() for name, p in fitted.named_parameters()}
+
+    def distance() -> Tensor:
+        return divergence([fitted(inputs)], [(whole(inputs), 1)]).detach()
+
+    start = distance()
+    tune(fitted, whole, free, weights, batches)
+    assert distance() < 0.8 * start
+    for name, parameter in fitted.named_parameters():
+        if name in weights:
+            assert torch.equal(parameter == 0, before[name] == 0)
+            pairs = torch.stack([parameter.detach(), before[name]], -1).flatten(0, 1)
+            assert len(pairs.unique(dim=0)) == len(before[name].unique())
+        assert torch.equal(parameter, before[name]) == (name not in {**free, **weights})
 
 
 def test_a_layer_with_equal_inputs_needs_one_of_them() -> None:

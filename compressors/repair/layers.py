@@ -17,19 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fitsmall.compressors.codes.code import Code
+from fitsmall.compressors.codes.code import Code, Lookup, Sparse
 from fitsmall.compressors.projections.projection import Projection
 from fitsmall.compressors.repair.batches import Batch
 from fitsmall.compressors.repair.inputs import Moments, Statistics, Watch
 from fitsmall.compressors.repair.metric import output_metrics
 from fitsmall.compressors.repair.surgeon import fit
+from fitsmall.compressors.repair.tuning import tune
 from fitsmall.compressors.surgery.quantizers import (
     QUANTIZER,
     attach_quantizer,
     detach_quantizer,
     takes_quantizer,
 )
-from fitsmall.compressors.weights import Matrices
+from fitsmall.compressors.weights import BIAS_OR_NORM, Matrices, no_weight
 
 __all__ = ["repair"]
 
@@ -118,6 +119,7 @@ class _Repair:
                 statistics = Statistics()
                 self._feed(tensor, use.calls, statistics)
                 statistics.write_(tensor, use.variance)
+        self._tune()
 
     def _project(self, name: str) -> None:
         """Project a weight as it is."""
@@ -159,6 +161,20 @@ class _Repair:
             after = form.split(weight.double())
             mean = before.reshape(shape) @ then[..., None] - after.reshape(shape) @ now[..., None]
             bias += mean.flatten().to(bias.dtype)
+
+    def _tune(self) -> None:
+        """Tune what is neither pruned nor on a grid: codebooks, biases and norms."""
+        parameters = dict(self.module.named_parameters())
+        free = {
+            name: parameter
+            for name, parameter in parameters.items()
+            if parameter.requires_grad and no_weight(self.module, name) == BIAS_OR_NORM
+            if name not in self.weights and parameter.is_floating_point() and parameter.numel()
+        }
+        shared = {name: self.weights[name] for name, code in self.codes.items() if _codebook(code)}
+        tune(self.module, self.original, free, shared, self.batches)
+        for name in shared:
+            self._project(name)
 
     def _round_inputs(self, name: str, moments: Moments) -> None:
         """Round the inputs of a weight's layer from now on, in the range that does it best."""
@@ -240,6 +256,11 @@ class _Repair:
                         self.original(*batch.args, **batch.kwargs)
                 with suppress(_Reached), Watch(before):
                     self.module(*batch.args, **batch.kwargs)
+
+
+def _codebook(code: Code) -> bool:
+    """Return whether a weight's values are those of a codebook."""
+    return isinstance(code.values if isinstance(code, Sparse) else code, Lookup)
 
 
 @dataclass
