@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -84,7 +85,7 @@ def table(cells: Sequence[Cell]) -> str:
     remarks: dict[str, list[str]] = {}
     for cell in cells:
         if cell.remark:
-            first = cell.remark.split("\n")[0][:300]
+            first = textwrap.shorten(cell.remark.split("\n")[0], 300, placeholder=" …")
             remarks.setdefault(f"{cell.outcome}, {cell.method}: {first}", []).append(cell.network)
     lines += ["", *(f"- {', '.join(names)}: {remark}" for remark, names in remarks.items())]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sysconfig
 import tempfile
 import time
 import warnings
@@ -163,7 +164,8 @@ def run_cell(network: str, method: str) -> Cell:
             refused = early and isinstance(error, ValueError | RuntimeError | TypeError)
             outcome = "refused" if refused else "crashed"
             remark = f"{type(error).__name__}: {error}"
-        remark = remark.replace(f"{folder}{os.sep}", "")
+        for path in (folder, sysconfig.get_path("purelib")):
+            remark = remark.replace(f"{path}{os.sep}", "")
     return Cell(network, method, outcome, coverage.share, remark, time.monotonic() - start)
 
 
