@@ -1,0 +1,191 @@
+"""Tracer: labels go through the graph of a network, and units come out.
+
+A channel of a convolution stands in its weight and bias, in the norm after it, in the weights of
+all layers that read it, and, through additions, in other convolutions. All of these slices are one
+*unit*. To find units, the network is traced once; each entry of each dimension of a parameter has a
+label, and each operation says which labels are the same
+(:mod:`~fitsmall.compressors.units.rules`).
+"""
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fitsmall.compressors.torch_internals import tensors_in
+from fitsmall.compressors.units.labels import FIXED, Fields, Labels
+from fitsmall.compressors.units.rules import Operation, rule_of
+
+__all__ = ["Unit", "Units", "outputs_of", "units_of"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Slices that can only be removed together.
+
+    Args:
+        slices: Indices in each dimension of a parameter or buffer, by its name and the dimension.
+    """
+
+    slices: Mapping[tuple[str, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of a network.
+
+    Args:
+        groups: Units that stand in the same dimensions of the same tensors. A group is the width of
+            a layer, or of several that go together.
+        unknown: Operations without a rule, and the number of their uses. What they read stays.
+    """
+
+    groups: Sequence[Sequence[Unit]]
+    unknown: Mapping[str, int]
+
+
+def units_of(
+    module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> Units:
+    """Return the units of a network, all of which are in the paths from its inputs to its outputs.
+
+    Args:
+        module: The network, which stays as it is.
+        args: Example inputs by position; few examples are faster.
+        kwargs: Example inputs by name.
+
+    Raises:
+        ValueError: The network cannot be traced.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+        >>> [group] = units_of(net, [torch.zeros(2, 3, 5, 5)]).groups
+        >>> len(group), [name for name, dim in group[0].slices][:2]
+        (8, ['0.weight', '0.bias'])
+    """
+    traced = _Outputs(module)
+    try:
+        with _evaluating(traced), torch.no_grad():
+            exported = torch.export.export(traced, tuple(args), dict(kwargs or {}), strict=False)
+    except Exception as error:
+        line = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"the forward of {type(module).__name__} cannot be traced: {line}. Its control flow "
+            "and its shapes must not depend on values of tensors"
+        ) from error
+    return _Tracer(exported, traced).units()
+
+
+class _Outputs(nn.Module):
+    """A network that returns its tensors alone: caches and other objects cannot be traced."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        outputs = self.module(*args, **kwargs)
+        return tensors_in(dict(outputs) if hasattr(outputs, "keys") else outputs)
+
+
+def outputs_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the outputs of a network in evaluation mode."""
+    with _evaluating(module), torch.no_grad():
+        outputs: list[Tensor] = _Outputs(module)(*args, **kwargs)
+    return outputs
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = [layer for layer in module.modules() if layer.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for layer in training:
+            layer.training = True
+
+
+class _Tracer:
+    """Labels on their way through a graph.
+
+    Args:
+        exported: The graph.
+        module: Its module.
+    """
+
+    def __init__(self, exported: Any, module: _Outputs) -> None:
+        self.labels = Labels()
+        self.unknown: dict[str, int] = {}
+        # Labels of the tensors of the network by name and dimension; tied ones have one name.
+        self.tensors: dict[tuple[str, int], Tensor] = {}
+        held: dict[str, Tensor] = {
+            **dict(module.named_parameters(remove_duplicate=False)),
+            **dict(module.named_buffers(remove_duplicate=False)),
+        }
+        names: dict[int, str] = {}
+        for name, tensor in held.items():
+            names.setdefault(id(tensor), name.removeprefix("module."))
+        signature = exported.graph_signature
+        targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        fields: dict[Any, Any] = {}
+        for node in exported.graph.nodes:
+            if node.op == "placeholder":
+                found = held.get(targets.get(node.name, ""))
+                fields[node] = []
+                if found is not None and found.is_floating_point() and node.users:
+                    fields[node] = self._label(names[id(found)], found)
+            elif node.op == "call_function":
+                fields[node] = self._call(node, fields)
+            elif node.op == "output":
+                for each in node.all_input_nodes:
+                    self.labels.fix(*fields[each])
+
+    def _label(self, name: str, tensor: Tensor) -> Fields:
+        """Return the fields of a parameter or buffer: each dimension has labels of its own."""
+        made = []
+        for dim, size in enumerate(tensor.shape):
+            if size > 1:
+                if (name, dim) not in self.tensors:
+                    self.tensors[name, dim] = self.labels.new(size, 0, 1)
+                shape = [1] * tensor.dim()
+                shape[dim] = size
+                made.append(self.tensors[name, dim].view(shape))
+        return made
+
+    def _call(self, node: Any, fields: Mapping[Any, Any]) -> Any:
+        """Return the fields of an operation's output, or a list of them for each output."""
+        if node.target is operator.getitem:
+            found = fields[node.args[0]]
+            return found[node.args[1]] if found else []
+        inputs = [fields[each] for each in node.all_input_nodes]
+        if not any(inputs):
+            return []
+        rule = rule_of(node.target)
+        if rule is not None:
+            return rule(Operation(node, self.labels, fields))
+        name = str(node.target)
+        self.unknown[name] = self.unknown.get(name, 0) + 1
+        for each in inputs:
+            self.labels.fix(*each)
+        return []
+
+    def units(self) -> Units:
+        """Return the sets of labels that are not fixed, as indices of tensors."""
+        roots = self.labels.roots()
+        slices: dict[int, dict[tuple[str, int], Tensor]] = {}
+        for place, labels in self.tensors.items():
+            own, order = roots[labels].sort(stable=True)
+            found, counts = own.unique_consecutive(return_counts=True)
+            for root, index in zip(found.tolist(), order.split(counts.tolist()), strict=True):
+                if root != FIXED:
+                    slices.setdefault(root, {})[place] = index
+        groups: dict[Any, list[Unit]] = {}
+        for unit in slices.values():
+            kind = tuple((place, len(index)) for place, index in unit.items())
+            groups.setdefault(kind, []).append(Unit(unit))
+        return Units([*groups.values()], self.unknown)

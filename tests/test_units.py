@@ -1,0 +1,242 @@
+"""Units: what can only be removed together, against zeros in their place."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from fitsmall.compressors.units import Unit, remove, units_of
+from fitsmall.experiments.models.networks import ResNet
+from fitsmall.experiments.models.transformer import Transformer
+
+
+class Residual(nn.Module):
+    """Depthwise convolution, squeeze and excitation, a strided shortcut, and flattening."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.expand, self.norm = nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, stride=2, padding=1, groups=16)
+        self.squeeze, self.excite = nn.Linear(16, 4), nn.Linear(4, 16)
+        self.project, self.shortcut = nn.Conv2d(16, 12, 1), nn.Conv2d(8, 12, 1, stride=2)
+        self.head = nn.Linear(12 * 4, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        y = F.hardswish(self.depthwise(F.silu(self.norm(self.expand(x)))))
+        gates = self.excite(F.relu(self.squeeze(y.mean((2, 3))))).sigmoid()
+        y = self.project(y * gates[:, :, None, None]) + self.shortcut(x)
+        return self.head(F.max_pool2d(y, 2).flatten(1))
+
+
+class UNet(nn.Module):
+    """Concatenation, a transposed convolution, and norms of groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(4, 8)
+        self.middle, self.up = nn.Conv2d(8, 6, 2, stride=2), nn.ConvTranspose2d(6, 10, 2, stride=2)
+        self.last = nn.Conv2d(18, 3, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.down(images)))
+        return self.last(torch.cat([x, self.up(F.relu(self.middle(x)))], 1))
+
+
+class Attention(nn.Module):
+    """Queries of four heads, of which two share keys and values, and a gated MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.num_groups_of_heads, self.size = 4, 2, 3
+        self.embedding, self.norm = nn.Embedding(9, 8), nn.LayerNorm(8)
+        self.query, self.key_value = nn.Linear(8, 12), nn.Linear(8, 12)
+        self.out, self.gate, self.up = nn.Linear(12, 8), nn.Linear(8, 10), nn.Linear(8, 10)
+        self.down = nn.Linear(10, 8)
+
+    def forward(self, text: Tensor) -> Tensor:
+        x = self.embedding(text)
+        heads = (self.num_heads, self.num_groups_of_heads, self.num_groups_of_heads)
+        q, k, v = (
+            part.view(*text.shape, count, self.size).transpose(1, 2)
+            for part, count in zip(
+                (self.query(self.norm(x)), *self.key_value(x).chunk(2, -1)), heads, strict=True
+            )
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return F.linear(self.down(F.silu(self.gate(x)) * self.up(x)) + x, self.embedding.weight)
+
+
+class Tagger(nn.Module):
+    """Recurrent hidden units."""
+
+    def __init__(self, kind: Any, both: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 6)
+        self.recurrent = kind(6, 8, 2, batch_first=True, bidirectional=both)
+        self.head = nn.Linear(16 if both else 8, 3)
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.head(self.recurrent(self.embedding(text))[0])
+
+
+class Mixer(nn.Module):
+    """An MLP over positions, pixels that are shuffled, and weight norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.tokens = nn.Conv2d(3, 8, 2, 2), nn.Linear(16, 6)
+        self.back = nn.utils.parametrizations.weight_norm(nn.Linear(6, 16))
+        self.wide, self.last = nn.Conv2d(8, 12, 1), nn.Conv2d(3, 2, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images)
+        mixed = self.back(F.gelu(self.tokens(x.flatten(2)))).view_as(x)
+        return self.last(F.pixel_shuffle(self.wide(x + mixed), 2))
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 8, 8)
+
+
+def text() -> Tensor:
+    return torch.randint(9, (2, 5))
+
+
+# A network, its input, and the number of units of each group.
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], list[int]]] = {
+    "padded shortcuts": (lambda: ResNet(8), lambda: torch.randn(2, 3, 32, 32), [16, 16, 32, 64]),
+    "strided shortcut": (Residual, images, [8, 16, 4, 12]),
+    "concatenation": (UNet, images, [4, 6, 10]),
+    "shared keys": (Attention, text, [2, 10]),
+    "fused projections": (lambda: Transformer(64, 1), lambda: torch.randint(9, (2, 5)), [2, 256]),
+    "LSTM": (lambda: Tagger(nn.LSTM, both=True), text, [6, 8]),
+    "GRU": (lambda: Tagger(nn.GRU, both=False), text, [6, 8]),
+    "positions": (Mixer, images, [8, 6, 3]),
+    "groups": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, groups=2), nn.Conv2d(6, 2, 1)),
+        images,
+        [4, 3],
+    ),
+}
+
+
+def some(groups: Any) -> list[Unit]:
+    """Every second unit of each group."""
+    return [unit for group in groups for unit in group[1::2]]
+
+
+@torch.no_grad()
+def masked(module: nn.Module, units: list[Unit]) -> nn.Module:
+    """The network with zeros in place of units."""
+    zeros = copy.deepcopy(module)
+    tensors = dict(zeros.named_parameters()) | dict(zeros.named_buffers())
+    for unit in units:
+        for (name, dim), index in unit.slices.items():
+            tensors[name].index_fill_(dim, index, 0)
+    return zeros
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_network_without_units_is_the_one_with_zeros(case: str) -> None:
+    torch.manual_seed(0)
+    make, inputs, sizes = CASES[case]
+    module, batch = make().eval(), inputs()
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.running_mean, -0.5, 0.5)
+            nn.init.uniform_(layer.bias, -0.5, 0.5)
+    found = units_of(module, [batch])
+    assert not found.unknown
+    assert [len(group) for group in found.groups] == sizes
+    units = some(found.groups)
+    expected = masked(module, units)(batch)
+    parameters = [*module.parameters()]
+    before = sum(parameter.numel() for parameter in parameters)
+    remove(module, units, [batch])
+    torch.testing.assert_close(module(batch), expected, rtol=1e-4, atol=1e-5)
+    assert all(a is b for a, b in zip(parameters, module.parameters(), strict=True))
+    assert sum(parameter.numel() for parameter in parameters) < 0.7 * before
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.Adam(p, lr=0.1),
+        lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True, amsgrad=True),
+        lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    ],
+)
+def test_optimizers_go_on(optimizer: Callable[[Any], torch.optim.Optimizer]) -> None:
+    """A step after removal is the step of the network with zeros."""
+    torch.manual_seed(0)
+    module, batch = Residual(), images()
+    units = some(units_of(module, [batch]).groups)
+    chosen = optimizer([{"params": [p], "weight_decay": 0.1} for p in module.parameters()])
+    module(batch).square().sum().backward()
+    chosen.step()
+    zeros = masked(module, units)
+    twin = optimizer([{"params": [p], "weight_decay": 0.1} for p in zeros.parameters()])
+    twin.load_state_dict(copy.deepcopy(chosen.state_dict()))
+    for parameter, other in zip(module.parameters(), zeros.parameters(), strict=True):
+        assert parameter.grad is not None
+        other.grad = parameter.grad.clone()
+    remove(module, units, [batch], optimizers=[chosen])
+    for each in (chosen, twin):
+        each.step()
+    kept = masked(zeros, units)
+    torch.testing.assert_close(module.eval()(batch), kept.eval()(batch), rtol=1e-4, atol=1e-5)
+    module.train()
+    chosen.zero_grad()
+    module(batch).sum().backward()
+    chosen.step()
+
+
+class Stubborn(nn.Module):
+    """A width that code repeats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.last(y + torch.arange(6.0) * y.detach().view(-1, 6).sign())
+
+
+def test_what_cannot_be_done_is_refused_and_changes_nothing() -> None:
+    module, batch = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), torch.randn(3, 4)
+    [group] = units_of(module, [batch]).groups
+    with pytest.raises(ValueError, match=r"nothing of 0\.weight would be left"):
+        remove(module, group, [batch])
+    stubborn = Stubborn()
+    slices = {("first.weight", 0): torch.tensor([1]), ("first.bias", 0): torch.tensor([1]),
+              ("last.weight", 1): torch.tensor([1])}  # fmt: skip
+    with pytest.raises(ValueError, match="Stubborn keeps sizes that do not follow its tensors"):
+        remove(stubborn, [Unit(slices)], [batch])
+    assert stubborn.first.weight.shape == (6, 4)
+    assert not units_of(stubborn, [batch]).groups  # constants have the width, too
+
+    class Branch(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.sum() > 0 else x
+
+    with pytest.raises(ValueError, match="forward of Branch cannot be traced"):
+        units_of(Branch(4, 4), [batch])
+
+
+def test_unknown_operations_keep_what_they_read() -> None:
+    class Sorted(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](self[0](x).sort(1).values)
+
+    found = units_of(Sorted(nn.Linear(4, 6), nn.Linear(6, 2)), [torch.randn(3, 4)])
+    assert found.groups == []
+    assert list(found.unknown) == ["aten.sort.default"]
