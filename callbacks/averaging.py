@@ -16,7 +16,6 @@ from torch.nn.parameter import is_lazy
 from fitsmall.callbacks.driver import drive, plan_of, stages_of
 from fitsmall.callbacks.lightning_internals import require
 from fitsmall.callbacks.rivals import ProjectedAverage
-from fitsmall.compressors.naming import abridged
 from fitsmall.compressors.surgery.kinds import own_tensors
 from fitsmall.compressors.weights import detach_computed_
 
@@ -84,11 +83,6 @@ class EMA(ProjectedAverage, EMAWeightAveraging):
             raise MisconfigurationException(
                 "EMA: ModelParallelStrategy shards parameters, and Lightning's averaging needs "
                 "them whole: train without EMA, or with strategy='ddp'"
-            )
-        if lazy := [name for name, tensor in pl_module.named_parameters() if is_lazy(tensor)]:
-            raise MisconfigurationException(
-                f"EMA copies parameters that are not initialised yet: {abridged(lazy)}: run the "
-                "module on a batch before fit"
             )
         if stages_of(trainer):  # they change layers, before the average becomes a copy of these
             drive(trainer, pl_module, stage)

@@ -61,7 +61,7 @@ def test_outputs_that_are_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixtu
     told = refused(["decompress", file, "-o", "/dev/null"], capsys)
     assert "is no file that could be replaced" in told
     told = refused(["decompress", file, "-o", tmp_path / "none" / "w"], capsys)
-    assert "No such file" in told
+    assert "There is no folder" in told
     save(tmp_path / "odd", {"__metadata__": torch.ones(3)})
     told = refused(["decompress", tmp_path / "odd"], capsys)
     assert "safetensors cannot hold that name" in told

@@ -374,13 +374,6 @@ def test_a_layer_without_gradients_is_pointed_out(tmp_path: Path) -> None:
         fit(tmp_path, GradualPruning(0.8, "gradient"), module=Spare())
 
 
-def test_an_average_of_what_is_not_initialised(tmp_path: Path) -> None:
-    module = Net()
-    module.head = nn.LazyLinear(10)  # type: ignore[assignment]
-    with pytest.raises(MisconfigurationException, match=r"EMA .* initialised yet: head.weight"):
-        fit(tmp_path, EMA(), module=module)
-
-
 @each_coupling
 @pytest.mark.parametrize("first", [True, False])
 def test_stock_averages(case: Case, first: bool, tmp_path: Path) -> None:

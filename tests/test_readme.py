@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fitsmall.compressors import load, same_bits
@@ -47,8 +47,13 @@ def test_the_readme_s_examples_run(names: dict[str, Any]) -> None:
 
 
 def test_the_examples_of_methods_run(names: dict[str, Any]) -> None:
-    plan, fit, compress = examples(ROOT / "docs" / "methods.md")
+    plan, shrink, fit, compress = examples(ROOT / "docs" / "methods.md")
     exec(plan, names)  # noqa: S102
+    wide = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1))
+    optimizer = torch.optim.Adam(wide.parameters())
+    images = torch.randn(2, 3, 5, 5)
+    exec(shrink, {"module": wide, "images": images, "optimizer": optimizer})  # noqa: S102
+    assert wide[1].weight.shape == (2, 6, 1, 1)
     exec(fit, names)  # noqa: S102
     assert Path("resume/last.ckpt").exists()
     assert Path("pareto/pareto.json").exists()

@@ -263,7 +263,7 @@ def test_decay_of_pruned_weights_keeps_them_small() -> None:
 def test_layers_that_a_structure_cannot_take_are_listed() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
     text = str(Plan([training.GradualPruning(structure=NofM(2, 4))], net, horizon=10))
-    assert "sparsity 0.5 (adam of NofM(n=2, m=4))" in text
+    assert "sparsity 0.5 (gradient of NofM(n=2, m=4))" in text
     assert "  1.weight  576 " in text
     assert "left out (NofM(n=2, m=4): dimension 1 of its shape (8, 3, 3, 3) is no mult" in text
 
