@@ -197,7 +197,8 @@ def test_networks_without_derivatives_are_fitted_layer_by_layer() -> None:
     torch.manual_seed(0)
     module, inputs = Classes(), torch.randn(50, 8)
     expected = module.first(inputs).detach()
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
         compress(module, TopK(0.5) | KMeans(4), data=[inputs])
     assert int((module.first.weight == 0).sum()) == 32
     assert error(lambda x: expected, module.first, inputs) < 0.3
@@ -253,6 +254,58 @@ def test_a_layer_with_equal_inputs_needs_one_of_them() -> None:
     expected = layer(rows)
     compress(layer, TopK(0.75), data=[rows])
     torch.testing.assert_close(layer(rows), expected, rtol=0.05, atol=0)
+
+
+class Routed(nn.Module):
+    """Experts that may see no input, a layer under two names, and a forward that works in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 6, sparse=True)
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.head = self.same = nn.Linear(6, 6)
+        self.head.bias.requires_grad_(False)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 1}
+
+    def forward(self, text: Tensor, scores: Tensor) -> Tensor:
+        x = self.embedding(text)
+        scores.sub_(scores.amax(1, keepdim=True)).exp_()
+        y = torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            y[scores[:, k] == 1] = expert(x[scores[:, k] == 1])
+        return self.same(self.head(y).relu_())
+
+
+@pytest.mark.parametrize("projection", [TopK(0.5), TopK(0.5) | KMeans(4)], ids=str)
+def test_what_belongs_to_the_user_stays(projection: Projection) -> None:
+    """Gradients, frozen biases, the data, the mode, the names of layers, and random numbers."""
+    torch.manual_seed(0)
+    module, text = Routed(), torch.randint(9, (40,))
+    scores = torch.randn(40, 3) - torch.tensor([0.0, 0.0, 99.0])
+    scores[:20, 1] = -99.0  # one expert sees nothing of the first batch, and one nothing at all
+    scores.requires_grad_()
+    batches = [{"text": text[k], "scores": scores[k]} for k in (slice(20), slice(20, 40))]
+    given, parameters = copy.deepcopy(scores), [*module.parameters()]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    random, bias = torch.get_rng_state(), module.head.bias.clone()
+    with pytest.warns(UserWarning, match=r"as they are: experts\.2\.weight \(no product") as said:
+        compress(module, projection, data=batches)
+    assert len(said) == 1
+    assert all(a is b for a, b in zip(parameters, module.parameters(), strict=True))
+    for parameter in parameters:
+        assert parameter.grad is None or bool((parameter.grad == 1).all())
+    assert torch.equal(module.head.bias, bias)
+    assert torch.equal(scores, given)
+    assert scores.grad is None
+    assert torch.equal(torch.get_rng_state(), random)
+    assert module.embedding.sparse
+    assert all(layer.training for layer in module.modules())
 
 
 def test_bad_data_are_refused_and_leave_the_module_as_it_is() -> None:

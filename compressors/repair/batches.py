@@ -27,6 +27,16 @@ class Batch(NamedTuple):
     kwargs: dict[str, Any]
     labels: Any = None
 
+    def copied(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return copies of the arguments, since a forward may change its inputs in place."""
+        args, kwargs = map_tensors(Tensor.clone, (self.args, self.kwargs))
+        return args, kwargs
+
+    def call(self, module: nn.Module) -> Any:
+        """Return what a module returns for it; the batch stays as it is."""
+        args, kwargs = self.copied()
+        return module(*args, **kwargs)
+
 
 def batches_of(data: Iterable[Any], device: torch.device) -> list[Batch]:
     """Return the arguments of a module for each batch, until there are 1,024 examples.
@@ -63,7 +73,7 @@ def batches_of(data: Iterable[Any], device: torch.device) -> list[Batch]:
             raise TypeError(
                 f"batch {len(batches)} of data is a {type(given).__name__}: it is {forms}"
             )
-        batches.append(Batch(*map_tensors(lambda tensor: tensor.to(device), tuple(batch))))
+        batches.append(Batch(*map_tensors(lambda tensor: tensor.detach().to(device), tuple(batch))))
         tensors = tensors_in((batch.args, batch.kwargs))
         examples += len(tensors[0]) if tensors and tensors[0].dim() else 1
         if examples >= _EXAMPLES:

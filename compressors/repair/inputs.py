@@ -50,6 +50,8 @@ _TINY = 1e-300
 class Watch(TorchFunctionMode):
     """A context in which a listener learns of each use of a parameter, before and after it.
 
+    Uses with empty inputs do not count.
+
     Args:
         before: Called with the function, the weight (of batch-norm: its running mean) and the
             arguments by name.
@@ -81,7 +83,7 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         named = dict(zip(_ARGUMENTS[func], args, strict=False)) | kwargs
         weight = named.get("running_mean" if func is F.batch_norm else "weight")
-        if weight is None:
+        if weight is None or not named["input"].numel():  # as experts that no example is sent to
             return func(*args, **kwargs)
         self._before(func, weight, named)
         output = func(*args, **kwargs)
@@ -93,12 +95,13 @@ class Moments:
     """Moments of the inputs that a weight multiplies, and of those that it did, over batches.
 
     Attributes:
+        seen: Whether there were any inputs.
         low: Smallest value of an input, or 0.
         high: Largest value, or 0.
     """
 
     def __init__(self) -> None:
-        self.low = self.high = 0.0
+        self.seen, self.low, self.high = False, 0.0, 0.0
         self._counts: Tensor | None = None
         self._count = 0
         self._sums: list[Tensor] = []
@@ -116,6 +119,7 @@ class Moments:
             original: The input of the same use in the original network.
         """
         x = named["input"]
+        self.seen = True
         if function in EMBEDDINGS:
             counts = torch.bincount(x.flatten(), minlength=len(weight))
             self._counts = counts if self._counts is None else self._counts + counts
@@ -273,7 +277,9 @@ class Statistics:
         self._squares = self._squares + x.square().sum(others)
 
     def write_(self, running_mean: Tensor, running_var: Tensor) -> None:
-        """Make these a batch-norm's running statistics."""
+        """Make these a batch-norm's running statistics, if there are any."""
+        if not self._count:
+            return
         mean = torch.as_tensor(self._sum / self._count)
         variance = self._squares / self._count - mean * mean
         running_mean.copy_(mean)

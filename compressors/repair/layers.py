@@ -34,6 +34,10 @@ from fitsmall.compressors.weights import BIAS_OR_NORM, Matrices, no_weight
 
 __all__ = ["repair"]
 
+# Reasons why a weight is not fitted.
+_UNSEEN = "no product of it with data was seen"
+_TRANSPOSED = "it belongs to a transposed convolution"
+
 
 @torch.no_grad()
 def repair(
@@ -63,7 +67,7 @@ def repair(
         ValueError: The module cannot take the data, a weight or its inputs hold NaN, or a
             projection refuses a weight.
     """
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    before = copy.deepcopy(module.state_dict())
     work = _Repair(module, weights, projections, forms, batches, activation_bits)
     try:
         with _evaluating(module):
@@ -107,7 +111,7 @@ class _Repair:
         )
         for name, weight in self.weights.items():
             if weight not in uses:
-                self.reasons[name] = "no product of it with data was seen"
+                self.reasons[name] = _UNSEEN
                 self._project(name)
         for tensor, use in uses.items():
             if tensor in self.names:
@@ -139,7 +143,7 @@ class _Repair:
         centred = use.normed or bias is not None
         seconds = moments.seconds(weight, centred, self.reads.get(name))
         if seconds is None:
-            self.reasons[name] = "it belongs to a transposed convolution"
+            self.reasons[name] = _TRANSPOSED if moments.seen else _UNSEEN
         else:
             if not (seconds[0].isfinite().all() and weight.isfinite().all()):
                 raise ValueError(
@@ -186,7 +190,7 @@ class _Repair:
         if not takes_quantizer(layer) or isinstance(parent, nn.MultiheadAttention):
             return
         if moments.low == moments.high:
-            self.reasons[name] = "its inputs are zero in all data, and are not rounded"
+            self.reasons.setdefault(name, "its inputs are zero in all data, and are not rounded")
             return
         if not hasattr(layer, QUANTIZER):
             self.attached.append(layer)
@@ -199,6 +203,8 @@ class _Repair:
         """Return the weights, and the means of batch-norms, in the order of their first use."""
         layers = self.module.modules()
         means = {getattr(layer, "running_mean", None) for layer in layers} - {None}
+        # A bias may be a part of a parameter, as in attention.
+        trainable = {_storage(p) for p in self.module.parameters() if p.requires_grad}
         uses: dict[Tensor, _Use] = {}
         last: tuple[Any, Any] = None, None
 
@@ -206,7 +212,9 @@ class _Repair:
             if tensor in self.names or tensor in means:
                 use = uses.setdefault(tensor, _Use([0] * len(self.batches)))
                 use.calls[number] += 1
-                use.bias, use.variance = named.get("bias"), named.get("running_var")
+                bias = named.get("bias")
+                use.bias = bias if bias is not None and _storage(bias) in trainable else None
+                use.variance = named.get("running_var")
             if tensor in means and named["input"] is last[1] and last[0] in uses:
                 uses[last[0]].normed = True
 
@@ -217,7 +225,7 @@ class _Repair:
         for number, batch in enumerate(self.batches):
             try:
                 with Watch(before, after):
-                    self.module(*batch.args, **batch.kwargs)
+                    batch.call(self.module)
             except Exception as error:
                 raise ValueError(
                     f"{type(self.module).__name__} cannot take batch {number} of data: {error}"
@@ -253,9 +261,14 @@ class _Repair:
                 originals.clear()
                 if twin is not None:
                     with suppress(_Reached), Watch(before_original):
-                        self.original(*batch.args, **batch.kwargs)
+                        batch.call(self.original)
                 with suppress(_Reached), Watch(before):
-                    self.module(*batch.args, **batch.kwargs)
+                    batch.call(self.module)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return the address of the memory that a tensor is a part of."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def _codebook(code: Code) -> bool:
@@ -269,7 +282,7 @@ class _Use:
 
     Args:
         calls: Number of uses in each batch.
-        bias: What is added to the product.
+        bias: What is added to the product, if it is trainable.
         variance: Running variance of a batch-norm.
         normed: Whether a batch-norm takes the product.
     """

@@ -86,7 +86,7 @@ def output_metrics(
     with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
         for batch in batches:
             with Watch(before, after):
-                outputs = module(*batch.args, **batch.kwargs)
+                outputs = batch.call(module)
             found = [pair for pair in compared(module, batch, outputs) if pair[0].requires_grad]
             if found:
                 drawn = [_drawn(output.detach(), logits, generator) for output, logits in found]

@@ -6,7 +6,8 @@ al., 2024, "AQLM", and van Baalen et al., 2024, "GPTVQ", do for codebooks). Whic
 and which share a value, stays as it is.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,14 @@ def tune(
     if not numbers:
         return
     fixed = {name: numbers[name] == 0 for name in shared}
+    # Each place of a parameter once: a layer with two names would not get its parameters back.
+    names: dict[Tensor, str] = {p: name for name, p in {**free, **shared}.items()}
+    held = {
+        place: names[parameter]
+        for path, layer in module.named_modules()
+        for place, parameter in layer.named_parameters(path, recurse=False, remove_duplicate=False)
+        if parameter in names
+    }
 
     def parameters() -> dict[str, Tensor]:
         return {
@@ -79,8 +88,13 @@ def tune(
 
     def error(batch: Batch, values: dict[str, Tensor]) -> Tensor | None:
         with torch.no_grad():
-            expected = compared(original, batch, original(*batch.args, **batch.kwargs))
-        found = torch.func.functional_call(module, values, batch.args, batch.kwargs)
+            expected = compared(original, batch, batch.call(original))
+        found = torch.func.functional_call(
+            module,
+            {place: values[name] for place, name in held.items()},
+            *batch.copied(),
+            tie_weights=False,
+        )
         outputs = [output for output, _ in compared(module, batch, found)]
         shapes = [output.shape for output in outputs]
         if not shapes or shapes != [output.shape for output, _ in expected]:
@@ -96,20 +110,38 @@ def tune(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
     generator = torch.Generator().manual_seed(0)
     left: list[int] = []
-    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+    cudnn = torch.backends.cudnn.flags(enabled=False)
+    with torch.enable_grad(), cudnn, _dense_gradients(module):
         for _ in range(_STEPS):
             left = left or torch.randperm(len(batches), generator=generator).tolist()
             loss = error(batches[left.pop()], parameters())
             if loss is not None and loss.requires_grad:
-                optimizer.zero_grad()
-                loss.backward()
+                # Gradients of these numbers alone: those of the module's parameters are the user's.
+                values = [*numbers.values()]
+                gradients = torch.autograd.grad(loss, values, allow_unused=True)
+                for value, gradient in zip(values, gradients, strict=True):
+                    value.grad = gradient
                 optimizer.step()
-            schedule.step()
+                schedule.step()
     with torch.no_grad():
         found = parameters()
         if _total(error, batches, found) < before:
             for name, parameter in {**free, **shared}.items():
                 parameter.copy_(found[name])
+
+
+@contextmanager
+def _dense_gradients(module: nn.Module) -> Iterator[None]:
+    """Let embeddings have dense gradients for a while."""
+    layers = [m for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    sparse = [layer for layer in layers if layer.sparse]
+    for layer in sparse:
+        layer.sparse = False
+    try:
+        yield
+    finally:
+        for layer in sparse:
+            layer.sparse = True
 
 
 @torch.no_grad()
