@@ -101,6 +101,39 @@ class Mixer(nn.Module):
         return self.last(F.pixel_shuffle(self.wide(x + mixed), 2))
 
 
+class Reader(nn.Module):
+    """A table of positions, a state to begin with, a maximum, outer products, and tied layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(9, 6), nn.Parameter(torch.randn(20, 6))
+        self.recurrent, self.state = nn.GRU(6, 8, batch_first=True), nn.Parameter(torch.randn(8))
+        self.a, self.b, self.last = nn.Linear(8, 4), nn.Linear(8, 3), nn.Linear(12, 6)
+        self.head = nn.Linear(6, 9)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, text: Tensor) -> Tensor:
+        x = self.embedding(text) + self.positions[: text.shape[1]]
+        state = self.state.expand(1, len(text), -1).contiguous()
+        y = self.recurrent(x, state)[0].max(1).values
+        outer = self.a(y)[:, :, None] * self.b(y)[:, None]
+        return self.head(self.last(outer.flatten(1)))
+
+
+class Normed(nn.Module):
+    """Weight norms, old and new, a group for each channel, and a forward that works in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        new, old = nn.utils.parametrizations.weight_norm, nn.utils.weight_norm
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        self.depthwise = new(nn.Conv2d(8, 8, 3, groups=8))
+        self.other = old(nn.Conv2d(8, 8, 3, groups=8))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.other(self.depthwise(self.first(images.sub_(1)))))
+
+
 def images() -> Tensor:
     return torch.randn(2, 3, 8, 8)
 
@@ -119,6 +152,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], list[int]]
     "LSTM": (lambda: Tagger(nn.LSTM, both=True), text, [6, 8]),
     "GRU": (lambda: Tagger(nn.GRU, both=False), text, [6, 8]),
     "positions": (Mixer, images, [8, 6, 3]),
+    "reader": (Reader, text, [6, 8, 4]),
     "groups": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, groups=2), nn.Conv2d(6, 2, 1)),
         images,
@@ -197,6 +231,30 @@ def test_optimizers_go_on(optimizer: Callable[[Any], torch.optim.Optimizer]) -> 
     chosen.zero_grad()
     module(batch).sum().backward()
     chosen.step()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_layers_learn_their_sizes_where_others_hold_their_weights() -> None:
+    torch.manual_seed(0)
+    module, batch = Normed(), images()
+    module(batch.clone())
+    expected = copy.deepcopy(batch)
+    [group] = units_of(module, [batch]).groups
+    remove(module, group[1::2], [batch])
+    assert torch.equal(batch, expected)
+    for layer in (module.depthwise, module.other):
+        assert (layer.groups, layer.in_channels, layer.out_channels) == (4, 4, 4)
+    reader = Reader()
+    groups = units_of(reader, [text()]).groups
+    factored = torch.optim.Adafactor(reader.parameters())  # its state has means of rows and columns
+    reader(text()).sum().backward()
+    factored.step()
+    remove(reader, groups[0][:2], [text()], optimizers=[factored])
+    reader(text()).sum().backward()
+    factored.step()
+    assert reader.head.in_features == reader.embedding.embedding_dim == 4
+    with pytest.raises(ValueError, match=r"find them again with units_of"):
+        remove(reader, groups[0][4:], [text()])
 
 
 class Stubborn(nn.Module):

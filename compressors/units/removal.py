@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fitsmall.compressors.units.tracer import Unit, outputs_of
-from fitsmall.compressors.weights import is_conv1d
+from fitsmall.compressors.weights import detach_computed_, is_conv1d
 
 __all__ = ["remove"]
 
@@ -57,6 +57,7 @@ def remove(
         )
     """
     units = list(units)
+    detach_computed_(module)
     kept = _kept(module, units)
     expected = outputs_of(_masked(module, units, []), args, kwargs or {})
     if not all(output.isfinite().all() for output in expected):
@@ -94,7 +95,13 @@ def _kept(module: nn.Module, units: Iterable[Unit]) -> dict[tuple[str, int], Ten
     for (name, dim), indices in gone.items():
         tensor = _tensor(module, name)
         stays = torch.ones(tensor.shape[dim], dtype=torch.bool)
-        stays[torch.cat(indices)] = False
+        index = torch.cat(indices)
+        if index.max() >= len(stays):
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, and no slice {int(index.max())} along "
+                f"dimension {dim}: the units are of another network, find them again with units_of"
+            )
+        stays[index] = False
         if not stays.any():
             raise ValueError(f"nothing of {name} would be left: keep a unit of it")
         kept[name, dim] = stays.nonzero().flatten().to(tensor.device)
@@ -117,27 +124,30 @@ def _slice(
 ) -> None:
     """Slice tensors, their gradients, and the state of optimizers."""
     optimizers = list(optimizers)
-    layers = {}
+    sliced = {id(_tensor(module, name)) for name, _ in kept}
     for (name, dim), index in kept.items():
         tensor = _tensor(module, name)
         for optimizer in optimizers:
             for key, value in optimizer.state.get(tensor, {}).items():
-                if isinstance(value, Tensor) and value.shape == tensor.shape:
+                if not isinstance(value, Tensor) or value.dim() != tensor.dim():
+                    continue
+                if value.shape[dim] == tensor.shape[dim]:  # others are means along it
                     optimizer.state[tensor][key] = value.index_select(dim, index)
         gradient, tensor.grad = tensor.grad, None
         tensor.data = tensor.data.index_select(dim, index)
         if gradient is not None:
             tensor.grad = gradient.index_select(dim, index)
-        path = name.rpartition(".")[0]
-        layers[path] = module.get_submodule(path)
-    for layer in layers.values():
-        _resize(layer)
+    for layer in module.modules():
+        # Also layers with a tensor of another's, or in a parametrization.
+        if any(id(tensor) in sliced for tensor in (*layer.parameters(), *layer.buffers())):
+            _resize(layer)
 
 
 def _resize(layer: nn.Module) -> None:
     """Set the attributes of a layer of torch that hold its sizes."""
     sizes: Any = layer
-    weight = getattr(layer, "weight", None)
+    # The old weight norm computes the weight in the next forward pass.
+    weight = getattr(layer, "weight_v", getattr(layer, "weight", None))
     shape = [*weight.shape] if isinstance(weight, Tensor) else []
     if isinstance(layer, nn.Linear):
         sizes.out_features, sizes.in_features = shape

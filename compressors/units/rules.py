@@ -9,7 +9,8 @@ be removed.
 Operations without a rule fix all that they read.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fitsmall.compressors.units.labels import FIXED, Fields, Labels, compact, varying
 
-__all__ = ["Operation", "rule_of"]
+__all__ = ["Operation", "only_moves", "rule_of"]
 
 
 class Operation:
@@ -72,6 +73,16 @@ def rule_of(target: Any) -> Rule | None:
     forms = getattr(torch.ops.aten, name, None)  # not all forms of an operation have its tags
     tags = [getattr(forms, form).tags for form in forms.overloads()] if forms else [target.tags]
     return _each_entry if any(torch.Tag.pointwise in own for own in tags) else None
+
+
+def only_moves(target: Any) -> bool:
+    """Return whether an operation moves entries, or leaves some out.
+
+    Example:
+        >>> only_moves(torch.ops.aten.slice.Tensor)
+        True
+    """
+    return rule_of(target) is _moved
 
 
 def _name(target: Any) -> str:
@@ -182,10 +193,13 @@ def _recurrent(op: Operation) -> list[Fields]:
     weights = op["params"]
     layers = [weights[k : k + size] for k in range(0, len(weights), size)]
     directions = 2 if op["bidirectional"] else 1
-    if len(layers) != op["num_layers"] * directions:  # projections
-        return [op.fix_all()] * 3
+    if len(layers) != op["num_layers"] * directions or 1 in _shape(weights[1]):
+        return [op.fix_all()] * 3  # projections, or a single unit
     inputs = op.fields(op["input"])
     first = _along(op.fields(weights[1]), 1)[0]
+    for state in op["hx"] if isinstance(op["hx"], list | tuple) else [op["hx"]]:
+        for labels in op.labels.fix_along(op.fields(state), range(len(_shape(state)) - 1)):
+            op.labels.unite(labels.flatten(), first)
     for k in range(0, len(layers), directions):
         for own in layers[k : k + directions]:
             hidden = _along(op.fields(own[1]), 1)[0]
@@ -262,6 +276,13 @@ def _over_dimension(op: Operation) -> Fields:
     return op.labels.fix_along(op.fields(op["self"]), [op["dim"] % len(_shape(op["self"]))])
 
 
+def _extreme(op: Operation) -> Any:
+    """The greater of two tensors; the greatest entry of one; or it and its index in a dimension."""
+    if "other" in op.arguments:
+        return _each_entry(op)
+    return [_reduction(op)] * 2 if "dim" in op.arguments else _reduction(op)
+
+
 def _reduction(op: Operation) -> Fields:
     dims, given = len(_shape(op["self"])), op.arguments.get("dim")
     over = [given] if isinstance(given, int) else given or range(dims)
@@ -270,7 +291,7 @@ def _reduction(op: Operation) -> Fields:
     if op.name == "sum":  # units of zeros add nothing
         fields = [labels for labels in fields if not varying(labels) <= {*over}]
     left = op.labels.fix_along(fields, over)
-    if len(_shape(op.node)) == dims:
+    if op.arguments.get("keepdim"):
         return left
     kept = [dim for dim in range(dims) if dim not in over]
     return [labels.reshape([labels.shape[dim] for dim in kept]) for labels in left]
@@ -303,8 +324,19 @@ def _moved(op: Operation) -> Any:
             op.labels.fix_along(field, [max(varying(field[0]))])
         moved.append(field)
     if any(moved) and isinstance(next(filter(None, moved))[0], list):
-        return [[f for part in parts for f in part] for parts in zip(*moved, strict=True)]
-    return [field for each in moved for field in each]
+        return [_apart(op, parts) for parts in zip(*moved, strict=True)]
+    return _apart(op, moved)
+
+
+def _apart(op: Operation, moved: Sequence[Fields]) -> Fields:
+    """Return fields, but for those that have come to vary along the same dimension as another."""
+    kept: Fields = []
+    for field in chain.from_iterable(moved):
+        if any(varying(field) & varying(other) for other in kept):
+            op.labels.fix(field)
+        else:
+            kept.append(field)
+    return kept
 
 
 def _joined(op: Operation) -> Fields:
@@ -355,6 +387,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
     **dict.fromkeys(("softmax", "log_softmax", "cumsum"), _over_dimension),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std"), _reduction),
+    **dict.fromkeys(("max", "min"), _extreme),
     **dict.fromkeys(
         ("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "expand_as", "flatten",
          "unflatten", "squeeze", "unsqueeze",

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fitsmall.compressors.torch_internals import tensors_in
+from fitsmall.compressors.torch_internals import map_tensors, tensors_in
 from fitsmall.compressors.units.labels import FIXED, Fields, Labels
-from fitsmall.compressors.units.rules import Operation, rule_of
+from fitsmall.compressors.units.rules import Operation, only_moves, rule_of
 
 __all__ = ["Unit", "Units", "outputs_of", "units_of"]
 
@@ -95,6 +95,8 @@ class _Outputs(nn.Module):
 def outputs_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Return the outputs of a network in evaluation mode."""
     with _evaluating(module), torch.no_grad():
+        # A forward may change its inputs in place.
+        args, kwargs = map_tensors(Tensor.clone, (tuple(args), dict(kwargs)))
         outputs: list[Tensor] = _Outputs(module)(*args, **kwargs)
     return outputs
 
@@ -123,6 +125,8 @@ class _Tracer:
         self.unknown: dict[str, int] = {}
         # Labels of the tensors of the network by name and dimension; tied ones have one name.
         self.tensors: dict[tuple[str, int], Tensor] = {}
+        # Labels that an operation does more with than move them.
+        self.read: Fields = []
         held: dict[str, Tensor] = {
             **dict(module.named_parameters(remove_duplicate=False)),
             **dict(module.named_buffers(remove_duplicate=False)),
@@ -166,6 +170,8 @@ class _Tracer:
         if not any(inputs):
             return []
         rule = rule_of(node.target)
+        if not only_moves(node.target):
+            self.read += [labels for each in inputs for labels in each]
         if rule is not None:
             return rule(Operation(node, self.labels, fields))
         name = str(node.target)
@@ -177,12 +183,16 @@ class _Tracer:
     def units(self) -> Units:
         """Return the sets of labels that are not fixed, as indices of tensors."""
         roots = self.labels.roots()
+        # Longer inputs may read what these do not, as later positions of a table.
+        read = torch.zeros(len(roots) + 1, dtype=torch.bool)
+        for labels in self.read:
+            read[roots[labels[labels >= 0]]] = True
         slices: dict[int, dict[tuple[str, int], Tensor]] = {}
         for place, labels in self.tensors.items():
             own, order = roots[labels].sort(stable=True)
             found, counts = own.unique_consecutive(return_counts=True)
             for root, index in zip(found.tolist(), order.split(counts.tolist()), strict=True):
-                if root != FIXED:
+                if root != FIXED and read[root]:
                     slices.setdefault(root, {})[place] = index
         groups: dict[Any, list[Unit]] = {}
         for unit in slices.values():
