@@ -72,6 +72,8 @@ def repair(
     try:
         with _evaluating(module):
             work.run()
+        for layer in work.attached:
+            layer.get_submodule(QUANTIZER).train(layer.training)
     except BaseException:
         for layer in work.attached:
             detach_quantizer(layer)
