@@ -222,10 +222,18 @@ def test_outputs_of_labels_and_symbols_are_logits() -> None:
         assert [(tensor is output, logits) for tensor, logits in found] == [(True, expected)]
 
 
-def test_tuning_brings_the_whole_closer_and_keeps_what_is_shared() -> None:
+class Masked(nn.Linear):
+    """Logits, of which one is impossible."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).masked_fill(torch.arange(self.out_features) == 0, -torch.inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tuning_brings_the_whole_closer_and_keeps_what_is_shared(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    whole = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.LayerNorm(32), nn.Linear(32, 4))
-    inputs, labels = torch.randn(256, 6), torch.randint(4, (256,))
+    whole = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.LayerNorm(32), Masked(32, 5)).to(dtype)
+    inputs, labels = torch.randn(256, 6, dtype=dtype), torch.randint(4, (256,))
     batches = batches_of(zip(inputs.split(64), labels.split(64), strict=True), inputs.device)
     fitted = copy.deepcopy(whole)
     with pytest.warns(UserWarning, match="nothing makes up"):
@@ -329,8 +337,10 @@ def test_bad_data_are_refused_and_leave_the_module_as_it_is() -> None:
 
 
 def test_quantization_after_training_in_one_call(tmp_path: Path) -> None:
-    whole, quantized = net(), net()
+    whole, quantized = net(), net().train()
     compress(quantized, Quantize(8), data=[images()], activation_bits=8)
+    assert all(layer.training for layer in quantized.modules())
+    quantized.eval()
     assert int(quantized.conv2.input_quantizer.bits) == 8
     assert 0 < error(whole, quantized, images()) < 1e-3
     save(tmp_path / "net", quantized.state_dict())

@@ -100,6 +100,7 @@ def _drawn(output: Tensor, logits: int | None, generator: torch.Generator) -> Te
     noise = torch.rand(output.shape, generator=generator).to(output.device)
     if logits is None:
         signs = (noise < 0.5).to(output.dtype) * 2 - 1
+        output = output.masked_fill(output.isinf(), 0)
         norm: Tensor = torch.linalg.vector_norm(output).clamp_min(_TINY)
         return signs / norm
     gumbel = -(-noise.clamp_min(_TINY).log()).clamp_min(_TINY).log()

@@ -26,7 +26,7 @@ def divergence(outputs: Sequence[Tensor], others: Sequence[tuple[Tensor, int | N
     """Return how far outputs are from others.
 
     For logits it is the mean Kullback-Leibler divergence in nats; for others the squared error as a
-    fraction of the squares.
+    fraction of the squares. Where others are infinite, as masked logits, nothing counts.
 
     Args:
         outputs: Outputs.
@@ -40,11 +40,15 @@ def divergence(outputs: Sequence[Tensor], others: Sequence[tuple[Tensor, int | N
     """
     terms = []
     for output, (other, logits) in zip(outputs, others, strict=True):
+        output, other = _exact(output), _exact(other)
+        infinite = other.isinf()
         if logits is None:
-            terms.append((output - other).square().sum() / other.square().sum().clamp_min(_TINY))
+            squares = (output - other).square().masked_fill(infinite, 0).sum()
+            norm = other.masked_fill(infinite, 0).square().sum().clamp_min(_TINY)
+            terms.append(squares / norm)
         else:
             p, q = other.log_softmax(logits), output.log_softmax(logits)
-            terms.append((p.exp() * (p - q)).sum(logits).mean())
+            terms.append((p.exp() * (p - q)).masked_fill(infinite, 0).sum(logits).mean())
     return torch.stack(terms).sum()
 
 
@@ -64,15 +68,16 @@ def tune(
         shared: Parameters by name whose equal numbers stay equal, and zeros zero.
         batches: Data.
     """
-    numbers = {name: parameter.detach().clone() for name, parameter in free.items()}
+    numbers = {name: _exact(parameter.detach().clone()) for name, parameter in free.items()}
     places: dict[str, Tensor] = {}
     for name, parameter in shared.items():
-        numbers[name], places[name] = parameter.detach().unique(return_inverse=True)
+        numbers[name], places[name] = _exact(parameter.detach()).unique(return_inverse=True)
     if not numbers:
         return
     fixed = {name: numbers[name] == 0 for name in shared}
     # Each place of a parameter once: a layer with two names would not get its parameters back.
     names: dict[Tensor, str] = {p: name for name, p in {**free, **shared}.items()}
+    dtypes = {name: parameter.dtype for parameter, name in names.items()}
     held = {
         place: names[parameter]
         for path, layer in module.named_modules()
@@ -91,7 +96,7 @@ def tune(
             expected = compared(original, batch, batch.call(original))
         found = torch.func.functional_call(
             module,
-            {place: values[name] for place, name in held.items()},
+            {place: values[name].to(dtypes[name]) for place, name in held.items()},
             *batch.copied(),
             tie_weights=False,
         )
@@ -151,6 +156,11 @@ def _total(
     values: dict[str, Tensor],
 ) -> float:
     return sum(float(e) for batch in batches if (e := error(batch, values)) is not None)
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """Return numbers of half precision in single precision."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
 def _rms(tensor: Tensor) -> Tensor:
