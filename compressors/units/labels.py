@@ -96,7 +96,7 @@ class Labels:
             tensor([ 0,  1, -1,  1, -1])
         """
         pairs = torch.cat(self._pairs, 1)
-        roots, found = torch.empty(0), torch.arange(self._count)
+        roots, found = torch.empty(0).long(), torch.arange(self._count)
         while not torch.equal(roots, found):
             roots = found
             ends = roots[pairs]

@@ -306,7 +306,7 @@ def _moved(op: Operation) -> Any:
     for labels in op.fields(value):
         whole = labels.expand(_shape(value)).contiguous()
         if op.name in ("pad", "constant_pad_nd"):
-            found = torch.constant_pad_nd(whole, others[0], FIXED)
+            found = _padded(labels, others[0])
         elif op.name in ("view_as", "reshape_as", "expand_as"):
             found = (
                 whole.expand(_shape(op.node))
@@ -326,6 +326,12 @@ def _moved(op: Operation) -> Any:
     if any(moved) and isinstance(next(filter(None, moved))[0], list):
         return [_apart(op, parts) for parts in zip(*moved, strict=True)]
     return _apart(op, moved)
+
+
+def _padded(labels: Tensor, padding: Sequence[int]) -> Tensor:
+    """Return a field with fixed entries around it; where it does not vary, it stays as it is."""
+    sizes = [n if labels.shape[-1 - k // 2] > 1 else 0 for k, n in enumerate(padding)]
+    return torch.constant_pad_nd(labels, sizes, FIXED)
 
 
 def _apart(op: Operation, moved: Sequence[Fields]) -> Fields:
