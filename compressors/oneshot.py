@@ -22,7 +22,6 @@ from fitsmall.compressors.surgery.kinds import surgeries
 from fitsmall.compressors.surgery.legacy import with_marks
 from fitsmall.compressors.surgery.protocol import Layout, Surgery, TensorSpec, layout_of
 from fitsmall.compressors.torch_internals import require
-from fitsmall.compressors.weights import detach_computed_
 
 __all__ = ["compress", "restore"]
 
@@ -69,7 +68,8 @@ def compress(
     Raises:
         ValueError: A pattern matches nothing, a weight or its inputs hold NaN, the module cannot
             take the data, or inputs are to be rounded without data.
-        TypeError: The plan is neither a projection nor a mapping, or the data are no batches.
+        TypeError: The plan is neither a projection nor a mapping, the data are no batches, or the
+            module cannot be copied.
 
     Example:
         >>> from fitsmall.compressors import TopK
@@ -103,7 +103,6 @@ def compress(
     if data is not None:
         device = next(iter(chosen.values())).device
         batches = batches_of(data, device)
-        detach_computed_(module)
         codes, reasons = repair(
             module, chosen, projections, selection.forms, batches, activation_bits
         )

@@ -29,6 +29,7 @@ __all__ = [
     "matrices_of",
     "no_weight",
     "owner",
+    "twin_of",
 ]
 
 # Layers whose weights have output channels as their second dimension.
@@ -253,6 +254,22 @@ def detach_computed_(module: nn.Module) -> None:
         for name, value in vars(layer).items():
             if isinstance(value, Tensor) and not value.is_leaf:
                 vars(layer)[name] = value.detach()
+
+
+def twin_of(module: nn.Module) -> nn.Module:
+    """Return a copy of a module, parameters and all.
+
+    Raises:
+        TypeError: It holds what cannot be copied.
+    """
+    detach_computed_(module)
+    try:
+        return deepcopy(module)
+    except Exception as error:
+        raise TypeError(
+            f"{type(module).__name__} cannot be copied, and its outputs are compared with those of "
+            f"a copy: {error}. Take what cannot be copied, such as locks, out of it"
+        ) from error
 
 
 def conv1d_class(layer: nn.Module) -> type[nn.Module] | None:

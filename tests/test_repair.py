@@ -1,6 +1,7 @@
 """Repair: one-shot compression that is fitted to data, and a word on what cannot be fitted."""
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -331,6 +332,10 @@ def test_bad_data_are_refused_and_leave_the_module_as_it_is() -> None:
             compress(module, Quantize(8), data=data, activation_bits=8)
     with pytest.raises(ValueError, match="activation_bits needs data"):
         compress(module, Quantize(8), activation_bits=8)
+    locked = nn.Linear(2, 2)
+    locked.lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"Linear cannot be copied, .* lock"):
+        compress(locked, Quantize(8), data=[torch.ones(1, 2)])
     assert module.state_dict().keys() == before.keys()
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, before[name])

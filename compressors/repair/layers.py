@@ -30,7 +30,7 @@ from fitsmall.compressors.surgery.quantizers import (
     detach_quantizer,
     takes_quantizer,
 )
-from fitsmall.compressors.weights import BIAS_OR_NORM, Matrices, no_weight
+from fitsmall.compressors.weights import BIAS_OR_NORM, Matrices, no_weight, twin_of
 
 __all__ = ["repair"]
 
@@ -96,7 +96,7 @@ class _Repair:
     ) -> None:
         self.module, self.batches = module, batches
         self.projections, self.forms = projections, forms
-        self.original = copy.deepcopy(module).eval()
+        self.original = twin_of(module).eval()
         self.weights = {name: weights[name] for name in projections}
         self.names: dict[Tensor, str] = {weight: name for name, weight in self.weights.items()}
         self.bits = activation_bits

@@ -1,6 +1,5 @@
 """Removal: units leave a network, which computes what it would with zeros in their place."""
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fitsmall.compressors.units.tracer import Unit, outputs_of
-from fitsmall.compressors.weights import detach_computed_, is_conv1d
+from fitsmall.compressors.weights import is_conv1d, twin_of
 
 __all__ = ["remove"]
 
@@ -43,6 +42,7 @@ def remove(
 
     Raises:
         ValueError: The network without the units cannot run, or has other outputs. It is as it was.
+        TypeError: The network cannot be copied.
 
     Example:
         >>> from fitsmall.compressors.units import units_of
@@ -57,7 +57,6 @@ def remove(
         )
     """
     units = list(units)
-    detach_computed_(module)
     kept = _kept(module, units)
     expected = outputs_of(_masked(module, units, []), args, kwargs or {})
     if not all(output.isfinite().all() for output in expected):
@@ -65,7 +64,7 @@ def remove(
         expected = outputs_of(_masked(module, units, [0]), args, kwargs or {})
     problem = ""
     for attributes in _attempts(module, kept, units):
-        small = copy.deepcopy(module)
+        small = twin_of(module)
         _slice(small, kept, [])
         _set(small, attributes)
         try:
@@ -110,7 +109,7 @@ def _kept(module: nn.Module, units: Iterable[Unit]) -> dict[tuple[str, int], Ten
 
 def _masked(module: nn.Module, units: Iterable[Unit], without: Sequence[int]) -> nn.Module:
     """Return a copy with zeros in place of units, but for slices along some dimensions."""
-    masked = copy.deepcopy(module)
+    masked = twin_of(module)
     for unit in units:
         for (name, dim), index in unit.slices.items():
             if dim not in without:
