@@ -248,7 +248,8 @@ def test_layers_learn_their_sizes_where_others_hold_their_weights() -> None:
     reader = Reader()
     groups = units_of(reader, [text()]).groups
     factored = torch.optim.Adafactor(reader.parameters())  # its state has means of rows and columns
-    reader(text()).sum().backward()
+    loss = reader(text()).sum()
+    loss.backward()
     factored.step()
     remove(reader, groups[0][:2], [text()], optimizers=[factored])
     reader(text()).sum().backward()

@@ -133,7 +133,12 @@ def _slice(
                 if value.shape[dim] == tensor.shape[dim]:  # others are means along it
                     optimizer.state[tensor][key] = value.index_select(dim, index)
         gradient, tensor.grad = tensor.grad, None
-        tensor.data = tensor.data.index_select(dim, index)
+        data = tensor.data.index_select(dim, index)
+        # The type changes for a moment, so that autograd forgets the shape: it remembers it while a
+        # graph of an earlier step is alive, as that of the loss in a plain loop.
+        other = torch.float32 if data.dtype == torch.float16 else torch.float16
+        tensor.data = data.new_empty(0, dtype=other)
+        tensor.data = data
         if gradient is not None:
             tensor.grad = gradient.index_select(dim, index)
     for layer in module.modules():
