@@ -351,6 +351,8 @@ def test_quantization_after_training_in_one_call(tmp_path: Path) -> None:
     save(tmp_path / "net", quantized.state_dict())
     restored = restore(Net(), tmp_path / "net").eval()
     assert torch.equal(restored(images()), quantized(images()))
+    with pytest.warns(UserWarning, match=r"weight_hh_l0 \(no product .*, and inputs are not round"):
+        compress(nn.LSTM(4, 4), Quantize(8), data=[torch.randn(5, 3, 4)], activation_bits=8)
     # Fewer bits cut off outliers.
     outliers = torch.cat([torch.rand(1, 1000), torch.full((1, 1), 20.0)], 1)
     quantizer = attach_quantizer(nn.Linear(1, 1), 3)

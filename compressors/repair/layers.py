@@ -113,7 +113,8 @@ class _Repair:
         )
         for name, weight in self.weights.items():
             if weight not in uses:
-                self.reasons[name] = _UNSEEN
+                rounded = "" if self.bits is None else ", and inputs are not rounded"
+                self.reasons[name] = _UNSEEN + rounded
                 self._project(name)
         for tensor, use in uses.items():
             if tensor in self.names:
