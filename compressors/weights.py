@@ -213,11 +213,11 @@ def _normed_axis(module: nn.Module, name: str) -> int | None:
     of ``v`` and entry of ``g``.
     """
     path, _, last = name.rpartition(".")
-    beside = dict(module.get_submodule(path).named_parameters(recurse=False))
+    siblings = dict(module.get_submodule(path).named_parameters(recurse=False))
     for own, other in (("original1", "original0"), ("_v", "_g")):
-        factors = beside.get(last.removesuffix(own) + other) if last.endswith(own) else None
-        if factors is not None and factors.dim() == beside[last].dim():
-            sizes = zip(factors.shape, beside[last].shape, strict=True)
+        factors = siblings.get(last.removesuffix(own) + other) if last.endswith(own) else None
+        if factors is not None and factors.dim() == siblings[last].dim():
+            sizes = zip(factors.shape, siblings[last].shape, strict=True)
             return next(
                 (k for k, (n, size) in enumerate(sizes) if n == size == factors.numel()), None
             )
