@@ -35,7 +35,7 @@ from fitsmall.compressors.codes.lattice import lattice, spread
 from fitsmall.compressors.file.coding import CODERS, Streams
 from fitsmall.compressors.file.schema import DTYPES, Entry
 from fitsmall.compressors.file.writer import estimate
-from fitsmall.experiments.benchmarks.fuzz_file import forge
+from fitsmall.experiments.benchmarks.forged_files import forge
 
 GENERATOR = torch.Generator().manual_seed(0)
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -19,8 +19,7 @@ from torch import Tensor
 from fitsmall.compressors import Code, Dense, Factors, Sum, exact, load, same_bits, save
 from fitsmall.compressors.file.coding import CODERS
 from fitsmall.compressors.file.schema import Entry
-from fitsmall.experiments.benchmarks.fuzz_file import (
-    accepts,
+from fitsmall.experiments.benchmarks.forged_files import (
     forge,
     greedy,
     mutate,
@@ -28,6 +27,7 @@ from fitsmall.experiments.benchmarks.fuzz_file import (
     seeds,
     take_apart,
 )
+from fitsmall.experiments.benchmarks.fuzz_file import accepts
 
 VERSIONS = (1, 2, 3)
 GOLDEN = Path(__file__).with_name("golden")

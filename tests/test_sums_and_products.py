@@ -36,7 +36,7 @@ from fitsmall.compressors.file.coding import CODERS
 from fitsmall.compressors.file.reader import entries
 from fitsmall.compressors.file.schema import MAX_DEPTH, Entry
 from fitsmall.compressors.file.writer import estimate
-from fitsmall.experiments.benchmarks.fuzz_file import forge
+from fitsmall.experiments.benchmarks.forged_files import forge
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
