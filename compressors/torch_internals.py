@@ -4,7 +4,8 @@
 of an AttributeError during training.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pkgutil import resolve_name
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ __all__ = [
     "PRIVATE",
     "TESTED",
     "Private",
+    "evaluating",
     "has_forward_pre_hook",
     "has_vnni",
     "in_backward",
@@ -179,6 +181,27 @@ def has_vnni() -> bool:
 
 
 # Nested inputs and outputs.
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A context in which a module and all modules in it are in evaluation mode.
+
+    Example:
+        >>> layer = nn.Dropout()
+        >>> with evaluating(layer):
+        ...     layer.training
+        False
+        >>> layer.training
+        True
+    """
+    modes = {layer: layer.training for layer in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for layer, training in modes.items():
+            layer.training = training
 
 
 def opened(function: Callable[..., Any]) -> Callable[..., Any]:

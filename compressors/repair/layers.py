@@ -9,8 +9,8 @@ its input. At the end, what is not pruned and on no grid is tuned for the output
 """
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from fitsmall.compressors.surgery.quantizers import (
     detach_quantizer,
     takes_quantizer,
 )
+from fitsmall.compressors.torch_internals import evaluating
 from fitsmall.compressors.weights import BIAS_OR_NORM, Matrices, no_weight, twin_of
 
 __all__ = ["repair"]
@@ -70,7 +71,7 @@ def repair(
     before = copy.deepcopy(module.state_dict())
     work = _Repair(module, weights, projections, forms, batches, activation_bits)
     try:
-        with _evaluating(module):
+        with evaluating(module):
             work.run()
         for layer in work.attached:
             layer.get_submodule(QUANTIZER).train(layer.training)
@@ -298,15 +299,3 @@ class _Use:
 
 class _Reached(BaseException):
     """Ends a forward pass; no module catches it by mistake."""
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Put all modules into evaluation mode for a while."""
-    modes = {layer: layer.training for layer in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for layer, training in modes.items():
-            layer.training = training

@@ -8,15 +8,14 @@ label, and each operation says which labels are the same
 """
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fitsmall.compressors.torch_internals import map_tensors, tensors_in
+from fitsmall.compressors.torch_internals import evaluating, map_tensors, tensors_in
 from fitsmall.compressors.units.labels import FIXED, Fields, Labels
 from fitsmall.compressors.units.rules import Operation, only_moves, rule_of
 
@@ -69,7 +68,7 @@ def units_of(
     """
     traced = _Outputs(module)
     try:
-        with _evaluating(traced), torch.no_grad():
+        with evaluating(traced), torch.no_grad():
             exported = torch.export.export(traced, tuple(args), dict(kwargs or {}), strict=False)
     except Exception as error:
         line = str(error).strip().split("\n")[0]
@@ -94,22 +93,11 @@ class _Outputs(nn.Module):
 
 def outputs_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Return the outputs of a network in evaluation mode."""
-    with _evaluating(module), torch.no_grad():
+    with evaluating(module), torch.no_grad():
         # A forward may change its inputs in place.
         args, kwargs = map_tensors(Tensor.clone, (tuple(args), dict(kwargs)))
         outputs: list[Tensor] = _Outputs(module)(*args, **kwargs)
     return outputs
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = [layer for layer in module.modules() if layer.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for layer in training:
-            layer.training = True
 
 
 class _Tracer:
