@@ -194,7 +194,12 @@ def test_a_network_without_units_is_the_one_with_zeros(case: str) -> None:
     expected = masked(module, units)(batch)
     parameters = [*module.parameters()]
     before = sum(parameter.numel() for parameter in parameters)
-    remove(module, units, [batch])
+    other = copy.deepcopy(module)
+    cut = remove(module, units, [batch])
+    cut.apply(other)
+    assert torch.equal(other(batch), module(batch))
+    with pytest.raises(ValueError, match="the cut is of another network, or has been applied"):
+        cut.apply(other)
     torch.testing.assert_close(module(batch), expected, rtol=1e-4, atol=1e-5)
     assert all(a is b for a, b in zip(parameters, module.parameters(), strict=True))
     assert sum(parameter.numel() for parameter in parameters) < 0.7 * before
