@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fitsmall.compressors.torch_internals import evaluating, map_tensors, tensors_in
+from fitsmall.compressors.units.costs import positions_of
 from fitsmall.compressors.units.labels import FIXED, Fields, Labels
 from fitsmall.compressors.units.rules import Operation, only_moves, rule_of
 
@@ -41,10 +42,12 @@ class Units:
         groups: Units that stand in the same dimensions of the same tensors. A group is the width of
             a layer, or of several that go together.
         unknown: Operations without a rule, and the number of their uses. What they read stays.
+        positions: Number of positions at which the network multiplies by a weight, by its name.
     """
 
     groups: Sequence[Sequence[Unit]]
     unknown: Mapping[str, int]
+    positions: Mapping[str, float]
 
 
 def units_of(
@@ -125,9 +128,12 @@ class _Tracer:
         signature = exported.graph_signature
         targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         fields: dict[Any, Any] = {}
+        weights: dict[Any, str] = {}
         for node in exported.graph.nodes:
             if node.op == "placeholder":
                 found = held.get(targets.get(node.name, ""))
+                if found is not None:
+                    weights[node] = names[id(found)]
                 fields[node] = []
                 if found is not None and found.is_floating_point() and node.users:
                     fields[node] = self._label(names[id(found)], found)
@@ -136,6 +142,7 @@ class _Tracer:
             elif node.op == "output":
                 for each in node.all_input_nodes:
                     self.labels.fix(*fields[each])
+        self.positions = positions_of(exported.graph, weights)
 
     def _label(self, name: str, tensor: Tensor) -> Fields:
         """Return the fields of a parameter or buffer: each dimension has labels of its own."""
@@ -186,4 +193,4 @@ class _Tracer:
         for unit in slices.values():
             kind = tuple((place, len(index)) for place, index in unit.items())
             groups.setdefault(kind, []).append(Unit(unit))
-        return Units([*groups.values()], self.unknown)
+        return Units([*groups.values()], self.unknown, self.positions)
