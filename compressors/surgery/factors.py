@@ -19,6 +19,7 @@ from fitsmall.compressors.surgery.factorable import (
     refusals,
 )
 from fitsmall.compressors.surgery.moments import Successor, transplant_
+from fitsmall.compressors.surgery.narrowing import carry_marks
 from fitsmall.compressors.surgery.protocol import Changed, Layout, Surgery, TensorSpec
 from fitsmall.compressors.surgery.quantizers import detach_quantizer
 from fitsmall.compressors.surgery.saving import warn_of_save_pretrained
@@ -337,6 +338,7 @@ def _along(shapes: Mapping[str, Any], axis: int) -> dict[str, Any]:
 
 def _swap(module: nn.Module, name: str, layer: nn.Module, pair: nn.Module) -> None:
     move_hooks(layer, pair)
+    carry_marks(layer, pair)
     parent, _, child = name.removesuffix(".weight").rpartition(".")
     setattr(module.get_submodule(parent), child, pair)
 

@@ -5,12 +5,13 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from fitsmall.compressors.surgery.factors import Factorization
+from fitsmall.compressors.surgery.narrowing import Narrowing
 from fitsmall.compressors.surgery.protocol import Changed, Layout, Surgery, layout_of
 from fitsmall.compressors.surgery.quantizers import InputQuantizers
 
 __all__ = ["SURGERIES", "changes", "own_tensors", "replay", "surgeries", "to_plain"]
 
-SURGERIES: tuple[type[Surgery], ...] = (Factorization, InputQuantizers)
+SURGERIES: tuple[type[Surgery], ...] = (Narrowing, Factorization, InputQuantizers)
 
 
 def surgeries(layout: Layout) -> list[Surgery]:
