@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from fitsmall.compressors.choices.rank_choice import Options, Rank, ranks_within
 from fitsmall.compressors.export.engines import ENGINES, session
+from fitsmall.compressors.export.latency import median_seconds
 from fitsmall.compressors.export.onnx import write_onnx
 from fitsmall.compressors.projections.lowrank import FORMS, Spectrum, matrix
 from fitsmall.compressors.surgery.factorable import places, unit_costs
 from fitsmall.compressors.surgery.factors import factorize
-from fitsmall.experiments.cli.bench import median_seconds
 from fitsmall.experiments.models.networks import ResNet, ResNet18
 from fitsmall.experiments.models.operations import operation_counter
 

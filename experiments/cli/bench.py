@@ -13,9 +13,8 @@ VmHWM), above the memory of the same engine after it has run a tiny network.
 
 import statistics
 import tempfile
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from multiprocessing import get_context
@@ -29,10 +28,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fitsmall.compressors.export.engines import ENGINES, Run, session
+from fitsmall.compressors.export.latency import median_seconds
 from fitsmall.compressors.export.onnx import unquantized, write_onnx
 from fitsmall.experiments.cli.process_memory import peak_memory, reset_peak_memory
 
-__all__ = ["bench", "median_seconds"]
+__all__ = ["bench"]
 
 EAGER, COMPILED = "eager", "compiled"
 
@@ -118,22 +118,6 @@ def bench(
             *(_speedup(float32.get(engine), seconds) for engine in (row.engine, EAGER)),
         )
     return table
-
-
-def median_seconds(run: Callable[[], object], least: float = 0.2) -> float:
-    """Median duration of a call, after one call that warms caches up.
-
-    Args:
-        run: Function to time.
-        least: Seconds to repeat it for; it is called at least once.
-    """
-    run()
-    seconds: list[float] = []
-    while sum(seconds) < least:
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def _measure(

@@ -1,0 +1,123 @@
+"""Latency: the time of a forward pass in an engine, and its ratio between two networks."""
+
+import inspect
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fitsmall.compressors.export.engines import session
+from fitsmall.compressors.export.onnx import write_onnx
+from fitsmall.compressors.export.tracing import Arguments
+from fitsmall.compressors.naming import lookup
+
+__all__ = ["LATENCY_ENGINES", "LatencyRatio", "forward_of", "latency_ratio", "median_seconds"]
+
+# Engines by the name that settings have, and of those that run a file its name among ENGINES.
+LATENCY_ENGINES: dict[str, str | None] = {
+    "torch": None,
+    "compiled": None,
+    "onnxruntime": "onnxruntime",
+    "openvino": "OpenVINO",
+}
+
+
+class LatencyRatio(NamedTuple):
+    """The latency of a network as a fraction of that of another.
+
+    Args:
+        median: Median over rounds.
+        spread: Half of the distance between the quartiles.
+    """
+
+    median: float
+    spread: float
+
+
+def median_seconds(run: Callable[[], object], least: float = 0.2) -> float:
+    """Median duration of a call, after one call that warms caches up.
+
+    Args:
+        run: Function to time.
+        least: Seconds to repeat it for; it is called at least once.
+    """
+    run()
+    seconds: list[float] = []
+    while sum(seconds) < least:
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def forward_of(
+    engine: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Callable[[], object]:
+    """Return a function that runs a network in an engine, on inputs that stay.
+
+    Args:
+        engine: One of :data:`LATENCY_ENGINES`.
+        module: The network, in evaluation mode; ``"compiled"`` compiles it in place.
+        args: Inputs by position.
+        kwargs: Inputs by name.
+
+    Raises:
+        ImportError: The engine is not installed.
+        ValueError: There is no such engine, or it cannot run the network.
+    """
+    name = lookup("engine", engine, LATENCY_ENGINES)
+    if name is not None:
+        return _session_of(name, module, args, kwargs)
+    if engine == "compiled":
+        module.compile()
+    on_gpu = any(parameter.is_cuda for parameter in module.parameters())
+
+    @torch.inference_mode()
+    def run() -> None:
+        module(*args, **kwargs)
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    return run
+
+
+def _session_of(
+    engine: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Callable[[], object]:
+    """Return a function that runs a module in an engine that reads a file."""
+    examples: Any = tuple(args)
+    if kwargs:
+        examples = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    arguments = Arguments.of(examples)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        write_onnx(module, path, examples)
+        run = session(engine, path, torch.get_num_threads(), names=arguments.names(module))
+    return lambda: run(arguments.tensors)
+
+
+def latency_ratio(
+    one: Callable[[], object], other: Callable[[], object], rounds: int = 9, least: float = 0.05
+) -> LatencyRatio:
+    """Return the latency of one network as a fraction of that of the other.
+
+    They take turns, so that a busy machine slows both alike.
+
+    Args:
+        one: Function that runs the network.
+        other: Function that runs the other one.
+        rounds: Number of turns.
+        least: Seconds of each turn.
+    """
+    ratios = []
+    for number in range(rounds):
+        pair = (one, other) if number % 2 else (other, one)
+        seconds = {run: median_seconds(run, least) for run in pair}
+        ratios.append(seconds[one] / seconds[other])
+    low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+    return LatencyRatio(middle, (high - low) / 2)
