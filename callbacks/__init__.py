@@ -13,6 +13,7 @@ from fitsmall.callbacks.monitor import CompressionMonitor
 from fitsmall.callbacks.pareto import ParetoCheckpoint
 from fitsmall.callbacks.random_state import RandomState
 from fitsmall.callbacks.stages import (
+    ChannelPruning,
     GradualPruning,
     LearningCompression,
     QuantizationAwareTraining,
@@ -24,6 +25,7 @@ from fitsmall.compressors.training import Plan
 __all__ = [
     "EMA",
     "AccuracyGuard",
+    "ChannelPruning",
     "CompressedCheckpoint",
     "CompressionMonitor",
     "EarlyStoppingOnceCompressed",

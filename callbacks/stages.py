@@ -4,12 +4,17 @@ from fitsmall.callbacks.driver import StageCallback
 from fitsmall.compressors import training
 
 __all__ = [
+    "ChannelPruning",
     "GradualPruning",
     "LearningCompression",
     "QuantizationAwareTraining",
     "RankLearning",
     "WeightSharing",
 ]
+
+
+class ChannelPruning(StageCallback, training.ChannelPruning):
+    __doc__ = training.ChannelPruning.__doc__
 
 
 class GradualPruning(StageCallback, training.GradualPruning):

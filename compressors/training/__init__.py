@@ -1,6 +1,7 @@
 """Compression during training, for any loop: pure torch, without Lightning."""
 
 from fitsmall.compressors.training.clock import Clock, Window
+from fitsmall.compressors.training.methods.channels import ChannelPruning
 from fitsmall.compressors.training.methods.proximal import LearningCompression, Proximal
 from fitsmall.compressors.training.methods.pruning import GradualPruning
 from fitsmall.compressors.training.methods.quantization import QuantizationAwareTraining
@@ -10,6 +11,7 @@ from fitsmall.compressors.training.plan import Plan
 from fitsmall.compressors.training.stage import Stage
 
 __all__ = [
+    "ChannelPruning",
     "Clock",
     "GradualPruning",
     "LearningCompression",

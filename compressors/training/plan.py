@@ -265,6 +265,9 @@ class Plan:
             raise ValueError("call plan.open() at the start of every batch")
         self._stepping, self._scaled = True, scaler is not None
         self._join()
+        settled = [stage.settle() for stage in self.stages]
+        if any(settled):
+            self.reselect()
         if self._scaled and not all_finite(optimizer):
             for stage in self.stages:
                 stage.discard(self.chains.parameters(optimizer))

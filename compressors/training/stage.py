@@ -198,6 +198,14 @@ class Stage(ABC):
     def prepare_step(self) -> None:
         """Prepare for the forward passes of a step."""
 
+    def settle(self) -> bool:
+        """Decide what depends on the first forward passes, before an update.
+
+        Returns:
+            Whether the selection of parameters changed.
+        """
+        return False
+
     @property
     def needs_gradients(self) -> bool:
         """Whether :meth:`observe` is called before every update."""

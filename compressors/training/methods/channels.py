@@ -1,0 +1,425 @@
+"""Channel pruning: channels, heads and hidden units leave the network in the middle of training."""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fitsmall.compressors.choices.schedules import Exponential, Schedule
+from fitsmall.compressors.choices.width_choice import WidthCosts, choose_units
+from fitsmall.compressors.export.latency import LATENCY_ENGINES
+from fitsmall.compressors.naming import lookup
+from fitsmall.compressors.select import Selection, match, select
+from fitsmall.compressors.surgery.narrowing import Narrowing
+from fitsmall.compressors.surgery.protocol import Surgery
+from fitsmall.compressors.training.messages import inform
+from fitsmall.compressors.training.methods.latency_target import LatencyTarget
+from fitsmall.compressors.training.methods.network_calls import NetworkCalls
+from fitsmall.compressors.training.methods.network_units import NetworkUnits
+from fitsmall.compressors.training.stage import Stage
+
+__all__ = ["ChannelPruning"]
+
+# Number of gradients that are observed between two choices.
+_SAMPLES = 10
+
+
+class ChannelPruning(Stage):
+    r"""Remove channels, heads and hidden units during training, so that the network is narrower.
+
+    A *unit* is all that goes together: a channel's kernel, its bias, its norm, and the weights of
+    all layers that read it; see :mod:`fitsmall.compressors.units`. From ``start`` to ``stop`` units
+    are chosen again every so often, those that matter least for the cost that they save, and the
+    weights ``w_u`` of chosen units are pulled to zero, more and more strongly,
+
+        w_u <- (1 - rho) w_u,
+
+    which is the proximal step of ``mu / 2 ||w_u||^2`` with ``rho = eta mu / (1 + eta mu)``. A unit
+    that matters again by the next choice is let go. At ``stop`` the chosen units are zero, and
+    leave the network: tensors, gradients and the optimizer's state lose their slices, and training
+    continues with a narrower network, which is faster on any engine.
+
+    The units are found in the first step, by tracing the module that is called there. List the
+    stage before other methods; those that begin at its ``stop`` or later act on what is left.
+
+    Args:
+        keep_flops: Budget: fraction of the multiply-adds of all products with weights.
+        keep_size: Budget: fraction of the module's parameters.
+        keep_latency: Budget: fraction of the time that a forward pass takes, measured on this
+            machine with torch's number of threads, on two examples of the first batch.
+        engine: Engine in which ``keep_latency`` is measured: ``"torch"``, ``"compiled"``,
+            ``"onnxruntime"`` or ``"openvino"``.
+        criterion: How much a unit matters. ``"taylor"``: ``E[(sum of w g)^2]`` over its weights,
+            the squared slope of the loss along the unit's scale (Molchanov et al., 2019);
+            ``"hessian"``: ``E[sum of (w g)^2]``; ``"magnitude"``: ``sum of w^2``, as a fraction of
+            the mean of its group.
+        schedule: Strength ``rho`` of the pull as a function of progress towards the next cut.
+        round_to: Widths become multiples of this number of channels, which an engine may prefer.
+        cuts: Number of times that units leave, at equal distances from ``start`` to ``stop``.
+            Training itself becomes faster with the first one.
+        start: Fraction of training at which the pull begins.
+        stop: Fraction of training at which the last units leave.
+        start_step: The same in optimizer steps, instead of ``start``.
+        stop_step: The same in optimizer steps, instead of ``stop``.
+        every: Steps between choices; by default the window has 20.
+        include: Patterns of parameter names that replace the default, all weights. A unit can leave
+            only if all weights that it stands in are selected.
+        exclude: Patterns of parameter names to leave out.
+        overrides: Fractions of units to keep, by pattern of the names of weights in which they
+            stand, whatever the budget says.
+
+    Example:
+        >>> from torch import nn
+        >>> from fitsmall.compressors.training import Plan
+        >>> net = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
+        >>> print(Plan([ChannelPruning(keep_flops=0.5)], net, horizon=1000))
+        Compression plan of 7,510 parameters
+          ChannelPruning: widths within 0.5 of the flops (taylor), proximal, steps 0 to 500
+            acts on 98.5 %:
+              0.weight  6,400  85.2 %
+              2.weight  1,000  13.3 %
+          left out (a bias or a norm): 0.bias, 2.bias; 1.5 %, 440 bytes
+    """
+
+    order = -2
+    num_updates = 20
+    followed = frozenset(
+        {"keep_flops", "keep_size", "keep_latency", "engine", "criterion", "schedule", "round_to",
+         "every", "overrides"}
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        keep_flops: float | None = None,
+        keep_size: float | None = None,
+        keep_latency: float | None = None,
+        engine: Literal["torch", "compiled", "onnxruntime", "openvino"] = "torch",
+        criterion: Literal["taylor", "hessian", "magnitude"] = "taylor",
+        schedule: Schedule | None = None,
+        round_to: int = 1,
+        cuts: int = 1,
+        start: float = 0.0,
+        stop: float = 0.5,
+        start_step: int | None = None,
+        stop_step: int | None = None,
+        every: int | None = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+        overrides: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(start, stop, start_step, stop_step, every, include, exclude)
+        budgets = {"keep_flops": keep_flops, "keep_size": keep_size, "keep_latency": keep_latency}
+        given = {name: value for name, value in budgets.items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(
+                "ChannelPruning: give one of keep_flops, keep_size and keep_latency, and got "
+                f"{', '.join(given) or 'none'}; keep_flops=0.5 leaves half of the multiply-adds"
+            )
+        self.overrides = self._overrides(overrides)
+        for name, value in (*given.items(), *self.overrides.items()):
+            if not isinstance(value, int | float) or not 0 < value < 1 + (name in self.overrides):
+                raise ValueError(
+                    f"ChannelPruning: {name} is a fraction of what is kept, in (0, 1), and got "
+                    f"{value!r}"
+                )
+        for setting, number in (("round_to", round_to), ("cuts", cuts)):
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ValueError(f"ChannelPruning: {setting} is at least 1, got {number!r}")
+        ((name, self.keep),) = given.items()
+        self.keep_flops, self.keep_size, self.keep_latency = keep_flops, keep_size, keep_latency
+        self.budget = name.removeprefix("keep_")
+        self.engine, self.criterion = engine, criterion
+        lookup("ChannelPruning: criterion", criterion, _CRITERIA)
+        lookup("ChannelPruning: engine", engine, LATENCY_ENGINES)
+        self.latency = LatencyTarget(self.keep, engine) if keep_latency is not None else None
+        self.round_to, self.cuts = round_to, cuts
+        self.schedule = self._schedule(schedule, Exponential())
+        self.calls = NetworkCalls()
+        self._module = nn.Module()
+        self.reset()
+
+    def reset(self) -> None:
+        self.units: NetworkUnits | None = None  # until the networks have been traced
+        self.finished = 0  # cuts
+        self.totals: dict[str, float] = {}  # cost before training, by kind
+        self.left: dict[str, float] = {}  # fraction of it
+        self.widths: dict[str, list[int]] = {}  # of each group before training, and now
+        self.scores: dict[str, Tensor] = {}
+        self.going: dict[str, Tensor] = {}  # True for each unit that leaves, by group
+        self._step: dict[str, Tensor] = {}  # what the present step adds to the scores
+        self._due = False
+        self.calls.found.clear()
+        if self.latency:
+            self.latency.reset()
+
+    @property
+    def coupling(self) -> str:
+        return "proximal"
+
+    def describe(self) -> str:
+        where = f" in {self.engine}" if self.latency else ""
+        return f"widths within {self.keep:g} of the {self.budget}{where} ({self.criterion})"
+
+    def remarks(self) -> list[str]:
+        found = [f"widths: {self._summary()}"] if self.finished else []
+        if self.units and (reasons := self.units.reasons):
+            found += [f"stay whole: {', '.join(f'{n} ({why})' for n, why in reasons.items())}"]
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        return {f"units/{name}": float(now) for name, (_, now) in self.widths.items()} | self.left
+
+    def strength(self, progress: float) -> float:
+        towards = progress * self.cuts - self.finished
+        return 1.0 if towards >= 1 else self.schedule(max(0.0, towards))
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the last units have left."""
+        return self.finished == self.cuts
+
+    # Units.
+
+    def attach(self, module: nn.Module) -> None:
+        self._module, self.parameters = module, dict(module.named_parameters())
+        weights = select(module, self.include, self.exclude)
+        if self.units is None and not self.is_final:
+            self.selection = weights
+            return
+        held = set() if self.units is None else self.units.places.keys()
+        why = "its width is final" if self.is_final else "none of its units can leave"
+        reasons = {**dict.fromkeys(weights.chosen, why), **weights.skipped}
+        self.selection = Selection(
+            {name: p for name, p in self.parameters.items() if name in held},
+            {name: reason for name, reason in reasons.items() if name not in held},
+        )
+
+    def hook(self) -> None:
+        if not self.is_final and self.units is None:
+            self.calls.hook(self._module)
+
+    def unhook(self) -> None:
+        self.calls.unhook()
+
+    def settle(self) -> bool:
+        if self.is_final or self.units is not None:
+            return False
+        self.calls.unhook()
+        if not self.calls.found:
+            raise ValueError(
+                "ChannelPruning: no module was called in the first step, and there is no network "
+                "to trace: call modules, and not their forward or functions of their weights"
+            )
+        self.units = NetworkUnits(self._module, self.calls.found, self.selection.chosen)
+        first = not self.totals
+        costs = {kind: self.units.cost(self.parameters, kind) for kind in ("flops", "size")}
+        if first:
+            self.totals = {kind: cost.total({}) for kind, cost in costs.items()}
+            self.widths = {name: [len(g.units)] * 2 for name, g in self.units.groups.items()}
+            self._check_budget(self.units, costs)
+        return True
+
+    def _check_budget(self, units: NetworkUnits, costs: Mapping[str, WidthCosts]) -> None:
+        """Refuse networks without units, and a budget that no widths meet."""
+        if not units.groups:
+            reasons = "; ".join(f"{name}: {why}" for name, why in units.reasons.items())
+            raise ValueError(
+                "ChannelPruning: leave the stage out, since no channels, heads or hidden units can "
+                f"leave the network: {reasons or 'it has none'}"
+            )
+        narrowest = self._choose(
+            units, {n: torch.zeros(len(g.units)) for n, g in units.groups.items()}, 0.0
+        )
+        if self.latency:
+            self.latency.check(units, narrowest)
+            return
+        gone = {name: int(mask.sum()) for name, mask in narrowest.items()}
+        least = costs[self.budget].total(gone) / self.totals[self.budget]
+        if least > self.keep:
+            raise ValueError(
+                f"ChannelPruning: keep_{self.budget}={self.keep:g} cannot be reached, since the "
+                f"narrowest network has {least:.3f}: ask for more than that, or act on more layers"
+            )
+
+    # Scores.
+
+    @property
+    def needs_gradients(self) -> bool:
+        return not self.is_final
+
+    def observe(
+        self, name: str, weight: Tensor, gradient: Tensor | None, state: Mapping[str, Any]
+    ) -> None:
+        first, last = self.window
+        between = max(1, (self.every or (last - first) // self.num_updates) // _SAMPLES)
+        if gradient is None or self.units is None or self.clock.steps % between:
+            return
+        entries = _CRITERIA[self.criterion](weight.detach().float(), gradient.float())
+        for group, place in self.units.places.get(name, []):
+            own = self.units.groups[group].sums(place, entries)
+            self._step[group] = self._step[group] + own if group in self._step else own
+
+    def prepare_step(self) -> None:
+        self._count_step()
+
+    def discard(self, names: Collection[str]) -> None:
+        self._step = {}
+
+    def _count_step(self) -> None:
+        """Add what the last step saw to the scores."""
+        for name, own in self._step.items():
+            own = own.square() if self.criterion == "taylor" else own
+            if name in self.scores:
+                self.scores[name].lerp_(own, 1 / _SAMPLES)
+            else:
+                self.scores[name] = own
+        self._step = {}
+
+    # The choice, and the pull.
+
+    def has_choice(self, name: str) -> bool:
+        return bool(self.going)
+
+    def is_ready(self, name: str) -> bool:
+        return bool(self.scores)
+
+    def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
+        self._count_step()
+        units = self.units
+        if units is None or not self.scores.keys() >= units.groups.keys():
+            return  # a group has had no gradients so far
+        scores = {
+            name: own / own.mean().clamp_min(1e-30) if self.criterion == "magnitude" else own
+            for name, own in self.scores.items()
+        }
+        target = 1 - (1 - self.keep) * (self.finished + 1) / self.cuts
+        if self.latency is None:
+            self.going = self._choose(units, scores, target)
+        elif strength == 1 or not self.going:
+            self.going = self.latency.meet(
+                units, target, lambda fraction: self._choose(units, scores, fraction)
+            )
+        else:
+            self.going = self._choose(units, scores, self.latency.fraction)
+        self._due = strength == 1
+
+    def _choose(
+        self, units: NetworkUnits, scores: Mapping[str, Tensor], fraction: float
+    ) -> dict[str, Tensor]:
+        """Return the units that go within a fraction of the cost, or as near to it as can be."""
+        kind = "flops" if self.latency else self.budget
+        costs = units.cost(self.parameters, kind)
+        # As many slices as come to a multiple; a head has several.
+        steps = {n: math.ceil(self.round_to / g.slices) for n, g in units.groups.items()}
+        return choose_units(
+            scores, costs, fraction * self.totals[kind], steps, self._overridden(units)
+        )
+
+    def _overridden(self, units: NetworkUnits) -> dict[str, int]:
+        """Return the number of units that go by the user's word, by group."""
+        found = {}
+        own = match(self.overrides, list(units.places)) if self.overrides else {}
+        for name, group in units.groups.items():
+            keeps = [own[tensor] for tensor, _ in group.places if tensor in own]
+            if keeps and name in self.widths:
+                before, now = self.widths[name]
+                found[name] = max(0, now - max(1, round(before * max(keeps))))
+        return found
+
+    def project_(self, name: str, weight: Tensor, strength: float) -> None:
+        if self.units is None:
+            return
+        for group, (tensor, dim) in self.units.places.get(name, []):
+            mask = self.going.get(group)
+            if mask is not None and mask.any():
+                index = self.units.groups[group].places[tensor, dim][mask].flatten()
+                index = index.to(weight.device)
+                pulled = weight.index_select(dim, index).mul_(1 - strength)
+                weight.index_copy_(dim, index, pulled)
+
+    # The cut.
+
+    @property
+    def replaces_layers(self) -> bool:
+        return True
+
+    def check(self, others: Sequence[Stage]) -> None:
+        if sharded := [n for n, p in self.parameters.items() if isinstance(p, DTensor)]:
+            raise ValueError(
+                f"ChannelPruning: {sharded[0]} is sharded, and each process has only a part of it: "
+                "remove channels in a training on one device or with strategy='ddp', and train the "
+                "narrower network with shards after it"
+            )
+        end = self.window.last
+        for other in others:
+            shared = self.selection.chosen.keys() & other.selection.chosen.keys()
+            if other is not self and shared and other.window.first < end and not self.is_final:
+                raise ValueError(
+                    f"{type(other).__name__} begins at step {other.window.first:,} with "
+                    f"{min(shared)}, which ChannelPruning narrows until step {end:,}: let it begin "
+                    f"then, with start_step={end}, or leave the weight out of one of them"
+                )
+
+    def surgery(self) -> Surgery | None:
+        if not self._due or self.units is None:
+            return None
+        return Narrowing.of(self.units.cut(self.going), self._module)
+
+    def operated(self, complete: Mapping[str, bool]) -> None:
+        assert self.units is not None
+        self.parameters = dict(self._module.named_parameters())
+        for kind, total in self.totals.items():
+            self.left[kind] = self.units.cost(self.parameters, kind).total({}) / total
+        for name, mask in self.going.items():
+            if name in self.widths:
+                self.widths[name][1] -= int(mask.sum())
+        if self.latency:
+            self.latency.operated()
+            self.left["latency"] = self.latency.left
+        left = ", ".join(f"{value:.1%} of the {kind}" for kind, value in self.left.items())
+        inform(
+            f"ChannelPruning: units left at step {self.clock.steps:,}, and {left} remain: "
+            f"{self._summary()}"
+        )
+        self.finished += 1
+        self.units, self._due, self.going, self.scores = None, False, {}, {}
+        self.calls.found.clear()
+
+    def _summary(self) -> str:
+        return ", ".join(f"{n} {a} to {b}" for n, (a, b) in self.widths.items() if a != b)
+
+    # State.
+
+    def choices(self) -> dict[str, Any]:
+        self._count_step()
+        return {
+            "finished": self.finished,
+            "totals": self.totals,
+            "left": self.left,
+            "widths": self.widths,
+            "scores": self.scores,
+            "going": self.going,
+            "latency": self.latency.state_dict() if self.latency else None,
+        }
+
+    def load_choices(self, choices: dict[str, Any], module: nn.Module) -> None:
+        device = next(module.parameters()).device
+        self.finished = choices["finished"]
+        self.totals, self.left = dict(choices["totals"]), dict(choices["left"])
+        self.widths = {name: list(both) for name, both in choices["widths"].items()}
+        self.scores = {name: own.to(device) for name, own in choices["scores"].items()}
+        self.going = {name: mask.cpu() for name, mask in choices["going"].items()}
+        if self.latency and choices["latency"]:
+            self.latency.load_state_dict(choices["latency"])
+        self.units = None
+
+
+# What a weight adds to the score of its unit, by criterion, given its gradient.
+_CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "taylor": lambda weight, gradient: weight * gradient,
+    "hessian": lambda weight, gradient: (weight * gradient).square(),
+    "magnitude": lambda weight, gradient: weight.square(),
+}

@@ -1,0 +1,117 @@
+"""The networks in a module, and example inputs of each: those of its first call in training.
+
+A LightningModule may be the network itself, or hold one, or several, and call them with whatever it
+likes. A *network* is a module that is called while no other one of the module runs.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fitsmall.compressors.torch_internals import in_backward, map_tensors, tensors_in
+
+__all__ = ["Call", "NetworkCalls"]
+
+# Examples of a batch that are kept.
+_EXAMPLES = 2
+
+
+class Call(NamedTuple):
+    """A call of a network.
+
+    Args:
+        network: The network.
+        args: Inputs by position.
+        kwargs: Inputs by name.
+    """
+
+    network: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class NetworkCalls:
+    """Hooks that record the first call of each network in a module, with two examples.
+
+    Attributes:
+        found: The calls by the path of the network.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, Call] = {}
+        self._module = nn.Module()
+        self._handles: list[RemovableHandle] = []
+        self._running: list[nn.Module] = []
+
+    @property
+    def hooked(self) -> bool:
+        """Whether hooks are registered."""
+        return bool(self._handles)
+
+    def hook(self, module: nn.Module) -> None:
+        """Record the calls of networks in a module, until :meth:`unhook`."""
+        self.unhook()
+        self._module, self._running = module, []
+        for path, layer in module.named_modules():
+            recorder = _Recorder(self, path)
+            self._handles += [
+                layer.register_forward_pre_hook(recorder.enter, with_kwargs=True),
+                layer.register_forward_hook(recorder.leave, always_call=True),
+            ]
+
+    def unhook(self) -> None:
+        """Remove the hooks."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def is_redirected(self, layer: nn.Module) -> bool:
+        """Return whether a call of the whole module runs something else than its forward.
+
+        DistributedDataParallel calls a LightningModule, which then runs its training step.
+        """
+        own = vars(layer).get("forward")
+        return (
+            layer is self._module
+            and own is not None
+            and getattr(own, "__func__", None) is not type(layer).forward
+        )
+
+
+class _Recorder:
+    """The two hooks of a module in the tree."""
+
+    def __init__(self, calls: NetworkCalls, path: str) -> None:
+        self.calls, self.path = calls, path
+
+    def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls = self.calls
+        if torch.compiler.is_compiling() or in_backward() or calls.is_redirected(layer):
+            return
+        calls._running.append(layer)
+        if len(calls._running) > 1 or self.path in calls.found:
+            return
+        if next(layer.parameters(), None) is not None:
+            kept_args, kept_kwargs = _examples(args, kwargs)
+            calls.found[self.path] = Call(layer, kept_args, kept_kwargs)
+
+    def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.calls._running and self.calls._running[-1] is layer:
+            self.calls._running.pop()
+
+
+def _examples(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return copies of the inputs; of two examples, where all tensors hold as many examples."""
+    tensors = tensors_in((args, dict(kwargs)))
+    counts = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
+    most = _EXAMPLES if len(counts) == 1 else None
+
+    def kept(tensor: Tensor) -> Tensor:
+        return tensor.detach()[:most].clone() if tensor.dim() else tensor.detach().clone()
+
+    copied: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors(kept, (tuple(args), dict(kwargs)))
+    return copied

@@ -1,0 +1,183 @@
+"""The units of all networks in a module: where each stands, what it costs, and how it leaves."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fitsmall.compressors.choices.width_choice import Term, WidthCosts
+from fitsmall.compressors.training.methods.network_calls import Call
+from fitsmall.compressors.units import Cut, Unit, find_cut, units_of
+
+__all__ = ["NetworkUnits", "Place", "UnitGroup"]
+
+Place = tuple[str, int]
+"""Name of a tensor, and a dimension."""
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Units that stand in the same dimensions of the same tensors.
+
+    Args:
+        network: Path of the network that has them.
+        units: The units, with names of tensors in the network.
+        places: Indices of all units at each place in the module, of shape (units, slices of each).
+    """
+
+    network: str
+    units: Sequence[Unit]
+    places: Mapping[Place, Tensor]
+
+    @classmethod
+    def of(cls, network: str, units: Sequence[Unit]) -> "UnitGroup":
+        """Return the group of units of a network."""
+        places = {
+            (_join(network, name), dim): torch.stack([unit.slices[name, dim] for unit in units])
+            for name, dim in units[0].slices
+        }
+        return cls(network, units, places)
+
+    @property
+    def slices(self) -> int:
+        """Number of slices that a unit has where it has the fewest."""
+        return min(index.shape[1] for index in self.places.values())
+
+    def sums(self, place: Place, tensor: Tensor) -> Tensor:
+        """Return the sum of the entries of each unit at a place.
+
+        Args:
+            place: The place.
+            tensor: Tensor of the shape of the one there.
+
+        Example:
+            >>> group = UnitGroup.of("net", [Unit({("w", 0): torch.tensor([0, 2])})])
+            >>> group.sums(("net.w", 0), torch.tensor([[1.0, 1.0], [5.0, 5.0], [2.0, 3.0]]))
+            tensor([7.])
+        """
+        others = [dim for dim in range(tensor.dim()) if dim != place[1]]
+        along = tensor.sum(others) if others else tensor
+        return along[self.places[place].to(along.device)].sum(1)
+
+
+class NetworkUnits:
+    """The groups of units in a module, found by tracing its networks.
+
+    Args:
+        module: The module.
+        calls: A call of each network, by its path.
+        chosen: Names of the weights that may change. A group is taken if all of its weights may.
+
+    Attributes:
+        groups: The groups by name, that of the first layer which they stand in.
+        reasons: Reasons why other groups are left out, by name.
+    """
+
+    def __init__(
+        self, module: nn.Module, calls: Mapping[str, Call], chosen: Collection[str]
+    ) -> None:
+        self.calls = dict(calls)
+        self.groups: dict[str, UnitGroup] = {}
+        self.reasons: dict[str, str] = {}
+        self._positions: dict[str, float] = {}
+        parameters = dict(module.named_parameters())
+        saved = module.state_dict(keep_vars=True).keys()
+        for path, call in calls.items():
+            found = units_of(call.network, call.args, call.kwargs)
+            for name, count in found.positions.items():
+                full = _join(path, name)
+                self._positions[full] = self._positions.get(full, 0.0) + count
+            for units in found.groups:
+                group = UnitGroup.of(path, units)
+                names = list(dict.fromkeys(name for name, _ in group.places))
+                fixed = [n for n in names if n in parameters and n not in chosen]
+                if matrices := [n for n in fixed if parameters[n].dim() > 1]:
+                    self.reasons[names[0]] = f"{matrices[0]} is left out"
+                elif frozen := [n for n in fixed if not parameters[n].requires_grad]:
+                    self.reasons[names[0]] = f"{frozen[0]} is frozen: requires_grad is False"
+                elif lost := [n for n in names if n not in saved]:
+                    self.reasons[names[0]] = f"{lost[0]} is a buffer that no state dict holds"
+                elif len(units) > 1:
+                    self.groups[self._name_of(names[0])] = group
+        self._share(calls)
+        self.places: dict[str, list[tuple[str, Place]]] = {}
+        for name, group in self.groups.items():
+            for place in group.places:
+                self.places.setdefault(place[0], []).append((name, place))
+
+    def _share(self, calls: Mapping[str, Call]) -> None:
+        """Leave out groups of tensors that a second network has as well."""
+        holders: dict[int, set[str]] = {}
+        for path, call in calls.items():
+            for parameter in call.network.parameters():
+                holders.setdefault(id(parameter), set()).add(path)
+        for name, group in [*self.groups.items()]:
+            held = dict(calls[group.network].network.named_parameters())
+            for tensor, _ in group.units[0].slices:
+                if tensor in held and len(holders[id(held[tensor])]) > 1:
+                    self.reasons[name] = f"{tensor} belongs to two networks"
+                    self.groups.pop(name, None)
+
+    def _name_of(self, tensor: str) -> str:
+        """Return a name for a group that no other one has."""
+        layer = tensor.rpartition(".")[0] or tensor
+        name, number = layer, 1
+        while name in self.groups:
+            number += 1
+            name = f"{layer}#{number}"
+        return name
+
+    def cost(self, parameters: Mapping[str, nn.Parameter], kind: str) -> WidthCosts:
+        """Return the cost of the module as a function of its widths.
+
+        Args:
+            parameters: The module's parameters by name.
+            kind: ``"size"``, the number of parameters, or ``"flops"``, the multiply-adds of
+                products with weights.
+        """
+        members: dict[str, dict[tuple[int, str], int]] = {}
+        for group, own in self.groups.items():
+            for (tensor, dim), index in own.places.items():
+                members.setdefault(tensor, {})[dim, group] = index.shape[1]
+        terms, rest = [], 0.0
+        for name, parameter in parameters.items():
+            cost = self._positions.get(name, 0.0) if kind == "flops" else 1.0
+            if name in members:
+                terms.append(Term(cost, tuple(parameter.shape), members[name]))
+            else:
+                rest += cost * parameter.numel()
+        return WidthCosts(terms, rest)
+
+    def cut(self, going: Mapping[str, Tensor]) -> Cut:
+        """Return the cut of units from the module, tried on a copy of each network.
+
+        Args:
+            going: True for each unit that goes, by group.
+
+        Raises:
+            ValueError: A network without these units has other outputs.
+        """
+        kept: dict[Place, Tensor] = {}
+        attributes = []
+        for path in self.calls:
+            if cut := self.cut_of(path, going):
+                kept |= {(_join(path, name), dim): own for (name, dim), own in cut.kept.items()}
+                attributes += [(_join(path, own), name, n) for own, name, n in cut.attributes]
+        return Cut(kept, attributes)
+
+    def cut_of(self, path: str, going: Mapping[str, Tensor]) -> Cut | None:
+        """Return the cut of one network, with names of tensors in it; None if all of it stays."""
+        call = self.calls[path]
+        units = [
+            unit
+            for name, group in self.groups.items()
+            if group.network == path
+            for unit, goes in zip(group.units, going[name].tolist(), strict=True)
+            if goes
+        ]
+        return find_cut(call.network, units, call.args, call.kwargs) if units else None
+
+
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)
