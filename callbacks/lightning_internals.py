@@ -36,7 +36,7 @@ __all__ = [
 
 TESTED = "lightning 2.6.0 to 2.6.6"
 
-_RESUME, _RANKS, _AVERAGE = "RandomState", "RankLearning under DDP", "EMA"
+_RESUME, _RANKS, _AVERAGE = "RandomState", "RankLearning and ChannelPruning under DDP", "EMA"
 _DDP = "lightning.pytorch.strategies:DDPStrategy"
 _EPOCH_LOOP = "lightning.pytorch.loops.training_epoch_loop:_TrainingEpochLoop"
 _LOGGERS = "lightning.pytorch.trainer.connectors.logger_connector.logger_connector:_LoggerConnector"

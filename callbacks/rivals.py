@@ -28,9 +28,9 @@ def refuse_rivals(trainer: pl.Trainer, stages: Sequence[Stage]) -> None:
         MisconfigurationException: The Trainer has one; the message names it and a remedy.
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    replaced = any(stage.replaces_layers for stage in stages)
+    replaced = [type(stage).__name__ for stage in stages if stage.replaces_layers]
     if replaced and isinstance(trainer.strategy, DDPStrategy):
-        require("RankLearning under DDP")
+        require("RankLearning and ChannelPruning under DDP")
     for callback in callbacks:
         name = type(callback).__name__
         averages = isinstance(callback, StochasticWeightAveraging | WeightAveraging)
@@ -41,7 +41,7 @@ def refuse_rivals(trainer: pl.Trainer, stages: Sequence[Stage]) -> None:
             )
         if averages and replaced:
             raise MisconfigurationException(
-                f"{name} cannot average a network whose layers RankLearning replaces: average in "
+                f"{name} cannot average a network whose layers {replaced[0]} replaces: average in "
                 "another training, after this one"
             )
         if isinstance(callback, ModelPruning):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 import torch.distributed as dist
 from cases import BY_CRITERION, CASES, COUPLINGS, Case
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 from fitsmall.callbacks import (
     EMA,
+    ChannelPruning,
     CompressedCheckpoint,
     CompressionMonitor,
     GradualPruning,
@@ -49,7 +51,7 @@ RESUMED = {*COUPLINGS, "quantization to automatic widths", *QUANTIZED} - {
     "pruning, learned quantization of weights"
 }
 
-RANKS = "rank learning"
+RANKS, CHANNELS = "rank learning", "channel pruning"
 
 
 class Sharded(Net):
@@ -103,6 +105,34 @@ def learn_ranks(folder: Path, strategy: Any, path: Path | None = None) -> dict[s
     weights = {name: whole(parameter.detach()) for name, parameter in module.named_parameters()}
     kept = {name: stored[name] for name in weights if isinstance(strategy, DDPStrategy)}
     return {"weights": digest(weights), "choices": digest(ranks.choices()), "file": digest(kept)}
+
+
+def remove_channels(folder: Path, strategy: Any, path: Path | None = None) -> dict[str, Any]:
+    """The network becomes narrower, twice."""
+    pl.seed_everything(1 + int(os.environ["RANK"]), verbose=False)
+    channels, file = ChannelPruning(keep_size=0.6, cuts=2), CompressedCheckpoint(folder)
+    saver = ModelCheckpointAt(folder, 8, 18)
+    runner = pl.Trainer(
+        max_epochs=4,
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        callbacks=[channels, RandomState(), file, saver],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Sharded() if isinstance(strategy, ModelParallelStrategy) else Net()
+    runner.fit(module, resumable(), ckpt_path=path)
+    assert module.body[0].out_features == channels.widths["body.0"][1] < 40
+    assert file.path is not None
+    weights = dict(module.named_parameters())
+    stored = restore(Net(), file.path)
+    return {
+        "weights": digest(weights),
+        "choices": digest(channels.choices()),
+        "file": digest(dict(stored.named_parameters())),
+    }
 
 
 def train(
@@ -174,7 +204,12 @@ def ddp(folder: Path) -> dict[str, Any]:
         saved = folder / "ranks" / f"step={step}.ckpt"
         again = learn_ranks(folder / "again", DDPStrategy(process_group_backend="gloo"), saved)
         assert again == ranks, step
-    return {**results, RANKS: ranks}
+    channels = remove_channels(folder / "channels", DDPStrategy(process_group_backend="gloo"))
+    for step in (8, 18):  # between the cuts, and after them
+        saved = folder / "channels" / f"step={step}.ckpt"
+        strategy = DDPStrategy(process_group_backend="gloo")
+        assert remove_channels(folder / "again", strategy, saved) == channels, step
+    return {**results, RANKS: ranks, CHANNELS: channels}
 
 
 def fsdp(folder: Path) -> dict[str, Any]:
@@ -187,6 +222,8 @@ def fsdp(folder: Path) -> dict[str, Any]:
     for step in (8, 18):
         saved = folder / "ranks" / f"step={step}.ckpt"
         assert learn_ranks(folder / "again", sharding(), saved) == ranks, step
+    with pytest.raises(ValueError, match=r"body\.0\.weight is sharded"):
+        remove_channels(folder / "channels", sharding())
     return {**results, RANKS: ranks}
 
 

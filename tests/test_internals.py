@@ -35,7 +35,7 @@ USES: dict[str, Callable[[Path], Any]] = {
         folder, CompressedCheckpoint(folder)
     ),
     "RandomState": lambda folder: fit(folder, RandomState()),
-    "RankLearning under DDP": lambda folder: fit(
+    "RankLearning and ChannelPruning under DDP": lambda folder: fit(
         folder, RankLearning(keep_size=0.5), strategy="ddp"
     ),
     "EMA": lambda folder: fit(folder, EMA(decay=0.9)),

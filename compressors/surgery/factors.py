@@ -143,7 +143,9 @@ class Factorization(Surgery):
                     f"{type(module).__name__} has no layer {path!r} that can be factored in the "
                     f"form {form!r}"
                 )
-            weight = outputs_first(layer, layer.weight)
+            # Its shape after the surgeries before this one.
+            narrowed = torch.empty(expected[name].shape, device="meta")
+            weight = outputs_first(layer, narrowed)
             full = min(matrix(weight, form).shape)
             if not 1 <= rank <= full:
                 raise ValueError(f"{path} can have a rank from 1 to {full}, and not {rank}")

@@ -51,10 +51,11 @@ class Narrowing(Surgery):
         shapes: dict[str, list[int]] = {}
         for (name, dim), index in cut.kept.items():
             shapes.setdefault(name, [*tensor_of(module, name).shape])[dim] = len(index)
-        first: dict[str, str] = {}
-        for name in shapes:
-            first.setdefault(name.rpartition(".")[0], name)
-        before = {name: tensor_of(module, name).shape for name in first.values()}
+        # The largest tensor of each module has the mark: a vector may move when two factors come.
+        largest: dict[str, str] = {}
+        for name in sorted(shapes, key=lambda name: tensor_of(module, name).numel()):
+            largest[name.rpartition(".")[0]] = name
+        before = {name: tensor_of(module, name).shape for name in largest.values()}
         sizes = {name: Size(shape) for name, shape in shapes.items()}
         return cls(sizes, before, cut.attributes, cut)
 

@@ -309,7 +309,10 @@ class Plan:
         self._open = self._stepping = False
         for stage in self.stages:
             if (surgery := stage.surgery()) and not stage.surgery_waits:
-                stage.operated(surgery.apply(self.module, self.chains.optimizers))
+                complete = surgery.apply(self.module, self.chains.optimizers)
+                stage.operated(complete)
+                for other in self.stages:
+                    other.narrowed(complete)
                 self.reselect()
                 self.after_surgery()
 

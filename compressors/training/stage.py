@@ -305,6 +305,9 @@ class Stage(ABC):
                 carried over to its successors.
         """
 
+    def narrowed(self, names: Collection[str]) -> None:
+        """Drop statistics of parameters that another stage's surgery has given other shapes."""
+
     def finish(self) -> list[str]:
         """Stop when training ends, and return warnings."""
         self.rest()

@@ -63,6 +63,12 @@ class Statistics:
         self._with_gradient: set[str] = set()
         self.seed: int | None = None
 
+    def drop(self, names: Collection[str]) -> None:
+        """Forget the statistics of weights whose shapes have changed."""
+        for name in names:
+            self._own.pop(name, None)
+            self._adam.pop(name, None)
+
     def attach(
         self,
         module: nn.Module,

@@ -1,7 +1,7 @@
 """Automatic bits: training measures the cost of rounding, and a budget is spent by it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -110,6 +110,12 @@ class BitwidthSearch:
             self.fisher[name].lerp_(square, 1 / self.counts[name])
         else:
             self.fisher[name] = square
+
+    def drop(self, names: Collection[str]) -> None:
+        """Forget the gradients of weights whose shapes have changed."""
+        for name in names:
+            self.fisher.pop(name, None)
+            self.counts.pop(name, None)
 
     def measure(self, name: str, weight: Tensor) -> None:
         """Compute the cost of each width from the collected gradients; forget these."""

@@ -56,15 +56,15 @@ class LatencyTarget:
 
         Raises:
             ImportError: The engine is not installed.
-            ValueError: It cannot run the networks, or the narrowest one takes longer than the target.
+            ValueError: It cannot run the networks, or the narrowest one takes too long.
         """
         self._dense = self._forward(units, None)
         least = self._measure(units, narrowest).median
         if least > self.keep:
             raise ValueError(
-                f"ChannelPruning: keep_latency={self.keep:g} cannot be reached, since the narrowest "
-                f"network takes {least:.3f} of the time in {self.engine}: ask for more than that, "
-                "or act on more layers"
+                f"ChannelPruning: keep_latency={self.keep:g} cannot be reached, since the "
+                f"narrowest network takes {least:.3f} of the time in {self.engine}: ask for more "
+                "than that, or act on more layers"
             )
 
     def meet(

@@ -94,24 +94,24 @@ class _Recorder:
         if len(calls._running) > 1 or self.path in calls.found:
             return
         if next(layer.parameters(), None) is not None:
-            kept_args, kept_kwargs = _examples(args, kwargs)
-            calls.found[self.path] = Call(layer, kept_args, kept_kwargs)
+            calls.found[self.path] = _example(layer, args, kwargs)
 
     def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.calls._running and self.calls._running[-1] is layer:
             self.calls._running.pop()
 
 
-def _examples(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return copies of the inputs; of two examples, where all tensors hold as many examples."""
+def _example(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    """Return a call with copies of its inputs; of two examples, where all tensors hold as many."""
     tensors = tensors_in((args, dict(kwargs)))
     counts = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
     most = _EXAMPLES if len(counts) == 1 else None
+    # Autocast gives a network inputs of another type than it takes by itself.
+    dtypes = [*{p.dtype for p in network.parameters() if p.is_floating_point()}]
 
     def kept(tensor: Tensor) -> Tensor:
-        return tensor.detach()[:most].clone() if tensor.dim() else tensor.detach().clone()
+        copied = (tensor[:most] if tensor.dim() else tensor).detach().clone()
+        alike = len(dtypes) == 1 and tensor.is_floating_point()
+        return copied.to(dtypes[0]) if alike else copied
 
-    copied: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors(kept, (tuple(args), dict(kwargs)))
-    return copied
+    return Call(network, *map_tensors(kept, (tuple(args), dict(kwargs))))

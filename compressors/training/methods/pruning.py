@@ -261,6 +261,9 @@ class GradualPruning(Stage):
     def discard(self, names: Collection[str]) -> None:
         self.statistics.discard(names)
 
+    def narrowed(self, names: Collection[str]) -> None:
+        self.statistics.drop(names)
+
     def is_ready(self, name: str) -> bool:
         return self.statistics.is_ready(name)
 

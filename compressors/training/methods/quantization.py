@@ -348,6 +348,10 @@ class QuantizationAwareTraining(Stage):
     def has_choice(self, name: str) -> bool:
         return name in self.scales
 
+    def narrowed(self, names: Collection[str]) -> None:
+        if self.search is not None:
+            self.search.drop(names)
+
     def is_ready(self, name: str) -> bool:
         if self.search is not None and name in self.search.fisher:
             return True

@@ -1,7 +1,7 @@
 """Rank learning: training finds the rank of each layer, and replaces the layer by two factors."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -202,6 +202,9 @@ class RankLearning(Proximal):
         elif grams := GradientGrams.of(whole):
             self.grams[name] = grams
 
+    def narrowed(self, names: Collection[str]) -> None:
+        self.grams = {name: own for name, own in self.grams.items() if name not in names}
+
     def is_ready(self, name: str) -> bool:
         return name in self.grams
 
@@ -309,7 +312,9 @@ class RankLearning(Proximal):
         end = self.window.last
         for other in others:
             shared = self.selection.chosen.keys() & other.selection.chosen.keys()
-            if other is not self and shared and other.window.first < end:
+            if other is self or (other.replaces_layers and other.window.last <= self.window.first):
+                continue
+            if shared and other.window.first < end:
                 raise ValueError(
                     f"{type(other).__name__} begins at step {other.window.first:,} with "
                     f"{min(shared)}, which RankLearning replaces by two factors at step {end:,}: "

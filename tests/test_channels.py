@@ -1,0 +1,322 @@
+"""Channel pruning in training: the pull, the cut, and what comes after it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from fitsmall.callbacks import (
+    EMA,
+    ChannelPruning,
+    CompressedCheckpoint,
+    CompressionMonitor,
+    GradualPruning,
+    QuantizationAwareTraining,
+    RandomState,
+    RankLearning,
+)
+from fitsmall.compressors import Factored, load, restore, to_plain
+from fitsmall.compressors.choices.width_choice import Term, WidthCosts, choose_units
+from fitsmall.compressors.export.latency import LatencyRatio
+from fitsmall.compressors.surgery.narrowing import Narrowing
+from fitsmall.compressors.training.methods import latency_target
+from training import IMAGES, LABELS, ModelCheckpointAt, Net, fit, resumable, trainer
+
+
+class Block(nn.Module):
+    """A residual block with attention on positions, all of its sizes written down."""
+
+    def __init__(self, width: int, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.grow, self.shrink = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (
+            part.view(batch, length, self.heads, -1).transpose(1, 2)
+            for part in self.qkv(self.norm(x)).chunk(3, -1)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.shrink(self.grow(x).relu())
+
+
+class Vision(Net):
+    """Convolutions with a shortcut, then attention: the network is a part of the module."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.body = nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)),
+            nn.Conv2d(1, 16, 3, 2, 1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3, 1, 1),
+            nn.Flatten(2),
+            nn.Unflatten(2, (16,)),
+        )
+        self.block = Block(16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.block(self.body(images).transpose(1, 2)).mean(1))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in module.named_parameters()}
+
+
+def multiply_adds(module: Net) -> int:
+    """Multiply-adds of products with weights for one image."""
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    return sum(layer.weight.numel() * (1 if n == "head" else 16) for n, layer in layers.items())
+
+
+class Observer(pl.Callback):
+    """The outputs before and after the step in which units leave."""
+
+    def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self.gaps: list[float] = []
+        apply = Narrowing.apply
+
+        def watched(surgery: Narrowing, module: Any, optimizers: Any = ()) -> dict[str, bool]:
+            outputs = []
+            module.eval()
+            for _ in range(2):
+                outputs.append(module(IMAGES).detach())
+                done = {} if len(outputs) > 1 else apply(surgery, module, optimizers)
+            module.train()
+            self.gaps.append(float((outputs[1] - outputs[0]).abs().max() / outputs[0].abs().max()))
+            return done
+
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(Narrowing, "apply", watched)
+
+    def on_fit_end(self, *args: Any) -> None:
+        self.patch.undo()
+
+
+def test_units_leave_in_training_and_the_file_makes_a_plain_module_fit(tmp_path: Path) -> None:
+    channels, file, observer = (
+        ChannelPruning(keep_flops=0.5, cuts=2, stop=0.6, overrides={"block.qkv*": 0.5}),
+        CompressedCheckpoint(tmp_path),
+        Observer(),
+    )
+    module = fit(
+        tmp_path, channels, CompressionMonitor(), file, observer, module=Vision(), max_epochs=10
+    )
+    assert len(observer.gaps) == 2
+    assert max(observer.gaps) < 1e-5
+    kept = multiply_adds(module) / multiply_adds(Vision())
+    assert 0.4 < kept <= 0.5
+    assert channels.left["flops"] == pytest.approx(kept)
+    assert {name for name, (before, now) in channels.widths.items() if now < before} >= {
+        "block.qkv",
+        "block.grow",
+    }
+    assert module.block.heads == channels.widths["block.qkv"][1] == 2
+    assert (module.eval()(IMAGES[:640]).argmax(1) == LABELS[:640]).float().mean() > 0.85
+
+    (optimizer,) = module.trainer.optimizers
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    assert held == set(module.parameters())
+    for parameter in held:
+        assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+        assert int(optimizer.state[parameter]["step"]) == 100
+
+    assert file.path is not None
+    plain = restore(Vision(), file.path).eval()
+    assert shapes(plain) == shapes(module)
+    assert torch.equal(plain(IMAGES), module(IMAGES))
+    assert plain.block.heads == module.block.heads
+    assert file.report is not None
+    dense = sum(t.numel() * t.element_size() for t in Vision().state_dict().values())
+    assert file.report.bytes_dense == dense
+    assert "block.qkv" in file.report.table()
+    metrics = module.trainer.callback_metrics
+    assert metrics["compression/units/block.qkv"] == module.block.heads
+    assert not any("narrowed" in name or "resized" in name for name in to_plain(module))
+
+
+@pytest.mark.parametrize("steps", [(8, 20), (24, 25, 39)], ids=["before", "at and after"])
+def test_resuming_is_exact(steps: tuple[int, ...], tmp_path: Path) -> None:
+    def run(resume: Path | None = None) -> Vision:
+        pl.seed_everything(1)
+        module, saver = Vision(), ModelCheckpointAt(tmp_path, *steps)
+        callbacks = [ChannelPruning(keep_size=0.6, stop=0.6), RandomState(), saver]
+        training = trainer(tmp_path, *callbacks, enable_checkpointing=True)
+        training.fit(module, resumable(), ckpt_path=resume)
+        return module
+
+    expected = run().state_dict()
+    for step in steps:
+        found = run(tmp_path / f"step={step}.ckpt").state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], own) for name, own in expected.items())
+
+
+class Twofold(Net):
+    """Two networks that share nothing, called one after the other, under mixed precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 16))
+        self.decoder = nn.Sequential(nn.Linear(16, 40), nn.ReLU(), nn.Linear(40, 10))
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return nn.functional.cross_entropy(self.decoder(self.encoder(batch[0])), batch[1])
+
+
+def test_every_network_of_a_module_is_traced_by_its_own_calls(tmp_path: Path) -> None:
+    module = fit(tmp_path, ChannelPruning(keep_size=0.6), module=Twofold(), precision="bf16-mixed")
+    widths = module.encoder[0].out_features, module.decoder[0].out_features
+    assert all(width < 40 for width in widths)
+    assert module.encoder[2].out_features == 16  # where one ends and the other begins
+
+
+def test_other_methods_act_on_the_narrower_network(tmp_path: Path) -> None:
+    file = CompressedCheckpoint(tmp_path)
+    module = fit(
+        tmp_path,
+        ChannelPruning(keep_size=0.7, stop=0.3),
+        RankLearning(keep_size=0.8, start=0.3, stop=0.6, include="block.*"),
+        GradualPruning(0.5, start=0.6, stop=0.8, include="block.*"),
+        QuantizationAwareTraining(8, 8, start=0.6, stop=0.8, include="body"),
+        file,
+        module=Vision(),
+        max_epochs=6,
+    )
+    assert module.body[1].out_channels < 16
+    assert any(isinstance(layer, Factored) for layer in module.block.children())
+    assert file.path is not None
+    plain = restore(Vision(), file.path)
+    assert torch.equal(plain.eval()(IMAGES), module.eval()(IMAGES))
+    assert file.report is not None
+    told = {row.description.split()[0] for row in file.report.changed if row.layer == "block.grow"}
+    assert {"32", "rank"} <= told
+
+
+def test_patterns_say_what_may_leave(tmp_path: Path) -> None:
+    channels = ChannelPruning(keep_size=0.9, exclude="block.qkv", overrides={"block.grow*": 0.25})
+    module = fit(tmp_path, channels, module=Vision())
+    assert module.block.grow.out_features == 8
+    assert module.block.heads == 4
+    assert "block.qkv" not in channels.widths
+
+
+def test_latency_is_met_by_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an engine whose time grows with the hidden units alone, plus a constant."""
+
+    def forward_of(engine: str, network: Any, args: Any, kwargs: Any) -> Callable[[], object]:
+        network(*args, **kwargs)
+        return lambda: (
+            0.2 + network.block.grow.out_features / 32 + network.body[1].out_channels / 16
+        )
+
+    def latency_ratio(one: Any, other: Any, **_: Any) -> LatencyRatio:
+        return LatencyRatio(sum(one()) / sum(other()), 0.0)
+
+    monkeypatch.setattr(latency_target, "forward_of", forward_of)
+    monkeypatch.setattr(latency_target, "latency_ratio", latency_ratio)
+    channels = ChannelPruning(keep_latency=0.6, cuts=2)
+    module = fit(tmp_path, channels, module=Vision())
+    time = 0.2 + module.block.grow.out_features / 32 + module.body[1].out_channels / 16
+    assert time / 2.2 == pytest.approx(0.6, rel=0.05)
+    assert channels.left["latency"] == pytest.approx(time / 2.2)
+    with pytest.raises(ValueError, match=r"keep_latency=0.05 cannot be reached, .* in torch"):
+        fit(tmp_path, ChannelPruning(keep_latency=0.05), module=Vision())
+
+
+def test_the_cheapest_units_for_their_importance_go_first() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = {name: torch.rand(12, generator=generator) for name in "abc"}
+    costs = WidthCosts(
+        [
+            Term(4.0, (12, 3), {(0, "a"): 1}),
+            Term(2.0, (12, 12), {(0, "b"): 1, (1, "a"): 1}),
+            Term(1.0, (24, 12), {(0, "c"): 2, (1, "b"): 1}),
+        ],
+        rest=5.0,
+    )
+    for steps in (1, 5):
+        going = choose_units(scores, costs, 300.0, dict.fromkeys("abc", steps))
+        gone = {name: int(mask.sum()) for name, mask in going.items()}
+        assert costs.total(gone) <= 300
+        for name, mask in going.items():
+            assert mask.equal(scores[name] < scores[name].sort().values[gone[name]])
+            assert (12 - gone[name]) % steps == 0 or not gone[name]
+    assert choose_units(scores, costs, 0.0, dict.fromkeys("abc", 1), {"b": 4})["b"].sum() == 4
+
+
+class Unsaved(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(64, 40), nn.ReLU())
+        self.register_buffer("shift", torch.zeros(40), persistent=False)
+        self.body[0].bias.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.body(images) + self.shift)
+
+
+class Branching(Net):
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.body(images)
+        return self.head(hidden if hidden.sum() > 0 else -hidden)
+
+
+@pytest.mark.parametrize(
+    ("make", "module", "message"),
+    [
+        (lambda: ChannelPruning(), Net, "give one of keep_flops, keep_size and keep_latency"),
+        (lambda: ChannelPruning(keep_flops=50), Net, r"keep_flops is a fraction .* got 50"),
+        (lambda: ChannelPruning(0.5, criterion="norm"), Net, "unknown .*criterion 'norm'"),
+        (lambda: ChannelPruning(0.5, engine="tensorrt"), Net, "unknown .*engine 'tensorrt'"),
+        (lambda: ChannelPruning(0.5, cuts=0), Net, "cuts is at least 1, got 0"),
+        (lambda: ChannelPruning(0.5, overrides={"body*": 0}), Net, r"body\* is a fraction"),
+        (lambda: ChannelPruning(keep_size=0.01), Net, r"cannot be reached, .* has 0.0"),
+        (lambda: ChannelPruning(0.5), Unsaved, r"body.0.bias is frozen"),
+        (lambda: ChannelPruning(0.5), Branching, "cannot be traced"),
+    ],
+)
+def test_mistakes_are_told_before_the_first_step(
+    make: Callable[[], ChannelPruning], module: type[Net], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, make(), module=module())
+
+
+def test_stages_that_cannot_go_together_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="which ChannelPruning narrows until step 20"):
+        fit(tmp_path, ChannelPruning(keep_size=0.6), GradualPruning(0.5))
+    with pytest.raises(ValueError, match="list ChannelPruning first"):
+        fit(tmp_path, RankLearning(keep_size=0.6), ChannelPruning(keep_size=0.6))
+    with pytest.raises(MisconfigurationException, match="ChannelPruning"):
+        fit(tmp_path, ChannelPruning(keep_size=0.6), EMA(decay=0.9))
+
+
+def test_a_file_of_other_widths_does_not_fit(tmp_path: Path) -> None:
+    file = CompressedCheckpoint(tmp_path)
+    fit(tmp_path, ChannelPruning(keep_size=0.6), file, module=Vision())
+    other = Vision()
+    other.block.grow = nn.Linear(16, 20)
+    other.block.shrink = nn.Linear(20, 16)
+    before = shapes(other)
+    assert file.path is not None
+    with pytest.raises(ValueError, match=r"block.grow.weight narrowed from \(32, 16\), and Vision"):
+        restore(other, file.path)
+    assert shapes(other) == before
+    assert "block.grow.narrowed_weight" in load(file.path)
