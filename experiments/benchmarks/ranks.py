@@ -3,33 +3,24 @@
     python -m fitsmall.experiments.benchmarks.ranks [--keep 0.5] [--model resnet18] [--batch 8]
 
 Ranks come from the singular values of the initial weights, in one form or in the cheaper of both,
-within a fraction of the multiply-adds: speed depends on shapes only. The networks take turns in one
-process, in an order that rotates. The table shows the median of ratios within a round. Efficiency
-is the speed-up over the reduction of multiply-adds.
+within a fraction of the multiply-adds: speed depends on shapes only. See
+:mod:`fitsmall.experiments.benchmarks.speed`.
 """
 
 import argparse
 import copy
-import statistics
-import tempfile
-from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from rich import print
-from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from fitsmall.compressors.choices.rank_choice import Options, Rank, ranks_within
-from fitsmall.compressors.export.engines import ENGINES, session
-from fitsmall.compressors.export.latency import median_seconds
-from fitsmall.compressors.export.onnx import write_onnx
 from fitsmall.compressors.projections.lowrank import FORMS, Spectrum, matrix
 from fitsmall.compressors.surgery.factorable import places, unit_costs
 from fitsmall.compressors.surgery.factors import factorize
+from fitsmall.experiments.benchmarks.speed import speed_table
 from fitsmall.experiments.models.networks import ResNet, ResNet18
-from fitsmall.experiments.models.operations import operation_counter
 
 __all__ = ["main"]
 
@@ -84,64 +75,8 @@ def main() -> None:
     for name, among in (*((form, (form,)) for form in FORMS), ("cheaper of both", FORMS)):
         networks[name] = copy.deepcopy(dense)
         factorize(networks[name], choose_within(dense, options.keep, among))
-    flops = {name: _flops(network, images) for name, network in networks.items()}
-
-    table = Table(
-        title=f"{options.model}, batch: {options.batch}, threads: {options.threads}",
-        show_edge=False,
-    )
-    for column in ("engine", "form", "x fewer multiply-adds", "ms", "x faster", "efficiency"):
-        table.add_column(column, justify="left" if column in ("engine", "form") else "right")
-    with tempfile.TemporaryDirectory() as folder:
-        for engine in ("eager", "compiled", *ENGINES):
-            runs = {
-                name: _runner(engine, network, images, Path(folder) / f"{number}.onnx", options)
-                for number, (name, network) in enumerate(networks.items())
-            }
-            seconds: dict[str, list[float]] = {name: [] for name in runs}
-            order = deque(runs)
-            for _ in range(options.rounds):
-                for name in order:
-                    seconds[name].append(median_seconds(runs[name], least=0.3))
-                order.rotate(-1)
-            for name, mine in seconds.items():
-                pairs = zip(seconds["dense"], mine, strict=True)
-                faster = statistics.median(before / after for before, after in pairs)
-                fewer = flops["dense"] / flops[name]
-                table.add_row(
-                    engine,
-                    name,
-                    f"{fewer:.2f}",
-                    f"{1000 * statistics.median(mine):.1f}",
-                    f"{faster:.2f}",
-                    f"{faster / fewer:.2f}",
-                )
-    print(table)
-
-
-def _flops(network: nn.Module, images: Tensor) -> int:
-    with operation_counter() as counter, torch.no_grad():
-        network(images)
-    return int(counter.get_total_flops())
-
-
-def _runner(
-    engine: str, network: nn.Module, images: Tensor, path: Path, options: argparse.Namespace
-) -> Callable[[], object]:
-    """A function that runs a batch in an engine."""
-    if engine in ENGINES:
-        write_onnx(network, path, (images,))
-        run = session(engine, path, options.threads)
-        return lambda: run((images,))
-    module = copy.deepcopy(network)
-    if engine == "compiled":
-        module.compile()
-
-    @torch.inference_mode()
-    def run_batch() -> object:
-        return module(images)
-
-    return run_batch
+    title = f"{options.model}, batch: {options.batch}, threads: {options.threads}"
+    print(speed_table(title, networks, images, options.threads, options.rounds))
 
 
 if __name__ == "__main__":
