@@ -287,7 +287,7 @@ class Branching(Net):
         (lambda: ChannelPruning(0.5, engine="tensorrt"), Net, "unknown .*engine 'tensorrt'"),
         (lambda: ChannelPruning(0.5, cuts=0), Net, "cuts is at least 1, got 0"),
         (lambda: ChannelPruning(0.5, overrides={"body*": 0}), Net, r"body\* is a fraction"),
-        (lambda: ChannelPruning(keep_size=0.01), Net, r"cannot be reached, .* has 0.0"),
+        (lambda: ChannelPruning(keep_size=0.01), Net, r"cannot be reached, .* has 0.1"),
         (lambda: ChannelPruning(0.5), Unsaved, r"body.0.bias is frozen"),
         (lambda: ChannelPruning(0.5), Branching, "cannot be traced"),
     ],

@@ -18,7 +18,7 @@ from fitsmall.compressors.surgery.protocol import Surgery
 from fitsmall.compressors.training.messages import inform
 from fitsmall.compressors.training.methods.latency_target import LatencyTarget
 from fitsmall.compressors.training.methods.network_calls import NetworkCalls
-from fitsmall.compressors.training.methods.network_units import NetworkUnits
+from fitsmall.compressors.training.methods.network_units import NetworkUnits, UnitGroup
 from fitsmall.compressors.training.stage import Stage
 
 __all__ = ["ChannelPruning"]
@@ -57,7 +57,8 @@ class ChannelPruning(Stage):
             ``"hessian"``: ``E[sum of (w g)^2]``; ``"magnitude"``: ``sum of w^2``, as a fraction of
             the mean of its group.
         schedule: Strength ``rho`` of the pull as a function of progress towards the next cut.
-        round_to: Widths become multiples of this number of channels, which an engine may prefer.
+        round_to: Widths become multiples of this number of channels, which engines prefer; where
+            there are fewer than 8 times as many, of an eighth of the width.
         cuts: Number of times that units leave, at equal distances from ``start`` to ``stop``.
             Training itself becomes faster with the first one.
         start: Fraction of training at which the pull begins.
@@ -99,7 +100,7 @@ class ChannelPruning(Stage):
         engine: Literal["torch", "compiled", "onnxruntime", "openvino"] = "torch",
         criterion: Literal["taylor", "hessian", "magnitude"] = "taylor",
         schedule: Schedule | None = None,
-        round_to: int = 1,
+        round_to: int = 16,
         cuts: int = 1,
         start: float = 0.0,
         stop: float = 0.5,
@@ -312,11 +313,15 @@ class ChannelPruning(Stage):
         """Return the units that go within a fraction of the cost, or as near to it as can be."""
         kind = "flops" if self.latency else self.budget
         costs = units.cost(self.parameters, kind)
-        # As many slices as come to a multiple; a head has several.
-        steps = {n: math.ceil(self.round_to / g.slices) for n, g in units.groups.items()}
+        steps = {name: self._step_of(name, group) for name, group in units.groups.items()}
         return choose_units(
             scores, costs, fraction * self.totals[kind], steps, self._overridden(units)
         )
+
+    def _step_of(self, name: str, group: UnitGroup) -> int:
+        """Return the number of units that go at once; a unit such as a head has several slices."""
+        before = self.widths[name][0] if name in self.widths else len(group.units)
+        return max(1, min(math.ceil(self.round_to / group.slices), before // 8))
 
     def _overridden(self, units: NetworkUnits) -> dict[str, int]:
         """Return the number of units that go by the user's word, by group."""

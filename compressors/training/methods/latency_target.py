@@ -16,7 +16,7 @@ from fitsmall.compressors.weights import twin_of
 __all__ = ["LatencyTarget"]
 
 # Relative distance from the target at which the search ends, and networks that it measures.
-_TOLERANCE, _TRIES = 0.02, 6
+_TOLERANCE, _TRIES = 0.02, 5
 
 Going = Mapping[str, Tensor]
 
@@ -109,7 +109,7 @@ class LatencyTarget:
         small = self._forward(units, going)
         ratio = latency_ratio(small, self._dense)
         if ratio.spread > _TOLERANCE * ratio.median:  # measure again, for longer
-            ratio = latency_ratio(small, self._dense, rounds=15, least=0.2)
+            ratio = latency_ratio(small, self._dense, rounds=15)
         # All processes have to choose alike.
         median, spread = stack(torch.tensor(ratio)).mean(0).tolist()
         return LatencyRatio(self.left * median, self.left * spread)
