@@ -7,9 +7,7 @@ import csv
 from collections import defaultdict
 from pathlib import Path
 
-__all__ = ["rank_curves", "read_metrics", "size_curve", "step_curve"]
-
-_RANK = "compression/rank/"
+__all__ = ["layer_curves", "read_metrics", "size_curve", "step_curve"]
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -44,16 +42,19 @@ def size_curve(path: Path, metric: str = "error") -> list[tuple[float, float]]:
     return [(size, error) for size, error in points]
 
 
-def rank_curves(path: Path) -> dict[str, list[float]]:
-    """Rank of each layer after each epoch; 0 for a layer that two factors would not make smaller.
+def layer_curves(path: Path, kind: str) -> dict[str, list[float]]:
+    """Value of a metric of each layer after each epoch.
 
     Args:
         path: The ``metrics.csv``.
+        kind: ``"rank"``, which is 0 for a layer that two factors would not make smaller;
+            ``"units"``, the channels, heads or hidden units that are not chosen to leave; or
+            ``"kept"``, the fraction of them.
     """
     curves: dict[str, list[float]] = defaultdict(list)
     for row in _epochs(path):
         for key, value in row.items():
-            before, prefix, layer = key.rpartition(_RANK)
+            before, prefix, layer = key.rpartition(f"compression/{kind}/")
             if prefix and not before:
                 curves[layer.removesuffix(".weight").removeprefix("net.")].append(value)
     return dict(curves)

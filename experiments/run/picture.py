@@ -1,4 +1,4 @@
-"""The picture of a run: error against bytes while it trained, and bytes by layer."""
+"""The picture of a run: error against bytes while it trained, bytes by layer, ranks and widths."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -12,7 +12,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from fitsmall.compressors import Report
-from fitsmall.experiments.run.curves import rank_curves, size_curve
+from fitsmall.experiments.run.curves import layer_curves, size_curve
 from fitsmall.experiments.run.metric_format import describe_metric, format_metric
 from fitsmall.experiments.run.plot_style import (
     GRID,
@@ -40,7 +40,7 @@ def draw_run(
     marks: dict[str, tuple[float, float]],
     metric: str = "error",
 ) -> None:
-    """Draw a run into a PNG: its curve, the bytes of each layer, and ranks if it learned them.
+    """Draw a run into a PNG: its curve, the bytes of each layer, and ranks and widths it learned.
 
     Args:
         path: PNG to write.
@@ -50,8 +50,9 @@ def draw_run(
         metric: Name of the error.
     """
     layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12, wspace=0.06)
-    ranks = rank_curves(metrics)
-    panels = [1.15, 1, 1] if ranks else [1.15, 1]
+    ranks = layer_curves(metrics, "rank")
+    units, kept = layer_curves(metrics, "units"), layer_curves(metrics, "kept")
+    panels = [1.15, 1, *[1] * (bool(ranks) + bool(kept))]
     figure = Figure(figsize=(5.6 * sum(panels), 5.2), dpi=150, layout=layout)
     every = figure.subplots(1, len(panels), width_ratios=panels)
     for axes in every:
@@ -60,6 +61,8 @@ def draw_run(
     _draw_bytes(every[1], report)
     if ranks:
         _draw_ranks(every[2], ranks)
+    if kept:
+        _draw_widths(figure, every[-1], units, kept)
     figure.savefig(path)
 
 
@@ -165,3 +168,29 @@ def _draw_ranks(axes: Axes, ranks: dict[str, list[float]]) -> None:
             loc="upper left",
             bbox_to_anchor=(1.0, 1.0),
         )
+
+
+def _draw_widths(
+    figure: Figure, axes: Axes, units: dict[str, list[float]], kept: dict[str, list[float]]
+) -> None:
+    set_title(axes, "Widths", "fraction of channels, heads and units kept, after each epoch")
+    # Layers that lost most, in the order of the network.
+    shown = set(sorted(kept, key=lambda name: kept[name][-1])[:_MAX_ROWS])
+    rows = [name for name in kept if name in shown]
+    image = np.array([kept[name] for name in rows])
+    drawn = axes.imshow(
+        image,
+        aspect="auto",
+        interpolation="nearest",
+        cmap="viridis",
+        vmin=0,
+        vmax=1,
+        extent=(0.5, image.shape[1] + 0.5, len(rows) - 0.5, -0.5),
+    )
+    last = {name: (units[name][-1], units[name][-1] / kept[name][-1]) for name in rows}
+    labels = [f"{as_text(n)}   {before:.0f} to {now:.0f}" for n, (now, before) in last.items()]
+    axes.set_yticks(np.arange(len(rows)), labels)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch", color=INK, fontsize=10)
+    figure.colorbar(drawn, ax=axes, shrink=0.6, pad=0.02)

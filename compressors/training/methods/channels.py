@@ -171,7 +171,14 @@ class ChannelPruning(Stage):
         return found
 
     def metrics(self) -> dict[str, float]:
-        return {f"units/{name}": float(now) for name, (_, now) in self.widths.items()} | self.left
+        going = {name: int(mask.sum()) for name, mask in self.going.items()}
+        left = {name: now - going.get(name, 0) for name, (_, now) in self.widths.items()}
+        counts = {f"units/{name}": float(count) for name, count in left.items()}
+        return (
+            counts
+            | {f"kept/{name}": count / self.widths[name][0] for name, count in left.items()}
+            | self.left
+        )
 
     def strength(self, progress: float) -> float:
         towards = progress * self.cuts - self.finished
