@@ -54,6 +54,8 @@ class EMA(ProjectedAverage, EMAWeightAveraging):
     _fitting = True
     # Names of the tensors that are not averaged.
     _copied: list[str] | None = None
+    # Number of surgeries that the average has undergone.
+    _operations = 0
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class EMA(ProjectedAverage, EMAWeightAveraging):
         if stages_of(trainer):  # they change layers, before the average becomes a copy of these
             drive(trainer, pl_module, stage)
         self._averages = {}
-        self._copied = None
+        self._copied, self._operations = None, 0
         self._fitting = stage == "fit"
         if self._fitting and not trainer.global_step:  # a new training
             self._latest_update_step, self._latest_update_epoch = 0, -1
@@ -104,6 +106,7 @@ class EMA(ProjectedAverage, EMAWeightAveraging):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
+        self._operate(pl_module)
         self._match_tensors(pl_module)
         super().on_train_batch_end(trainer, _Latent(pl_module), *args, **kwargs)  # type: ignore[arg-type]
         self._copy_others(pl_module)
@@ -151,6 +154,14 @@ class EMA(ProjectedAverage, EMAWeightAveraging):
         assert self._average_model is not None
         averages = self._average_model.module.state_dict()
         return {**averages, **_projections(pl_module, averages)}
+
+    def _operate(self, pl_module: pl.LightningModule) -> None:
+        """Apply to the average what surgery has done to the module."""
+        plan = plan_of(pl_module.trainer)
+        assert self._average_model is not None
+        for surgery in plan.operations[self._operations :] if plan else ():
+            surgery.apply(self._average_model.module)
+            self._operations, self._copied = self._operations + 1, None
 
     @torch.no_grad()
     def _match_tensors(self, pl_module: pl.LightningModule) -> None:

@@ -28,8 +28,8 @@ def refuse_rivals(trainer: pl.Trainer, stages: Sequence[Stage]) -> None:
         MisconfigurationException: The Trainer has one; the message names it and a remedy.
     """
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    replaced = [type(stage).__name__ for stage in stages if stage.replaces_layers]
-    if replaced and isinstance(trainer.strategy, DDPStrategy):
+    new = [type(stage).__name__ for stage in stages if stage.replaces_parameters]
+    if any(stage.replaces_layers for stage in stages) and isinstance(trainer.strategy, DDPStrategy):
         require("RankLearning and ChannelPruning under DDP")
     for callback in callbacks:
         name = type(callback).__name__
@@ -39,9 +39,9 @@ def refuse_rivals(trainer: pl.Trainer, stages: Sequence[Stage]) -> None:
                 f"{name} averages weights, and an average of sparse weights is not sparse, nor one "
                 "of shared weights shared: use fitsmall.callbacks.EMA, which projects the average"
             )
-        if averages and replaced:
+        if averages and new:
             raise MisconfigurationException(
-                f"{name} cannot average a network whose layers {replaced[0]} replaces: average in "
+                f"{name} cannot average a network whose layers {new[0]} replaces: average in "
                 "another training, after this one"
             )
         if isinstance(callback, ModelPruning):

@@ -22,6 +22,7 @@ __all__ = [
     "has_forward_pre_hook",
     "has_vnni",
     "in_backward",
+    "inner_of",
     "is_there",
     "map_tensors",
     "move_hooks",
@@ -142,6 +143,12 @@ def in_backward() -> bool:
     if torch.compiler.is_compiling():
         return False
     return bool(getattr(torch._C, "_current_graph_task_id", lambda: -1)() != -1)
+
+
+def inner_of(module: nn.Module) -> nn.Module | None:
+    """Return the module that torch.compile wrapped in another one, or None."""
+    inner: nn.Module | None = getattr(module, "_orig_mod", None)
+    return inner
 
 
 # Optimizers.

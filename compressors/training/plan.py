@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from fitsmall.compressors.surgery.protocol import Surgery
 from fitsmall.compressors.training.chains import Chains
 from fitsmall.compressors.training.clock import Clock
 from fitsmall.compressors.training.coverage import coverage_warning
@@ -67,6 +68,10 @@ class Plan:
         after_surgery: Function to call after layers of the module were replaced in training; a loop
             that wraps the module can wrap it again there.
 
+    Attributes:
+        operations: The surgeries that were applied to the module, in order; a copy of it follows by
+            applying them as well.
+
     Raises:
         TypeError: An argument is no stage, or no module.
         ValueError: Two stages cannot act on one parameter in this order.
@@ -81,6 +86,7 @@ class Plan:
     ) -> None:
         self.stages, self.module = checked_stages(stages, module), module
         self.after_surgery = after_surgery
+        self.operations: list[Surgery] = []
         self.clock = Clock()
         self._restored: list[Optimizer] = []
         self._open = self._stepping = self._scaled = self._hooked = self._begun = False
@@ -310,6 +316,7 @@ class Plan:
         for stage in self.stages:
             if (surgery := stage.surgery()) and not stage.surgery_waits:
                 complete = surgery.apply(self.module, self.chains.optimizers)
+                self.operations.append(surgery)
                 stage.operated(complete)
                 for other in self.stages:
                     other.narrowed(complete)

@@ -285,7 +285,12 @@ class Stage(ABC):
 
     @property
     def replaces_layers(self) -> bool:
-        """Whether :meth:`surgery` replaces layers in the middle of training."""
+        """Whether :meth:`surgery` changes layers in the middle of training."""
+        return False
+
+    @property
+    def replaces_parameters(self) -> bool:
+        """Whether it puts new parameters in place of others, which have no average."""
         return False
 
     def surgery(self) -> Surgery | None:

@@ -5,13 +5,14 @@ likes. A *network* is a module that is called while no other one of the module r
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fitsmall.compressors.torch_internals import in_backward, map_tensors, tensors_in
+from fitsmall.compressors.torch_internals import in_backward, inner_of, map_tensors, tensors_in
 
 __all__ = ["Call", "NetworkCalls"]
 
@@ -36,6 +37,8 @@ class Call(NamedTuple):
 class NetworkCalls:
     """Hooks that record the first call of each network in a module, with two examples.
 
+    Until they are removed, compiled modules run as they are: a compiled call runs no hooks.
+
     Attributes:
         found: The calls by the path of the network.
     """
@@ -44,17 +47,14 @@ class NetworkCalls:
         self.found: dict[str, Call] = {}
         self._module = nn.Module()
         self._handles: list[RemovableHandle] = []
-        self._running: list[nn.Module] = []
-
-    @property
-    def hooked(self) -> bool:
-        """Whether hooks are registered."""
-        return bool(self._handles)
+        self._running: list[str] = []
+        self._eager = ExitStack()
 
     def hook(self, module: nn.Module) -> None:
         """Record the calls of networks in a module, until :meth:`unhook`."""
         self.unhook()
         self._module, self._running = module, []
+        self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         for path, layer in module.named_modules():
             recorder = _Recorder(self, path)
             self._handles += [
@@ -64,6 +64,7 @@ class NetworkCalls:
 
     def unhook(self) -> None:
         """Remove the hooks."""
+        self._eager.close()
         while self._handles:
             self._handles.pop().remove()
 
@@ -88,16 +89,21 @@ class _Recorder:
 
     def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls = self.calls
-        if torch.compiler.is_compiling() or in_backward() or calls.is_redirected(layer):
+        if in_backward() or calls.is_redirected(layer):
             return
-        calls._running.append(layer)
-        if len(calls._running) > 1 or self.path in calls.found:
+        calls._running.append(self.path)
+        if len(calls._running) > 1 or next(layer.parameters(), None) is None:
             return
-        if next(layer.parameters(), None) is not None:
-            calls.found[self.path] = _example(layer, args, kwargs)
+        # torch.compile puts a module around the network.
+        network, path = layer, self.path
+        while inner := inner_of(network):
+            name = next(name for name, child in network.named_children() if child is inner)
+            network, path = inner, f"{path}.{name}".lstrip(".")
+        if path not in calls.found:
+            calls.found[path] = _example(network, args, kwargs)
 
     def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.calls._running and self.calls._running[-1] is layer:
+        if self.calls._running[-1:] == [self.path]:
             self.calls._running.pop()
 
 

@@ -84,7 +84,8 @@ class NetworkUnits:
         parameters = dict(module.named_parameters())
         saved = module.state_dict(keep_vars=True).keys()
         for path, call in calls.items():
-            found = units_of(call.network, call.args, call.kwargs)
+            with torch.compiler.set_stance("force_eager"):  # a compiled network cannot be traced
+                found = units_of(call.network, call.args, call.kwargs)
             for name, count in found.positions.items():
                 full = _join(path, name)
                 self._positions[full] = self._positions.get(full, 0.0) + count

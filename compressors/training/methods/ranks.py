@@ -333,6 +333,10 @@ class RankLearning(Proximal):
     def replaces_layers(self) -> bool:
         return True
 
+    @property
+    def replaces_parameters(self) -> bool:
+        return True
+
     def surgery(self) -> Surgery | None:
         if not self.is_final or self.done:
             return None
