@@ -2,18 +2,20 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fitsmall.compressors.weights import is_conv1d
+from fitsmall.compressors.weights import is_conv1d, matrices_of
 
-__all__ = ["OWN", "Attribute", "Cut", "tensor_of"]
+__all__ = ["Attribute", "Cut", "Size", "sizes_of", "tensor_of"]
+
+# A size, or those of the parts of a dimension.
+Size = int | Sequence[int]
 
 # Path of a module, name of its attribute, and its value after the cut.
-Attribute = tuple[str, str, int]
+Attribute = tuple[str, str, Size]
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def _slice(
                 if not isinstance(value, Tensor) or value.dim() != tensor.dim():
                     continue
                 if value.shape[dim] == tensor.shape[dim]:  # others are means along it
-                    optimizer.state[tensor][key] = value.index_select(dim, index)
+                    own = index.to(value.device)
+                    optimizer.state[tensor][key] = value.index_select(dim, own)
         gradient, tensor.grad = tensor.grad, None
         index = index.to(tensor.device)
         data = tensor.data.index_select(dim, index)
@@ -93,49 +96,57 @@ def _slice(
     for layer in module.modules():
         # Also layers with a tensor of another's, or in a parametrization.
         if any(id(tensor) in sliced for tensor in (*layer.parameters(), *layer.buffers())):
-            _resize(layer)
+            for name, size in sizes_of(layer).items():
+                setattr(layer, name, size)
 
 
-def _resize(layer: nn.Module) -> None:
-    """Set the attributes of a layer of torch that hold its sizes."""
-    sizes: Any = layer
+def sizes_of(layer: nn.Module) -> dict[str, int]:
+    """Return the attributes of a layer of torch that hold its sizes, as its tensors have them.
+
+    Example:
+        >>> layer = nn.Linear(3, 4)
+        >>> layer.weight = nn.Parameter(torch.zeros(2, 3))
+        >>> sizes_of(layer)
+        {'out_features': 2, 'in_features': 3}
+    """
     # The old weight norm computes the weight in the next forward pass.
     weight = getattr(layer, "weight_v", getattr(layer, "weight", None))
     shape = [*weight.shape] if isinstance(weight, Tensor) else []
     if isinstance(layer, nn.Linear):
-        sizes.out_features, sizes.in_features = shape
-    elif is_conv1d(layer):
-        sizes.nx, sizes.nf = shape
-    elif isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        sizes.in_channels, sizes.out_channels = shape[0], shape[1] * layer.groups
-    elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        if layer.groups == layer.in_channels > 1:  # a group for each channel
-            sizes.groups = shape[0] * layer.groups // layer.out_channels
-        sizes.out_channels, sizes.in_channels = shape[0], shape[1] * layer.groups
-    elif isinstance(layer, nn.GroupNorm):
-        sizes.num_groups = layer.num_groups * shape[0] // layer.num_channels
-        sizes.num_channels = shape[0]
-    elif isinstance(layer, nn.Embedding | nn.EmbeddingBag):
-        sizes.embedding_dim = shape[1]
-    elif isinstance(layer, nn.RNNBase):
-        sizes.hidden_size = sizes.weight_hh_l0.shape[1]
-        sizes.input_size = sizes.weight_ih_l0.shape[1]
-    elif isinstance(layer, _NORMS):
+        return {"out_features": shape[0], "in_features": shape[1]}
+    if is_conv1d(layer):
+        return {"nx": shape[0], "nf": shape[1]}
+    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return _channels(shape[0], shape[1] * layer.groups, layer.groups)
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        groups = layer.groups
+        if groups == layer.in_channels > 1:  # a group for each channel
+            groups = shape[0] * groups // layer.out_channels
+        return _channels(shape[1] * groups, shape[0], groups)
+    if isinstance(layer, nn.GroupNorm):
+        groups = layer.num_groups * shape[0] // layer.num_channels if shape else layer.num_groups
+        return {"num_groups": groups, "num_channels": shape[0] if shape else layer.num_channels}
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        return {"num_embeddings": shape[0], "embedding_dim": shape[1]}
+    if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+        end = "_l0" if isinstance(layer, nn.RNNBase) else ""
+        weight, inputs = (getattr(layer, f"weight_{kind}{end}") for kind in ("hh", "ih"))
+        gates = matrices_of(layer, f"weight_hh{end}").parts
+        return {"input_size": inputs.shape[1], "hidden_size": len(weight) // (gates or 1)}
+    if isinstance(layer, _NORMS):
         found = [t for t in (*layer.parameters(False), *layer.buffers(False)) if t.dim() == 1]
-        sizes.num_features = len(found[0])
+        return {"num_features": len(found[0]) if found else layer.num_features}
+    return {}
+
+
+def _channels(inputs: int, outputs: int, groups: int) -> dict[str, int]:
+    return {"in_channels": inputs, "out_channels": outputs, "groups": groups}
 
 
 _NORMS = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
     nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
 )  # fmt: skip
-
-# Attributes of torch's layers, which are set from their tensors.
-OWN = {
-    "in_features", "out_features", "in_channels", "out_channels", "groups", "num_features",
-    "num_groups", "num_channels", "embedding_dim", "num_embeddings", "hidden_size", "input_size",
-    "num_layers", "nf", "nx",
-}  # fmt: skip
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor:

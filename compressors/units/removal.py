@@ -1,20 +1,81 @@
 """Removal: units leave a network, which computes what it would with zeros in their place."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fitsmall.compressors.units.cut import OWN, Attribute, Cut, tensor_of
-from fitsmall.compressors.units.tracer import Unit, outputs_of
-from fitsmall.compressors.weights import twin_of
+from fitsmall.compressors.units.attributes import Source, attempts, values
+from fitsmall.compressors.units.cut import Cut, tensor_of
+from fitsmall.compressors.units.tracer import Unit, Units, outputs_of, units_of
+from fitsmall.compressors.weights import matrices_of, twin_of
 
-__all__ = ["find_cut", "remove"]
+__all__ = ["find_cut", "removable", "remove"]
 
 # Largest difference of outputs that rounding makes, as a fraction of the largest output.
 _TOLERANCE = 1e-4
+
+
+def removable(
+    module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> Units:
+    """Return the units of a network that can really be removed, all groups at once.
+
+    Half of the units of every group are removed from a copy, then different shares of them. If that
+    fails, because modules keep sizes that do not follow their tensors, groups are halved until the
+    culprits are found.
+
+    Args:
+        module: The network, which stays as it is.
+        args: Example inputs by position; few examples are faster.
+        kwargs: Example inputs by name.
+
+    Raises:
+        ValueError: The network cannot be traced.
+        TypeError: The network cannot be copied.
+
+    Example:
+        >>> class Scaled(nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(x).view(-1, 6) * 2
+        >>> net = nn.Sequential(nn.Linear(4, 8), Scaled(8, 6), nn.Linear(6, 2))
+        >>> units = removable(net, [torch.ones(1, 4)])
+        >>> units.names, [*units.refused]
+        (['0'], ['1'])
+    """
+    units = units_of(module, args, kwargs)
+    refused = {
+        name: "it is a single unit, and a layer would vanish"
+        for name, group in zip(units.names, units.groups, strict=True)
+        if len(group) == 1
+    }
+    left = {
+        name: group
+        for name, group in zip(units.names, units.groups, strict=True)
+        if name not in refused
+    }
+    for shares in ((2,), (2, 3, 4)):
+        search = _Search(module, args, kwargs or {})
+        some = {
+            name: group[1 :: shares[k % len(shares)]]
+            for k, (name, group) in enumerate(left.items())
+        }
+        refused |= _refused(search, some)
+        left = {name: group for name, group in left.items() if name not in refused}
+    return Units([*left.values()], units.unknown, [*left], refused, units.positions)
+
+
+def _refused(search: "_Search", groups: Mapping[str, Sequence[Unit]]) -> dict[str, str]:
+    """Remove groups of units as far as it goes, and return why others cannot be."""
+    problem = search.remove([unit for group in groups.values() for unit in group], len(groups) < 2)
+    if not problem:
+        return {}
+    if len(groups) == 1:
+        return dict.fromkeys(groups, problem)
+    pairs, half = [*groups.items()], len(groups) // 2
+    return _refused(search, dict(pairs[:half])) | _refused(search, dict(pairs[half:]))
 
 
 def find_cut(
@@ -31,7 +92,7 @@ def find_cut(
 
     Args:
         module: The network.
-        units: Units of :func:`~fitsmall.compressors.units.units_of`.
+        units: Units of :func:`removable`, or :func:`~fitsmall.compressors.units.units_of`.
         args: Example inputs by position.
         kwargs: Example inputs by name.
 
@@ -40,35 +101,25 @@ def find_cut(
         TypeError: The network cannot be copied.
 
     Example:
-        >>> from fitsmall.compressors.units import units_of
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-        >>> [group] = units_of(net, [torch.ones(1, 3)]).groups
+        >>> [group] = removable(net, [torch.ones(1, 3)]).groups
         >>> find_cut(net, group[:2], [torch.ones(1, 3)]).kept["1.weight", 1]
         tensor([2, 3])
     """
     units = list(units)
-    kept = _kept(module, units)
-    expected = outputs_of(_masked(module, units, []), args, kwargs or {})
-    if not all(output.isfinite().all() for output in expected):
-        # Rows of zeros have no norm to divide by. It is enough that nothing reads them.
-        expected = outputs_of(_masked(module, units, [0]), args, kwargs or {})
-    problem = ""
-    for attributes in _attempts(module, kept, units):
-        cut, small = Cut(kept, attributes), twin_of(module)
-        cut.apply(small)
-        try:
-            found = outputs_of(small, args, kwargs or {})
-        except Exception as error:  # noqa: BLE001  whatever a forward raises
-            problem = problem or f"it fails: {error}"
-            continue
-        if _agree(expected, found):
-            return cut
-        problem = problem or "it has other outputs"
-    places = ", ".join(dict.fromkeys(name for name, _ in kept))
-    raise ValueError(
-        f"{type(module).__name__} keeps sizes that do not follow its tensors: without units of "
-        f"{places}, {problem}. Leave these units, or read the sizes from the tensors' shapes"
-    )
+    _kept(module, units)
+    groups: dict[str, list[Unit]] = {}
+    for unit in units:
+        groups.setdefault(", ".join(dict.fromkeys(name for name, _ in unit.slices)), []).append(
+            unit
+        )
+    search = _Search(module, args, kwargs or {})
+    for places, problem in _refused(search, groups).items():
+        raise ValueError(
+            f"{type(module).__name__} keeps sizes that do not follow its tensors: without units of "
+            f"{places}, {problem}. Leave these units, or read the sizes from the tensors' shapes"
+        )
+    return search.cut
 
 
 def remove(
@@ -82,8 +133,8 @@ def remove(
 
     Args:
         module: The network.
-        units: Units of :func:`~fitsmall.compressors.units.units_of`. After their removal those that
-            are left have other indices: find them again.
+        units: Units of :func:`removable`, or :func:`~fitsmall.compressors.units.units_of`. After
+            their removal those that are left have other indices: find them again.
         args: Example inputs by position.
         kwargs: Example inputs by name.
         optimizers: Optimizers of its parameters.
@@ -96,10 +147,9 @@ def remove(
         TypeError: The network cannot be copied.
 
     Example:
-        >>> from fitsmall.compressors.units import units_of
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1))
         >>> images = torch.ones(1, 3, 5, 5)
-        >>> [group] = units_of(net, [images]).groups
+        >>> [group] = removable(net, [images]).groups
         >>> cut = remove(net, group[:6], [images])
         >>> net
         Sequential(
@@ -110,6 +160,55 @@ def remove(
     cut = find_cut(module, units, args, kwargs)
     cut.apply(module, optimizers)
     return cut
+
+
+class _Search:
+    """A search for a cut, which grows as more units are removed.
+
+    Args:
+        module: The network.
+        args: Example inputs by position.
+        kwargs: Example inputs by name.
+    """
+
+    def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._args, self._kwargs = args, kwargs
+        # Rows of zeros and factors of nearly zero, as layers begin with, would hide mistakes.
+        self._module = _awake(module)
+        if not all(output.isfinite().all() for output in self._outputs(self._module)):
+            self._module = module
+        self._units: list[Unit] = []
+        self._sources: dict[tuple[str, str], Source] = {}
+        self.cut = Cut({}, ())
+
+    def remove(self, units: Sequence[Unit], thorough: bool) -> str:
+        """Remove more units; return why it fails, or nothing.
+
+        Args:
+            units: The units.
+            thorough: Try more sets of attributes.
+        """
+        together = [*self._units, *units]
+        kept = _kept(self._module, together)
+        expected = self._outputs(_masked(self._module, together))
+        problem = ""
+        for found in attempts(self._module, units, thorough):
+            sources = {**found, **self._sources}
+            cut, small = Cut(kept, values(self._module, sources, kept)), twin_of(self._module)
+            try:
+                cut.apply(small)
+                outputs = self._outputs(small)
+            except Exception as error:  # noqa: BLE001  whatever a forward raises
+                problem = problem or f"it fails: {error}"
+                continue
+            if _agree(expected, outputs):
+                self._units, self._sources, self.cut = together, sources, cut
+                return ""
+            problem = problem or "it has other outputs"
+        return problem
+
+    def _outputs(self, module: nn.Module) -> list[Tensor]:
+        return outputs_of(module, self._args, self._kwargs)
 
 
 def _kept(module: nn.Module, units: Iterable[Unit]) -> dict[tuple[str, int], Tensor]:
@@ -135,48 +234,29 @@ def _kept(module: nn.Module, units: Iterable[Unit]) -> dict[tuple[str, int], Ten
     return kept
 
 
-def _masked(module: nn.Module, units: Iterable[Unit], without: Sequence[int]) -> nn.Module:
-    """Return a copy with zeros in place of units, but for slices along some dimensions."""
+def _awake(module: nn.Module) -> nn.Module:
+    """Return a copy whose constant vectors, such as new biases and norms, are random."""
+    twin, generator = twin_of(module), torch.Generator().manual_seed(0)
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        flat = tensor.data.flatten()
+        if tensor.is_floating_point() and len(flat) > 1 and bool((flat == flat[0]).all()):
+            found = torch.rand(tensor.shape, generator=generator).add(0.5)
+            tensor.data.copy_(found)
+    return twin
+
+
+def _masked(module: nn.Module, units: Iterable[Unit]) -> nn.Module:
+    """Return a copy with zeros in place of units."""
     masked = twin_of(module)
+    parameters = dict(masked.named_parameters())
     for unit in units:
         for (name, dim), index in unit.slices.items():
-            if dim not in without:
-                tensor = tensor_of(masked, name).data
-                tensor.index_fill_(dim, index.to(tensor.device), 0)
+            # A row of zeros has no norm to divide by; the factor of a norm is zero, too.
+            if name in parameters and matrices_of(masked, name).normed == dim:
+                continue
+            tensor = tensor_of(masked, name).data
+            tensor.index_fill_(dim, index.to(tensor.device), 0)
     return masked
-
-
-def _attempts(
-    module: nn.Module, kept: Mapping[tuple[str, int], Tensor], units: Sequence[Unit]
-) -> Iterator[list[Attribute]]:
-    """Return sets of attributes of modules to change, as (path, name, new value): first none.
-
-    An attribute may hold a size of a tensor, or the number of units in it, such as heads; or a
-    multiple of it, where several heads are a unit.
-    """
-    yield []
-    likely: dict[tuple[str, str], int] = {}
-    possible: dict[tuple[str, str], int] = {}
-    for unit in units:
-        for (name, dim), index in unit.slices.items():
-            before, after = tensor_of(module, name).shape[dim], len(kept[name, dim])
-            count = before // len(index)
-            path = name
-            while path:
-                path = path.rpartition(".")[0]
-                for key, value in vars(module.get_submodule(path)).items():
-                    if type(value) is not int or value < count or key in OWN:
-                        continue
-                    if not value % count and not before % value:
-                        possible.setdefault((path, key), value * after // before)
-                        if value in (count, before):
-                            likely.setdefault((path, key), value * after // before)
-    every = [(path, key, value) for (path, key), value in possible.items()]
-    names = dict.fromkeys(key for _, key, _ in every)
-    yield [(path, key, value) for (path, key), value in likely.items()]
-    yield every
-    yield from ([each for each in every if each[1] == name] for name in names)
-    yield from ([each for each in every if each[1] != name] for name in names)
 
 
 def _agree(expected: Sequence[Tensor], found: Sequence[Tensor]) -> bool:

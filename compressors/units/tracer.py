@@ -8,8 +8,10 @@ label, and each operation says which labels are the same
 """
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from fitsmall.compressors.torch_internals import evaluating, map_tensors, tensor
 from fitsmall.compressors.units.costs import positions_of
 from fitsmall.compressors.units.labels import FIXED, Fields, Labels
 from fitsmall.compressors.units.rules import Operation, only_moves, rule_of
+from fitsmall.compressors.weights import matrices_of, owner, twin_of
 
 __all__ = ["Unit", "Units", "outputs_of", "units_of"]
 
@@ -42,11 +45,16 @@ class Units:
         groups: Units that stand in the same dimensions of the same tensors. A group is the width of
             a layer, or of several that go together.
         unknown: Operations without a rule, and the number of their uses. What they read stays.
+        names: A name for each group: the path of the first layer that has it as its outputs.
+        refused: Names of groups that cannot be removed, and why; only
+            :func:`~fitsmall.compressors.units.removable` tries.
         positions: Number of positions at which the network multiplies by a weight, by its name.
     """
 
     groups: Sequence[Sequence[Unit]]
     unknown: Mapping[str, int]
+    names: Sequence[str]
+    refused: Mapping[str, str]
     positions: Mapping[str, float]
 
 
@@ -65,13 +73,13 @@ def units_of(
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
-        >>> [group] = units_of(net, [torch.zeros(2, 3, 5, 5)]).groups
-        >>> len(group), [name for name, dim in group[0].slices][:2]
-        (8, ['0.weight', '0.bias'])
+        >>> units = units_of(net, [torch.zeros(2, 3, 5, 5)])
+        >>> units.names, len(units.groups[0]), [name for name, dim in units.groups[0][0].slices][:2]
+        (['0'], 8, ['0.weight', '0.bias'])
     """
-    traced = _Outputs(module)
+    traced = _Outputs(twin_of(module)).eval()
     try:
-        with evaluating(traced), torch.no_grad():
+        with _seeded(traced), torch.no_grad():
             exported = torch.export.export(traced, tuple(args), dict(kwargs or {}), strict=False)
     except Exception as error:
         line = str(error).strip().split("\n")[0]
@@ -96,11 +104,24 @@ class _Outputs(nn.Module):
 
 def outputs_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Return the outputs of a network in evaluation mode."""
-    with evaluating(module), torch.no_grad():
+    with evaluating(module), _seeded(module), torch.no_grad():
         # A forward may change its inputs in place.
         args, kwargs = map_tensors(Tensor.clone, (tuple(args), dict(kwargs)))
         outputs: list[Tensor] = _Outputs(module)(*args, **kwargs)
     return outputs
+
+
+@contextmanager
+def _seeded(module: nn.Module) -> Iterator[None]:
+    """A context in which random numbers are the same each time, and after which they go on."""
+    devices = sorted({each.device.index for each in module.parameters() if each.is_cuda})
+    with torch.random.fork_rng(devices):
+        for generator in (
+            torch.default_generator,
+            *(torch.cuda.default_generators[device] for device in devices),
+        ):
+            generator.manual_seed(0)
+        yield
 
 
 class _Tracer:
@@ -125,6 +146,7 @@ class _Tracer:
         names: dict[int, str] = {}
         for name, tensor in held.items():
             names.setdefault(id(tensor), name.removeprefix("module."))
+        self._module, self._parameters = module.module, dict(module.module.named_parameters())
         signature = exported.graph_signature
         targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         fields: dict[Any, Any] = {}
@@ -193,4 +215,28 @@ class _Tracer:
         for unit in slices.values():
             kind = tuple((place, len(index)) for place, index in unit.items())
             groups.setdefault(kind, []).append(Unit(unit))
-        return Units([*groups.values()], self.unknown, self.positions)
+        names: list[str] = []
+        for group in groups.values():
+            names.append(_unique(self._writer(group[0]), names))
+        return Units([*groups.values()], self.unknown, names, {}, self.positions)
+
+    def _writer(self, unit: Unit) -> str:
+        """Return the path of the first layer that has a unit among its outputs."""
+        written = [
+            name
+            for name, dim in unit.slices
+            if name in self._parameters and dim == self._outputs(name)
+        ]
+        path, _, own = owner(self._module, written[0] if written else next(iter(unit.slices))[0])
+        return path if path and own in ("weight", "bias") else f"{path}.{own}".removeprefix(".")
+
+    def _outputs(self, name: str) -> int:
+        """Return the dimension of a parameter that counts outputs."""
+        embeds = isinstance(owner(self._module, name)[1], nn.Embedding | nn.EmbeddingBag)
+        return 1 if embeds else matrices_of(self._module, name).outputs
+
+
+def _unique(name: str, names: Sequence[str]) -> str:
+    """Return a name that is not among others, with a number after it where it is."""
+    found = (f"{name} ({k})" if k > 1 else name for k in count(1))
+    return next(each for each in found if each not in names)
