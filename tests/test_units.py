@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from fitsmall.compressors.units import Unit, remove, units_of
+from fitsmall.compressors.units import Unit, removable, remove, units_of
 from fitsmall.experiments.models.networks import ResNet
 from fitsmall.experiments.models.transformer import Transformer
 
@@ -262,6 +262,53 @@ def test_layers_learn_their_sizes_where_others_hold_their_weights() -> None:
     assert reader.head.in_features == reader.embedding.embedding_dim == 4
     with pytest.raises(ValueError, match=r"find them again with units_of"):
         remove(reader, groups[0][4:], [text()])
+
+
+class Parted(nn.Module):
+    """Parts of one size, parts whose sizes are kept, groups of an own norm, and stiff heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 12), nn.Linear(6, 6)
+        self.sizes, self.third = (5, 8), nn.Linear(12, 13)
+        self.fourth, self.groups = nn.Linear(13, 8), 4
+        self.heads, self.last = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.narrow = nn.Linear(4, 1)
+        self.scale = nn.Parameter(torch.zeros(8))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = self.first(x * torch.rand(1))
+        a, b = y.split(y.shape[1] // 2, 1)
+        a, b = self.third(torch.cat([self.second(a), b], 1)).split(self.sizes, 1)
+        y = self.fourth(torch.cat([a, b.relu()], 1))
+        by_group = y.view(len(y), self.groups, -1)
+        y = (by_group / by_group.square().mean(2, keepdim=True).add(1).sqrt()).flatten(1)
+        y = self.heads(y * self.scale).view(len(y), 2, 4).tanh()
+        return self.narrow(self.last(y.flatten(1))) + self.last(y.flatten(1))
+
+
+def test_units_that_can_be_removed_are_found_on_copies() -> None:
+    torch.manual_seed(0)
+    module, batch = Parted().train(), torch.randn(3, 4)
+    before, generator = copy.deepcopy(module.state_dict()), torch.get_rng_state()
+    units = removable(module, [batch])
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert torch.random.default_generator.initial_seed() == 0
+    assert all(layer.training for layer in module.modules())
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    groups = dict(zip(units.names, units.groups, strict=True))
+    assert {name: len(group) for name, group in groups.items()} == {
+        "first": 6, "second": 6, "third": 13, "fourth": 4,
+    }  # fmt: skip
+    assert {*units.refused} == {"heads"}
+    units = [*groups["third"][3:7], *groups["fourth"][:3]]
+    cut = remove(module, units, [batch])
+    assert cut.attributes == [("", "sizes", (3, 6)), ("", "groups", 1)]
+    assert module.fourth.out_features == 2
+    module(batch)
 
 
 class Stubborn(nn.Module):

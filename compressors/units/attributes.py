@@ -44,19 +44,18 @@ def attempts(
         units: Units that are to be removed.
         thorough: Also try names of attributes one by one, and all but one of them.
     """
-    yield {}
     possible = _possible(module, units)
-    exact = {key: source for key, source in possible.items() if source.exact}
-    if exact:
-        yield exact
-    if len(possible) > len(exact):
-        yield possible
     names = dict.fromkeys(name for _, name in possible) if thorough else {}
-    if len(names) > 1:
-        for name in names:
-            yield {key: source for key, source in possible.items() if key[1] == name}
-        for name in names:
-            yield {key: source for key, source in possible.items() if key[1] != name}
+    chosen: list[set[Key]] = [
+        set(),
+        {key for key, source in possible.items() if source.exact},
+        {*possible},
+        *({key for key in possible if key[1] == name} for name in names),
+        *({key for key in possible if key[1] != name} for name in names),
+    ]
+    for k, keys in enumerate(chosen):
+        if keys not in chosen[:k]:
+            yield {key: possible[key] for key in possible if key in keys}
 
 
 def _possible(module: nn.Module, units: Iterable[Unit]) -> dict[Key, Source]:

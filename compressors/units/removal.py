@@ -1,7 +1,8 @@
 """Removal: units leave a network, which computes what it would with zeros in their place."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from traceback import walk_tb
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,12 +71,21 @@ def removable(
 def _refused(search: "_Search", groups: Mapping[str, Sequence[Unit]]) -> dict[str, str]:
     """Remove groups of units as far as it goes, and return why others cannot be."""
     problem = search.remove([unit for group in groups.values() for unit in group], len(groups) < 2)
-    if not problem:
+    if problem is None:
         return {}
     if len(groups) == 1:
-        return dict.fromkeys(groups, problem)
-    pairs, half = [*groups.items()], len(groups) // 2
-    return _refused(search, dict(pairs[:half])) | _refused(search, dict(pairs[half:]))
+        return dict.fromkeys(groups, problem.reason)
+    names = [*groups]
+    suspects = {name for name in names if _touches(groups[name][0], problem.path)}
+    if len(suspects) in (0, len(names)):
+        suspects = {*names[len(names) // 2 :]}
+    others = {name: group for name, group in groups.items() if name not in suspects}
+    return _refused(search, others) | _refused(search, {name: groups[name] for name in suspects})
+
+
+def _touches(unit: Unit, path: str) -> bool:
+    """Return whether a module holds a slice of a unit itself or below it."""
+    return any(name.startswith(f"{path}.") for name, _ in unit.slices)
 
 
 def find_cut(
@@ -162,6 +172,18 @@ def remove(
     return cut
 
 
+class _Problem(NamedTuple):
+    """Why units cannot be removed.
+
+    Args:
+        reason: What happens without them.
+        path: Path of the module in which it happens, if there is one.
+    """
+
+    reason: str
+    path: str
+
+
 class _Search:
     """A search for a cut, which grows as more units are removed.
 
@@ -175,14 +197,15 @@ class _Search:
         self._args, self._kwargs = args, kwargs
         # Rows of zeros and factors of nearly zero, as layers begin with, would hide mistakes.
         self._module = _awake(module)
-        if not all(output.isfinite().all() for output in self._outputs(self._module)):
-            self._module = module
+        if not all(output.isfinite().all() for output in self._outputs(twin_of(self._module))):
+            self._module = twin_of(module)
+        self._module.train()  # some drop here what they cache in evaluation mode
         self._units: list[Unit] = []
         self._sources: dict[tuple[str, str], Source] = {}
         self.cut = Cut({}, ())
 
-    def remove(self, units: Sequence[Unit], thorough: bool) -> str:
-        """Remove more units; return why it fails, or nothing.
+    def remove(self, units: Sequence[Unit], thorough: bool) -> _Problem | None:
+        """Remove more units, or return why it fails.
 
         Args:
             units: The units.
@@ -190,25 +213,33 @@ class _Search:
         """
         together = [*self._units, *units]
         kept = _kept(self._module, together)
-        expected = self._outputs(_masked(self._module, together))
-        problem = ""
+        expected = self._outputs(_masked(self._module, kept))
+        problem = None
         for found in attempts(self._module, units, thorough):
             sources = {**found, **self._sources}
             cut, small = Cut(kept, values(self._module, sources, kept)), twin_of(self._module)
+            cut.apply(small)
             try:
-                cut.apply(small)
                 outputs = self._outputs(small)
             except Exception as error:  # noqa: BLE001  whatever a forward raises
-                problem = problem or f"it fails: {error}"
+                problem = problem or _Problem(f"it fails: {error}", _failing(small, error))
                 continue
             if _agree(expected, outputs):
                 self._units, self._sources, self.cut = together, sources, cut
-                return ""
-            problem = problem or "it has other outputs"
+                return None
+            problem = problem or _Problem("it has other outputs", "")
         return problem
 
     def _outputs(self, module: nn.Module) -> list[Tensor]:
         return outputs_of(module, self._args, self._kwargs)
+
+
+def _failing(module: nn.Module, error: Exception) -> str:
+    """Return the path of the innermost module that an error comes from."""
+    paths = {id(layer): path for path, layer in module.named_modules()}
+    owners = [id(frame.f_locals.get("self")) for frame, _ in walk_tb(error.__traceback__)]
+    path: str = [paths[owner] for owner in owners if owner in paths][-1]
+    return path
 
 
 def _kept(module: nn.Module, units: Iterable[Unit]) -> dict[tuple[str, int], Tensor]:
@@ -245,17 +276,18 @@ def _awake(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _masked(module: nn.Module, units: Iterable[Unit]) -> nn.Module:
-    """Return a copy with zeros in place of units."""
+def _masked(module: nn.Module, kept: Mapping[tuple[str, int], Tensor]) -> nn.Module:
+    """Return a copy with zeros in place of what does not stay."""
     masked = twin_of(module)
     parameters = dict(masked.named_parameters())
-    for unit in units:
-        for (name, dim), index in unit.slices.items():
-            # A row of zeros has no norm to divide by; the factor of a norm is zero, too.
-            if name in parameters and matrices_of(masked, name).normed == dim:
-                continue
-            tensor = tensor_of(masked, name).data
-            tensor.index_fill_(dim, index.to(tensor.device), 0)
+    for (name, dim), index in kept.items():
+        # A row of zeros has no norm to divide by; the factor of a norm is zero, too.
+        if name in parameters and matrices_of(masked, name).normed == dim:
+            continue
+        data = tensor_of(masked, name).data
+        gone = torch.ones(data.shape[dim], dtype=torch.bool, device=data.device)
+        gone[index.to(data.device)] = False
+        data.index_fill_(dim, gone.nonzero().flatten(), 0)
     return masked
 
 

@@ -227,6 +227,7 @@ class _Tracer:
             for name, dim in unit.slices
             if name in self._parameters and dim == self._outputs(name)
         ]
+        written.sort(key=lambda name: self._parameters[name].dim() < 2)  # first those of layers
         path, _, own = owner(self._module, written[0] if written else next(iter(unit.slices))[0])
         return path if path and own in ("weight", "bias") else f"{path}.{own}".removeprefix(".")
 
