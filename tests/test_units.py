@@ -135,6 +135,60 @@ class Normed(nn.Module):
         return self.last(self.other(self.depthwise(self.first(images.sub_(1)))))
 
 
+class Cells(nn.Module):
+    """Recurrent cells one after another, a slope for each unit, and bags of words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.lstm, self.gru = nn.EmbeddingBag(9, 6), nn.LSTMCell(6, 8), nn.GRUCell(8, 5)
+        self.tanh, self.relu = nn.RNNCell(5, 7), nn.RNNCell(7, 6, nonlinearity="relu")
+        self.slope, self.pair, self.last = nn.PReLU(6), nn.Bilinear(6, 6, 4), nn.Linear(4, 3)
+
+    def forward(self, text: Tensor) -> Tensor:
+        x, _ = self.lstm(self.bag(text))
+        x, _ = self.lstm(self.bag(text), (x, x))
+        x = self.slope(self.relu(self.tanh(self.gru(x))))
+        return self.last(self.pair(x, F.normalize(x, dim=1)))
+
+
+class Shuffled(nn.Module):
+    """Channels that are shuffled, by an operation and by views, and slopes of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 3)
+        self.slopes, self.third = nn.PReLU(12), nn.Conv2d(12, 12, 3, groups=12)
+        self.last = nn.Conv2d(12, 2, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.slopes(self.second(F.channel_shuffle(self.first(images), 2)))
+        batch, channels, height, width = x.shape
+        x = x.view(batch, 3, channels // 3, height, width).transpose(1, 2).contiguous()
+        return self.last(self.third(x.view(batch, channels, height, width)))
+
+
+class Sums(nn.Module):
+    """Sums by letters, parts taken out, places in tables, messages, and spectral norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names, self.table = nn.Embedding(9, 6), nn.Parameter(torch.randn(9, 4))
+        self.qkv, self.heads = nn.Linear(6, 24), 4
+        self.out = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 6))
+        self.last, self.vector = nn.Linear(6, 3), nn.Parameter(torch.randn(6))
+
+    def forward(self, text: Tensor) -> Tensor:
+        parts = self.qkv(self.names(text)).unflatten(-1, (3, -1)).unsqueeze(0).transpose(0, -2)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in parts.squeeze(-2))
+        bias = self.table[text[:, :, None] - text[:, None] % 2].permute(0, 3, 1, 2)
+        scores = (torch.einsum("bihd, bjhd -> bhij", q, k) + bias).softmax(-1)
+        x = self.out(torch.einsum("...hij,...jhd->...ihd", scores, v).flatten(2))
+        x = x.index_select(1, torch.tensor([1, 2, 0, 1]))
+        places = (text[:, :4, None] % 3).expand_as(x)
+        x = torch.zeros_like(x[:, :3]).scatter_add(1, places, x.gather(1, places))
+        return self.last(x) + (x @ self.vector)[..., None]
+
+
 def images() -> Tensor:
     return torch.randn(2, 3, 8, 8)
 
@@ -154,6 +208,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], list[int]]
     "GRU": (lambda: Tagger(nn.GRU, both=False), text, [6, 8]),
     "positions": (Mixer, images, [8, 6, 3]),
     "reader": (Reader, text, [6, 8, 4]),
+    "cells": (Cells, text, [6, 8, 5, 7, 6, 4]),
+    "shuffled": (Shuffled, images, [4, 4]),
+    "sums": (Sums, text, [4, 6, 6]),
     "groups": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, groups=2), nn.Conv2d(6, 2, 1)),
         images,
@@ -342,6 +399,35 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing() -> None:
 
     with pytest.raises(ValueError, match="forward of Branch cannot be traced"):
         units_of(Branch(4, 4), [batch])
+
+
+@pytest.mark.parametrize(
+    ("forward", "zero"),
+    [
+        (lambda x: x.relu().sum(1), True),
+        (lambda x: (x.tanh() * x.sigmoid()).norm(dim=1), True),
+        (lambda x: (x * x.exp()) @ x.sigmoid().mT, True),
+        (lambda x: (x / x.exp() - x).sum(1), True),
+        (lambda x: x.sigmoid().sum(1), False),
+        (lambda x: (x + 1).sum(1), False),
+        (lambda x: x.exp().norm(dim=1), False),
+        (lambda x: x.exp() @ x.sigmoid().mT, False),
+        (lambda x: torch.einsum("ni,ni->n", x.cos(), x.cos()), False),
+        (lambda x: x.mean(1), False),
+    ],
+)
+def test_sums_lose_units_only_where_they_are_zero(
+    forward: Callable[[Tensor], Tensor], zero: bool
+) -> None:
+    class Summed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(super().forward(x))
+
+    torch.manual_seed(0)
+    module, batch = Summed(4, 6), torch.randn(3, 4)
+    groups = units_of(module, [batch]).groups
+    assert [len(group) for group in groups] == ([6] if zero else [])
+    remove(module, some(groups), [batch])
 
 
 def test_unknown_operations_keep_what_they_read() -> None:

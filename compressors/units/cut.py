@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from fitsmall.compressors.weights import is_conv1d, matrices_of
@@ -109,8 +110,12 @@ def sizes_of(layer: nn.Module) -> dict[str, int]:
         >>> sizes_of(layer)
         {'out_features': 2, 'in_features': 3}
     """
-    # The old weight norm computes the weight in the next forward pass.
-    weight = getattr(layer, "weight_v", getattr(layer, "weight", None))
+    weight = getattr(layer, "weight_v", None)  # the old weight norm computes the weight later
+    if is_parametrized(layer, "weight"):
+        # A weight is not computed here: spectral norm learns each time it is in training.
+        weight = [*layer.get_submodule("parametrizations.weight").parameters(recurse=False)][-1]
+    elif weight is None:
+        weight = getattr(layer, "weight", None)
     shape = [*weight.shape] if isinstance(weight, Tensor) else []
     if isinstance(layer, nn.Linear):
         return {"out_features": shape[0], "in_features": shape[1]}

@@ -6,6 +6,7 @@ dimensions.
 """
 
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 
 import torch
 from torch import Tensor
@@ -167,7 +168,21 @@ class Labels:
                 return self._with(rest, mine[0])
         return [*merged, labels]
 
-    def contract(self, a: Fields, i: int, b: Fields, j: int) -> tuple[Fields, Fields]:
+    def sum(self, fields: Fields, over: AbstractSet[int], zero: bool) -> Fields:
+        """Return what is left of fields of which some are summed over: zeros add nothing.
+
+        Args:
+            fields: Fields.
+            over: Dimensions.
+            zero: Entries are zero where their unit is; else those that are summed over stay.
+        """
+        if not zero:
+            self.fix(*(labels for labels in fields if varying(labels) <= over))
+        return [labels for labels in fields if not varying(labels) <= over]
+
+    def contract(
+        self, a: Fields, i: int, b: Fields, j: int, zero: bool = True
+    ) -> tuple[Fields, Fields]:
         """Return what is left of the fields of two factors after a sum of their products.
 
         Args:
@@ -175,6 +190,7 @@ class Labels:
             i: Its dimension that is summed over.
             b: Fields of the other one.
             j: Its dimension.
+            zero: Products are zero where the unit is; else it stays.
         """
         alone, left, mixed = [], [], False
         for fields, dim in ((a, i), (b, j)):
@@ -182,7 +198,7 @@ class Labels:
             rest = [labels for labels in fields if varying(labels) != {dim}]
             mixed = mixed or any(dim in varying(labels) for labels in rest)
             left.append(self.fix_along(rest, [dim]))
-        if alone[0] and alone[1] and not mixed:
+        if alone[0] and alone[1] and not mixed and zero:
             self.unite(alone[0][0], alone[1][0])
         else:
             self.fix(*alone[0], *alone[1])

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from fitsmall.compressors.torch_internals import evaluating, map_tensors, tensors_in
 from fitsmall.compressors.units.costs import positions_of
 from fitsmall.compressors.units.labels import FIXED, Fields, Labels
-from fitsmall.compressors.units.rules import Operation, only_moves, rule_of
+from fitsmall.compressors.units.operation import Operation
+from fitsmall.compressors.units.rules import only_moves, rule_of
+from fitsmall.compressors.units.zeros import vanishes
 from fitsmall.compressors.weights import matrices_of, owner, twin_of
 
 __all__ = ["Unit", "Units", "outputs_of", "units_of"]
@@ -139,6 +141,8 @@ class _Tracer:
         self.tensors: dict[tuple[str, int], Tensor] = {}
         # Labels that an operation does more with than move them.
         self.read: Fields = []
+        # Nodes whose entries are zero where their unit is.
+        self.zeros: set[Any] = set()
         held: dict[str, Tensor] = {
             **dict(module.named_parameters(remove_duplicate=False)),
             **dict(module.named_buffers(remove_duplicate=False)),
@@ -159,6 +163,7 @@ class _Tracer:
                 fields[node] = []
                 if found is not None and found.is_floating_point() and node.users:
                     fields[node] = self._label(names[id(found)], found)
+                    self.zeros.add(node)
             elif node.op == "call_function":
                 fields[node] = self._call(node, fields)
             elif node.op == "output":
@@ -182,6 +187,7 @@ class _Tracer:
         """Return the fields of an operation's output, or a list of them for each output."""
         if node.target is operator.getitem:
             found = fields[node.args[0]]
+            self.zeros |= {node} if node.args[0] in self.zeros else set()
             return found[node.args[1]] if found else []
         inputs = [fields[each] for each in node.all_input_nodes]
         if not any(inputs):
@@ -190,7 +196,11 @@ class _Tracer:
         if not only_moves(node.target):
             self.read += [labels for each in inputs for labels in each]
         if rule is not None:
-            return rule(Operation(node, self.labels, fields))
+            operation = Operation(node, self.labels, fields, self.zeros)
+            found = rule(operation)
+            if vanishes(operation, found):
+                self.zeros.add(node)
+            return found
         name = str(node.target)
         self.unknown[name] = self.unknown.get(name, 0) + 1
         for each in inputs:
