@@ -50,7 +50,7 @@ class UNet(nn.Module):
 
 
 class Attention(nn.Module):
-    """Queries of four heads, of which two share keys and values, and a gated MLP."""
+    """Queries of four heads, two of which share keys and values, biases, and a gated MLP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,10 +58,11 @@ class Attention(nn.Module):
         self.embedding, self.norm = nn.Embedding(9, 8), nn.LayerNorm(8)
         self.query, self.key_value = nn.Linear(8, 12), nn.Linear(8, 12)
         self.out, self.gate, self.up = nn.Linear(12, 8), nn.Linear(8, 10), nn.Linear(8, 10)
-        self.down = nn.Linear(10, 8)
+        self.down, self.biases = nn.Linear(10, 8), nn.Parameter(torch.randn(4))
 
     def forward(self, text: Tensor) -> Tensor:
         x = self.embedding(text)
+        mask = self.biases[:, None, None] * torch.eye(text.shape[1])
         heads = (self.num_heads, self.num_groups_of_heads, self.num_groups_of_heads)
         q, k, v = (
             part.view(*text.shape, count, self.size).transpose(1, 2)
@@ -69,7 +70,7 @@ class Attention(nn.Module):
                 (self.query(self.norm(x)), *self.key_value(x).chunk(2, -1)), heads, strict=True
             )
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return F.linear(self.down(F.silu(self.gate(x)) * self.up(x)) + x, self.embedding.weight)
 
@@ -366,6 +367,10 @@ def test_units_that_can_be_removed_are_found_on_copies() -> None:
     assert cut.attributes == [("", "sizes", (3, 6)), ("", "groups", 1)]
     assert module.fourth.out_features == 2
     module(batch)
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    units = removable(encoder, [torch.randn(2, 3, 8)])
+    assert units.names == ["linear1"]
+    assert "MultiheadAttention needs an embed_dim" in units.refused["self_attn.in_proj_weight"]
 
 
 class Stubborn(nn.Module):
@@ -438,4 +443,14 @@ def test_unknown_operations_keep_what_they_read() -> None:
     found = units_of(Sorted(nn.Linear(4, 6), nn.Linear(6, 2)), [torch.randn(3, 4)])
     assert found.groups == []
     assert list(found.unknown) == ["aten.sort.default"]
+
+    class Chosen(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self[1](self[0](x))
+            return self[2](y[y[:, 0] > 0]).sum(0)
+
+    chosen = Chosen(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2))
+    found = units_of(chosen, [torch.randn(3, 4)])
+    assert found.names == ["0"]
+    assert [*found.unknown] == ["aten.index.Tensor", "aten.linear.default"]
     assert not units_of(nn.ReLU(), [torch.randn(3, 4)]).groups  # nothing to label

@@ -154,7 +154,7 @@ def _apart(op: Operation, moved: Sequence[Fields]) -> Fields:
 
 
 def joined(op: Operation) -> Fields:
-    parts, dim = op["tensors"], op["dim"]
+    parts, dim = [part for part in op["tensors"] if 0 not in shape_of(part)], op["dim"]
     shapes, fields = [shape_of(part) for part in parts], [op.fields(part) for part in parts]
     dim %= len(shape_of(op.node))
     if op.name == "stack":

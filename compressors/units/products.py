@@ -6,7 +6,14 @@ from typing import Any
 from torch import Tensor
 
 from fitsmall.compressors.units.labels import Fields, varying
-from fitsmall.compressors.units.operation import Operation, along, placed, shape_of, united
+from fitsmall.compressors.units.operation import (
+    Operation,
+    along,
+    extent_of,
+    placed,
+    shape_of,
+    united,
+)
 
 __all__ = [
     "attention",
@@ -140,9 +147,11 @@ def _sum_of_products(
 
 def attention(op: Operation) -> Fields:
     nodes = [op["query"], op["key"], op["value"]]
-    shapes, fields = [shape_of(each) for each in nodes], [op.fields(each) for each in nodes]
+    masks = [op["attn_mask"]] if op["attn_mask"] is not None else []
+    shapes = [extent_of(each) for each in nodes + masks]
+    fields = [op.fields(each) for each in nodes + masks]
     # A softmax runs over positions, and scores are divided by the root of the size of a head.
-    for k, dims in enumerate(([-2, -1], [-2, -1], [-2])):
+    for k, dims in zip(range(len(fields)), ([-2, -1], [-2, -1], [-2], [-2, -1]), strict=False):
         fields[k] = op.labels.fix_along(fields[k], [len(shapes[k]) + dim for dim in dims])
         for dim in dims:
             shapes[k][dim] = 1

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from fitsmall.compressors.units.attributes import Source, attempts, values
 from fitsmall.compressors.units.cut import Cut, tensor_of
 from fitsmall.compressors.units.tracer import Unit, Units, outputs_of, units_of
-from fitsmall.compressors.weights import matrices_of, twin_of
+from fitsmall.compressors.weights import matrices_of, owner, twin_of
 
 __all__ = ["find_cut", "removable", "remove"]
 
@@ -47,16 +47,10 @@ def removable(
         (['0'], ['1'])
     """
     units = units_of(module, args, kwargs)
-    refused = {
-        name: "it is a single unit, and a layer would vanish"
-        for name, group in zip(units.names, units.groups, strict=True)
-        if len(group) == 1
-    }
-    left = {
-        name: group
-        for name, group in zip(units.names, units.groups, strict=True)
-        if name not in refused
-    }
+    left = dict(zip(units.names, units.groups, strict=True))
+    refused = {name: _stays(module, group) for name, group in left.items()}
+    refused = {name: reason for name, reason in refused.items() if reason}
+    left = {name: group for name, group in left.items() if name not in refused}
     for shares in ((2,), (2, 3, 4)):
         search = _Search(module, args, kwargs or {})
         some = {
@@ -66,6 +60,19 @@ def removable(
         refused |= _refused(search, some)
         left = {name: group for name, group in left.items() if name not in refused}
     return Units([*left.values()], units.unknown, [*left], refused, units.positions)
+
+
+def _stays(module: nn.Module, group: Sequence[Unit]) -> str:
+    """Return why a group cannot lose any units, whatever its modules are told, or nothing."""
+    if len(group) == 1:
+        return "it is a single unit, and a layer would vanish"
+    layers = [owner(module, name)[1] for name, _ in group[0].slices if "proj_weight" in name]
+    if any(isinstance(layer, nn.MultiheadAttention) for layer in layers):
+        return (
+            "torch's MultiheadAttention needs an embed_dim of num_heads * head_dim, so that heads "
+            "stay as long as embed_dim does"
+        )
+    return ""
 
 
 def _refused(search: "_Search", groups: Mapping[str, Sequence[Unit]]) -> dict[str, str]:

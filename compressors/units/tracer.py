@@ -46,7 +46,8 @@ class Units:
     Args:
         groups: Units that stand in the same dimensions of the same tensors. A group is the width of
             a layer, or of several that go together.
-        unknown: Operations without a rule, and the number of their uses. What they read stays.
+        unknown: Operations without a rule, or whose shapes depend on values, and the number of
+            their uses. What they read stays.
         names: A name for each group: the path of the first layer that has it as its outputs.
         refused: Names of groups that cannot be removed, and why; only
             :func:`~fitsmall.compressors.units.removable` tries.
@@ -192,7 +193,7 @@ class _Tracer:
         inputs = [fields[each] for each in node.all_input_nodes]
         if not any(inputs):
             return []
-        rule = rule_of(node.target)
+        rule = rule_of(node.target) if _is_concrete(node) else None
         if not only_moves(node.target):
             self.read += [labels for each in inputs for labels in each]
         if rule is not None:
@@ -245,6 +246,12 @@ class _Tracer:
         """Return the dimension of a parameter that counts outputs."""
         embeds = isinstance(owner(self._module, name)[1], nn.Embedding | nn.EmbeddingBag)
         return 1 if embeds else matrices_of(self._module, name).outputs
+
+
+def _is_concrete(node: Any) -> bool:
+    """Return whether the shapes of an operation do not depend on values, as those of a choice."""
+    tensors = tensors_in([each.meta.get("val") for each in (node, *node.all_input_nodes)])
+    return all(type(size) is int for tensor in tensors for size in tensor.shape)
 
 
 def _unique(name: str, names: Sequence[str]) -> str:
