@@ -435,6 +435,58 @@ def test_sums_lose_units_only_where_they_are_zero(
     remove(module, some(groups), [batch])
 
 
+class Gate(nn.Module):
+    """A way through the network that depends on values, and a width that flattening multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.last, self.other = nn.Linear(24, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x)) if x.sum() > 0 else self.conv(-x)
+        return self.other(self.last(y.flatten(1)))
+
+
+def test_groups_can_be_declared() -> None:
+    torch.manual_seed(0)
+    module, batch = Gate(), torch.rand(2, 3, 4, 4)
+    with pytest.raises(ValueError, match=r'groups=\{"hidden": \{"fc1.weight": 0'):
+        removable(module, [batch])
+    channels = {"conv.weight": 0, "conv.bias": 0, "norm.weight": 0, "norm.bias": 0,
+                "norm.running_mean": 0, "norm.running_var": 0, "last.weight": -1}  # fmt: skip
+    groups = {"channels": channels, "hidden": {"last.weight": 0, "last.bias": 0}}
+    units = removable(module, [batch], groups=groups)
+    assert (units.names, len(units.groups[0])) == (["channels"], 6)
+    assert "hidden" in units.refused  # the layer that reads it is missing
+    expected = masked(module, some(units.groups)).eval()(batch)
+    remove(module, some(units.groups), [batch])
+    torch.testing.assert_close(module.eval()(batch), expected, rtol=1e-4, atol=1e-5)
+    assert module.last.in_features == 12
+
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 8), nn.Linear(8, 2))
+    pairs = {"0": {"1.weight": 0, "1.bias": 0, "2.weight": 1}}
+    net.register_parameter("tied", net[1].weight)
+    pairs["0"]["tied"] = pairs["0"].pop("1.weight")
+    units = removable(net, [torch.randn(3, 4)], groups=pairs)
+    assert {name: len(group) for name, group in zip(units.names, units.groups, strict=True)} == {
+        "0": 8, "0 (2)": 6,
+    }  # fmt: skip
+    for group, message in (
+        (
+            {"1.wieght": 0},
+            r"groups\['a'\]: Sequential has no .* '1.wieght'; .* 1.weight",
+        ),
+        ({"1.bias": 1}, r"1.bias has shape \(8,\), and no dimension 1"),
+        ({"1.bias": 0, "0.bias": 0}, r"dimension 0 of 1.bias has 8 slices, no multiple of 6"),
+        ({}, r"groups\['a'\] names no tensors"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            removable(net, [torch.randn(3, 4)], groups={"a": group})
+    with pytest.raises(ValueError, match=r"dimension 0 of 1.bias is in groups\['a'\] already"):
+        removable(net, [torch.randn(3, 4)], groups={"a": {"1.bias": 0}, "b": {"1.bias": 0}})
+
+
 def test_unknown_operations_keep_what_they_read() -> None:
     class Sorted(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:

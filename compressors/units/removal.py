@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from fitsmall.compressors.units.attributes import Source, attempts, values
 from fitsmall.compressors.units.cut import Cut, tensor_of
+from fitsmall.compressors.units.declared import Groups, declared, with_declared
 from fitsmall.compressors.units.tracer import Unit, Units, outputs_of, units_of
 from fitsmall.compressors.weights import matrices_of, owner, twin_of
 
@@ -20,7 +21,10 @@ _TOLERANCE = 1e-4
 
 
 def removable(
-    module: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    module: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    groups: Groups | None = None,
 ) -> Units:
     """Return the units of a network that can really be removed, all groups at once.
 
@@ -32,9 +36,12 @@ def removable(
         module: The network, which stays as it is.
         args: Example inputs by position; few examples are faster.
         kwargs: Example inputs by name.
+        groups: Groups that are known, as dimensions by the names of tensors. Those of a network
+            that cannot be traced are the only ones; else what they touch is in no other group.
 
     Raises:
-        ValueError: The network cannot be traced.
+        ValueError: The network cannot be traced, and no groups are given; or they name tensors or
+            dimensions that do not exist, or have different widths.
         TypeError: The network cannot be copied.
 
     Example:
@@ -46,7 +53,14 @@ def removable(
         >>> units.names, [*units.refused]
         (['0'], ['1'])
     """
-    units = units_of(module, args, kwargs)
+    known = declared(module, groups or {})
+    try:
+        units = units_of(module, args, kwargs)
+    except ValueError:
+        if not known:
+            raise
+        units = Units([], {}, [], {})
+    units = with_declared(units, known)
     left = dict(zip(units.names, units.groups, strict=True))
     refused = {name: _stays(module, group) for name, group in left.items()}
     refused = {name: reason for name, reason in refused.items() if reason}

@@ -25,7 +25,7 @@ from fitsmall.compressors.units.rules import only_moves, rule_of
 from fitsmall.compressors.units.zeros import vanishes
 from fitsmall.compressors.weights import matrices_of, owner, twin_of
 
-__all__ = ["Unit", "Units", "outputs_of", "units_of"]
+__all__ = ["Unit", "Units", "outputs_of", "unique", "units_of"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,9 @@ def units_of(
         line = str(error).strip().split("\n")[0]
         raise ValueError(
             f"the forward of {type(module).__name__} cannot be traced: {line}. Its control flow "
-            "and its shapes must not depend on values of tensors"
+            "and its shapes must not depend on values of tensors; else declare which dimensions of "
+            'tensors go together, such as groups={"hidden": {"fc1.weight": 0, "fc1.bias": 0, '
+            '"fc2.weight": 1}}'
         ) from error
     return _Tracer(exported, traced).units()
 
@@ -228,7 +230,7 @@ class _Tracer:
             groups.setdefault(kind, []).append(Unit(unit))
         names: list[str] = []
         for group in groups.values():
-            names.append(_unique(self._writer(group[0]), names))
+            names.append(unique(self._writer(group[0]), names))
         return Units([*groups.values()], self.unknown, names, {}, self.positions)
 
     def _writer(self, unit: Unit) -> str:
@@ -254,7 +256,7 @@ def _is_concrete(node: Any) -> bool:
     return all(type(size) is int for tensor in tensors for size in tensor.shape)
 
 
-def _unique(name: str, names: Sequence[str]) -> str:
+def unique(name: str, names: Sequence[str]) -> str:
     """Return a name that is not among others, with a number after it where it is."""
     found = (f"{name} ({k})" if k > 1 else name for k in count(1))
     return next(each for each in found if each not in names)
