@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from fitsmall.compressors.units import Unit, removable, remove, units_of
+from fitsmall.experiments.benchmarks.units import KINDS, run
 from fitsmall.experiments.models.networks import ResNet
 from fitsmall.experiments.models.transformer import Transformer
 
@@ -153,15 +154,17 @@ class Cells(nn.Module):
 
 
 class Shuffled(nn.Module):
-    """Channels that are shuffled, by an operation and by views, and slopes of channels."""
+    """Channels that are shuffled, by an operation and by views, slopes, and a view into images."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.dense, self.norm = nn.Linear(3 * 64, 3 * 64), nn.BatchNorm2d(3)
         self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 3)
         self.slopes, self.third = nn.PReLU(12), nn.Conv2d(12, 12, 3, groups=12)
         self.last = nn.Conv2d(12, 2, 1)
 
     def forward(self, images: Tensor) -> Tensor:
+        images = self.norm(self.dense(images.flatten(1)).view(len(images), -1, 8, 8))
         x = self.slopes(self.second(F.channel_shuffle(self.first(images), 2)))
         batch, channels, height, width = x.shape
         x = x.view(batch, 3, channels // 3, height, width).transpose(1, 2).contiguous()
@@ -210,7 +213,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], list[int]]
     "positions": (Mixer, images, [8, 6, 3]),
     "reader": (Reader, text, [6, 8, 4]),
     "cells": (Cells, text, [6, 8, 5, 7, 6, 4]),
-    "shuffled": (Shuffled, images, [4, 4]),
+    "shuffled": (Shuffled, images, [3, 4, 4]),
     "sums": (Sums, text, [4, 6, 6]),
     "groups": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, groups=2), nn.Conv2d(6, 2, 1)),
@@ -485,6 +488,14 @@ def test_groups_can_be_declared() -> None:
             removable(net, [torch.randn(3, 4)], groups={"a": group})
     with pytest.raises(ValueError, match=r"dimension 0 of 1.bias is in groups\['a'\] already"):
         removable(net, [torch.randn(3, 4)], groups={"a": {"1.bias": 0}, "b": {"1.bias": 0}})
+
+
+@pytest.mark.parametrize("kind", ["U-Net", "GAN generator", "weight norm"])
+def test_the_benchmark_finds_all_as_it_should_be(kind: str) -> None:
+    result = run(KINDS[kind])
+    assert (result.refused, result.alive) == ({}, 1)
+    assert result.difference < 1e-12
+    assert 0.6 < result.removed < 0.8
 
 
 def test_unknown_operations_keep_what_they_read() -> None:

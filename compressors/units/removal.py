@@ -14,7 +14,7 @@ from fitsmall.compressors.units.declared import Groups, declared, with_declared
 from fitsmall.compressors.units.tracer import Unit, Units, outputs_of, units_of
 from fitsmall.compressors.weights import matrices_of, owner, twin_of
 
-__all__ = ["find_cut", "removable", "remove"]
+__all__ = ["awake", "find_cut", "masked", "removable", "remove"]
 
 # Largest difference of outputs that rounding makes, as a fraction of the largest output.
 _TOLERANCE = 1e-4
@@ -217,7 +217,7 @@ class _Search:
     def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._args, self._kwargs = args, kwargs
         # Rows of zeros and factors of nearly zero, as layers begin with, would hide mistakes.
-        self._module = _awake(module)
+        self._module = awake(module)
         if not all(output.isfinite().all() for output in self._outputs(twin_of(self._module))):
             self._module = twin_of(module)
         self._module.train()  # some drop here what they cache in evaluation mode
@@ -234,7 +234,7 @@ class _Search:
         """
         together = [*self._units, *units]
         kept = _kept(self._module, together)
-        expected = self._outputs(_masked(self._module, kept))
+        expected = self._outputs(masked(self._module, kept))
         problem = None
         for found in attempts(self._module, units, thorough):
             sources = {**found, **self._sources}
@@ -286,7 +286,7 @@ def _kept(module: nn.Module, units: Iterable[Unit]) -> dict[tuple[str, int], Ten
     return kept
 
 
-def _awake(module: nn.Module) -> nn.Module:
+def awake(module: nn.Module) -> nn.Module:
     """Return a copy whose constant vectors, such as new biases and norms, are random."""
     twin, generator = twin_of(module), torch.Generator().manual_seed(0)
     for tensor in (*twin.parameters(), *twin.buffers()):
@@ -297,7 +297,7 @@ def _awake(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _masked(module: nn.Module, kept: Mapping[tuple[str, int], Tensor]) -> nn.Module:
+def masked(module: nn.Module, kept: Mapping[tuple[str, int], Tensor]) -> nn.Module:
     """Return a copy with zeros in place of what does not stay."""
     masked = twin_of(module)
     parameters = dict(masked.named_parameters())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fitsmall.compressors.units import products
-from fitsmall.compressors.units.labels import Fields, compact
+from fitsmall.compressors.units.labels import Fields, compact, varying
 from fitsmall.compressors.units.movement import MOVES, indexed, joined, moved, shuffled
 from fitsmall.compressors.units.operation import (
     CONSTANTS,
@@ -84,17 +84,26 @@ def _gated(op: Operation) -> Fields:
     return op.labels.merge([(half, shape_of(op.node)) for half in halves])
 
 
+def _by_channel(op: Operation, fields: Fields) -> Fields:
+    """Make labels that vary along channels the same along all other dimensions."""
+    left: Fields = []
+    for labels in fields:
+        others = varying(labels) - {1} if 1 in varying(labels) else set()
+        left += op.labels.fix_along([labels], others) if others else [labels]
+    return left
+
+
 def _each_slope(op: Operation) -> Fields:
     """The slope below zero is one number, or one for each channel."""
     fields = op.fields(op["self"])
     if op.fields(op["weight"]):
-        fields = op.labels.fix_along(fields, {*range(len(shape_of(op["self"])))} - {1})
+        fields = _by_channel(op, fields)
         united(op, along(fields, 1), op.fields(op["weight"]))
     return fields
 
 
 def _batch_norm(op: Operation) -> Fields:
-    fields = op.fields(op["input"])
+    fields = _by_channel(op, op.fields(op["input"]))
     if op.arguments.get("training") or op.arguments.get("use_input_stats"):
         others = [dim for dim in range(len(shape_of(op["input"]))) if dim != 1]
         fields = op.labels.fix_along(fields, others)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NETWORKS", "Entry"]
+__all__ = ["NETWORKS", "Entry", "hugging_face", "timm_network", "tokens"]
 
 
 class Entry(NamedTuple):
@@ -82,7 +82,7 @@ class _Members(type):
         return iter(())
 
 
-def _timm(name: str, **settings: Any) -> Callable[[], nn.Module]:
+def timm_network(name: str, **settings: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         stand_in = _Torchvision()
         if find_spec("torchvision") is None:
@@ -132,19 +132,17 @@ for _name, _family, _size, _settings in (
     ("dla46x_c", "DLA", 64, {}),
     ("res2net50_14w_8s", "Res2Net", 32, {"layers": (1, 1, 1, 1)}),
 ):  # fmt: skip
-    _add(_name, _family, _timm(_name, **_settings), _images(_size))
+    _add(_name, _family, timm_network(_name, **_settings), _images(_size))
 
 
 # --------------------------------------------------------------------------------- Hugging Face
 
 
-def _tokens(**more: Any) -> Callable[[], Mapping[str, Any]]:
+def tokens(**more: Any) -> Callable[[], Mapping[str, Any]]:
     return lambda: {"input_ids": torch.randint(5, 90, (2, 12)), **more}
 
 
-def _hugging_face(
-    model: str, config: str | None = None, **settings: Any
-) -> Callable[[], nn.Module]:
+def hugging_face(model: str, config: str | None = None, **settings: Any) -> Callable[[], nn.Module]:
     """Make a network from a configuration alone, with random weights."""
 
     def make() -> nn.Module:
@@ -201,39 +199,39 @@ for _model, _family, _settings in (
     ("MambaForCausalLM", "Mamba",
      {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
 ):  # fmt: skip
-    _add(_model, _family, _hugging_face(_model, **_settings), _tokens())
+    _add(_model, _family, hugging_face(_model, **_settings), tokens())
 
 _add("GPT2LMHeadModel", "GPT-2",
-     _hugging_face("GPT2LMHeadModel", "GPT2Config", vocab_size=100, n_embd=32, n_layer=2, n_head=4,
-                   n_positions=16), _tokens())  # fmt: skip
+     hugging_face("GPT2LMHeadModel", "GPT2Config", vocab_size=100, n_embd=32, n_layer=2, n_head=4,
+                   n_positions=16), tokens())  # fmt: skip
 _add("DistilBertForMaskedLM", "DistilBERT",
-     _hugging_face("DistilBertForMaskedLM", vocab_size=100, dim=32, hidden_dim=48, n_layers=2,
-                   n_heads=4, max_position_embeddings=16), _tokens())  # fmt: skip
+     hugging_face("DistilBertForMaskedLM", vocab_size=100, dim=32, hidden_dim=48, n_layers=2,
+                   n_heads=4, max_position_embeddings=16), tokens())  # fmt: skip
 _add("T5ForConditionalGeneration", "T5",
-     _hugging_face("T5ForConditionalGeneration", vocab_size=100, d_model=32, d_kv=8, d_ff=48,
+     hugging_face("T5ForConditionalGeneration", vocab_size=100, d_model=32, d_kv=8, d_ff=48,
                    num_layers=2, num_heads=4),
      lambda: {"input_ids": torch.randint(5, 90, (2, 12)),
               "decoder_input_ids": torch.randint(5, 90, (2, 6))})  # fmt: skip
 _add("BartForConditionalGeneration", "BART",
-     _hugging_face("BartForConditionalGeneration", vocab_size=100, d_model=32, encoder_layers=1,
+     hugging_face("BartForConditionalGeneration", vocab_size=100, d_model=32, encoder_layers=1,
                    decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
                    encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=16),
-     _tokens())  # fmt: skip
+     tokens())  # fmt: skip
 _add("ViTForImageClassification", "ViT (Hugging Face)",
-     _hugging_face("ViTForImageClassification", **_IMAGE),
+     hugging_face("ViTForImageClassification", **_IMAGE),
      lambda: {"pixel_values": torch.randn(2, 3, 32, 32)})  # fmt: skip
 _add("SegformerForSemanticSegmentation", "SegFormer",
-     _hugging_face("SegformerForSemanticSegmentation", num_encoder_blocks=2, depths=[1, 1],
+     hugging_face("SegformerForSemanticSegmentation", num_encoder_blocks=2, depths=[1, 1],
                    sr_ratios=[2, 1], hidden_sizes=[16, 32], patch_sizes=[3, 3], strides=[2, 2],
                    num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=16),
      lambda: {"pixel_values": torch.randn(2, 3, 32, 32)})  # fmt: skip
-_add("CLIPVisionModel", "CLIP", _hugging_face("CLIPVisionModel", **_IMAGE),
+_add("CLIPVisionModel", "CLIP", hugging_face("CLIPVisionModel", **_IMAGE),
      lambda: {"pixel_values": torch.randn(2, 3, 32, 32)})  # fmt: skip
 _add("Wav2Vec2ForCTC", "Wav2Vec2",
-     _hugging_face("Wav2Vec2ForCTC", num_feat_extract_layers=2, **_SPEECH),
+     hugging_face("Wav2Vec2ForCTC", num_feat_extract_layers=2, **_SPEECH),
      lambda: {"input_values": torch.randn(2, 1600)})  # fmt: skip
 _add("WhisperForConditionalGeneration", "Whisper",
-     _hugging_face("WhisperForConditionalGeneration", vocab_size=100, d_model=32, encoder_layers=1,
+     hugging_face("WhisperForConditionalGeneration", vocab_size=100, d_model=32, encoder_layers=1,
                    decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
                    encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=16, max_source_positions=20,
                    max_target_positions=20, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -435,7 +433,7 @@ def _demo() -> nn.Module:
     return Transformer(vocab_size=50, ninp=32, nhead=4, nhid=48, nlayers=2)
 
 
-_add("LoRA", "LoRA (peft)", _lora, _tokens())
+_add("LoRA", "LoRA (peft)", _lora, tokens())
 _add(
     "Demo",
     "Lightning's Transformer",
