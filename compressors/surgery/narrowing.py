@@ -10,11 +10,12 @@ from torch.optim import Optimizer
 
 from fitsmall.compressors.surgery.protocol import Changed, Layout, Surgery, TensorSpec
 from fitsmall.compressors.units.cut import Attribute, Cut, tensor_of
+from fitsmall.compressors.units.cut import Size as AttributeSize
 
 __all__ = ["Narrowing", "carry_marks"]
 
 # Buffers without entries, whose shapes mark a narrowed layer in a state dict: (0, shape now, shape
-# before) of a tensor, and (0, value) of an attribute. They take no memory.
+# before) of a tensor, and (0, *values) of an attribute. They take no memory.
 _TENSOR, _ATTRIBUTE = "narrowed_", "resized_"
 
 
@@ -66,8 +67,8 @@ class Narrowing(Surgery):
             path, _, own = name.rpartition(".")
             if spec.shape[:1] != (0,):
                 continue
-            if own.startswith(_ATTRIBUTE) and len(spec.shape) == 2:
-                attributes.append((path, own.removeprefix(_ATTRIBUTE), spec.shape[1]))
+            if own.startswith(_ATTRIBUTE) and len(spec.shape) > 1:
+                attributes.append((path, own.removeprefix(_ATTRIBUTE), tuple(spec.shape[1:])))
             elif own.startswith(_TENSOR) and len(spec.shape) % 2:
                 tensor, dims = _join(path, own.removeprefix(_TENSOR)), len(spec.shape) // 2
                 shapes[tensor] = Size(spec.shape[1 : dims + 1])
@@ -95,9 +96,9 @@ class Narrowing(Surgery):
                     f"the file has {name} narrowed from {tuple(shape)}, and "
                     f"{type(module).__name__} has {tuple(own) if own else 'none'}"
                 )
-        for path, name, _ in self.attributes:
-            if type(getattr(_submodule(module, path), name, None)) is not int:
-                raise ValueError(f"{type(module).__name__} has no number {_join(path, name)!r}")
+        for path, name, value in self.attributes:
+            if _as_attribute(getattr(_submodule(module, path), name, None), value) is None:
+                raise ValueError(f"{type(module).__name__} has no size {_join(path, name)!r}")
         expected = {
             name: TensorSpec(self.shapes[name], spec.dtype)
             if name in self.shapes and _is_narrower(self.shapes[name], spec.shape)
@@ -123,7 +124,12 @@ class Narrowing(Surgery):
             for dim, size in enumerate(shape)
             if size < tensors[name].shape[dim]
         }
-        Cut(kept, self.attributes).apply(module)
+        attributes = []
+        for path, name, value in self.attributes:
+            size = _as_attribute(getattr(module.get_submodule(path), name), value)
+            assert size is not None
+            attributes.append((path, name, size))
+        Cut(kept, attributes).apply(module)
         self._mark(module)
 
     def undo(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -156,7 +162,10 @@ class Narrowing(Surgery):
             for name, before in self.before.items()
             for path, _, own in [name.rpartition(".")]
         }
-        values = {_join(path, f"{_ATTRIBUTE}{own}"): (0, n) for path, own, n in self.attributes}
+        values = {
+            _join(path, f"{_ATTRIBUTE}{own}"): (0, *([size] if isinstance(size, int) else size))
+            for path, own, size in self.attributes
+        }
         return {
             name: torch.empty(shape, dtype=torch.uint8)
             for name, shape in {**shapes, **values}.items()
@@ -194,6 +203,21 @@ def _is_narrower(shape: Size, than: Size) -> bool:
     """
     fits = len(shape) == len(than) and all(a <= b for a, b in zip(shape, than, strict=True))
     return fits and shape != than
+
+
+def _as_attribute(now: object, value: AttributeSize) -> AttributeSize | None:
+    """Return a size in the form in which a module has it now; None if it has no such size.
+
+    Example:
+        >>> _as_attribute(8, (4,)), _as_attribute([8, 8], (4, 6)), _as_attribute("8", (4,))
+        (4, [4, 6], None)
+    """
+    sizes = (value,) if isinstance(value, int) else tuple(value)
+    if type(now) is int and len(sizes) == 1:
+        return sizes[0]
+    if isinstance(now, list | tuple) and len(now) == len(sizes):
+        return [*sizes] if isinstance(now, list) else sizes
+    return None
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:

@@ -30,7 +30,7 @@ def positions_of(graph: Any, names: Mapping[Any, str]) -> dict[str, float]:
             found[name] = found.get(name, 0.0) + positions
 
     for node in graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or not all(map(_is_sized, [node, *node.all_input_nodes])):
             continue
         kind = str(node.target).split(".")[1] if "." in str(node.target) else ""
         if kind == "linear":
@@ -59,17 +59,23 @@ def _source(node: Any, names: Mapping[Any, str]) -> str | None:
         kind = str(node.target)
         if not only_moves(node.target) and "_weight_norm" not in kind:
             return None
-        inputs = [each for each in node.all_input_nodes if _numel(each) == _numel(node)]
+        sized = filter(_is_sized, node.all_input_nodes)
+        inputs = [each for each in sized if _numel(each) == _numel(node)]
         if not inputs:
             return None
         node = inputs[0]
     return names.get(node)
 
 
+def _is_sized(node: Any) -> bool:
+    """Return whether a node has a shape that does not depend on values of tensors."""
+    return all(type(size) is int for size in _shape(node))
+
+
 def _shape(node: Any) -> tuple[int, ...]:
-    value = node.meta["val"]
-    value = value if isinstance(value, Tensor) else value[0]
-    return tuple(int(size) for size in value.shape)
+    value = node.meta.get("val")
+    value = value[0] if isinstance(value, tuple | list) and value else value
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def _shape_dims(node: Any) -> int:

@@ -99,4 +99,4 @@ def with_declared(units: Units, groups: Mapping[str, list[Unit]]) -> Units:
         ]
         if left:
             together[unique(name, [*together])] = left
-    return Units([*together.values()], units.unknown, [*together], units.refused)
+    return Units([*together.values()], units.unknown, [*together], units.refused, units.positions)

@@ -59,7 +59,7 @@ def removable(
     except ValueError:
         if not known:
             raise
-        units = Units([], {}, [], {})
+        units = Units([], {}, [], {}, {})
     units = with_declared(units, known)
     left = dict(zip(units.names, units.groups, strict=True))
     refused = {name: _stays(module, group) for name, group in left.items()}

@@ -71,6 +71,9 @@ class ChannelPruning(Stage):
         exclude: Patterns of parameter names to leave out.
         overrides: Fractions of units to keep, by pattern of the names of weights in which they
             stand, whatever the budget says.
+        groups: Groups of units that tracing cannot find, as dimensions by the names of tensors:
+            ``{"hidden": {"fc1.weight": 0, "fc1.bias": 0, "fc2.weight": 1}}``. Of a network that
+            cannot be traced they are the only ones.
 
     Example:
         >>> from torch import nn
@@ -110,6 +113,7 @@ class ChannelPruning(Stage):
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
         overrides: Mapping[str, float] | None = None,
+        groups: Mapping[str, Mapping[str, int]] | None = None,
     ) -> None:
         super().__init__(start, stop, start_step, stop_step, every, include, exclude)
         budgets = {"keep_flops": keep_flops, "keep_size": keep_size, "keep_latency": keep_latency}
@@ -119,7 +123,7 @@ class ChannelPruning(Stage):
                 "ChannelPruning: give one of keep_flops, keep_size and keep_latency, and got "
                 f"{', '.join(given) or 'none'}; keep_flops=0.5 leaves half of the multiply-adds"
             )
-        self.overrides = self._overrides(overrides)
+        self.overrides, self.groups = self._overrides(overrides), self._groups(groups)
         for name, value in (*given.items(), *self.overrides.items()):
             if not isinstance(value, int | float) or not 0 < value < 1 + (name in self.overrides):
                 raise ValueError(
@@ -156,6 +160,18 @@ class ChannelPruning(Stage):
         if self.latency:
             self.latency.reset()
 
+    @staticmethod
+    def _groups(groups: Mapping[str, Mapping[str, int]] | None) -> dict[str, dict[str, int]]:
+        found = {} if groups is None else groups
+        if not isinstance(found, Mapping) or not all(
+            isinstance(dims, Mapping) for dims in found.values()
+        ):
+            raise ValueError(
+                "ChannelPruning: groups maps names to dimensions of tensors, as in "
+                f"{{'hidden': {{'fc1.weight': 0, 'fc2.weight': 1}}}}, and got {groups!r}"
+            )
+        return {name: dict(dims) for name, dims in found.items()}
+
     @property
     def coupling(self) -> str:
         return "proximal"
@@ -166,9 +182,7 @@ class ChannelPruning(Stage):
 
     def remarks(self) -> list[str]:
         found = [f"widths: {self._summary()}"] if self.finished else []
-        if self.units and (reasons := self.units.reasons):
-            found += [f"stay whole: {', '.join(f'{n} ({why})' for n, why in reasons.items())}"]
-        return found
+        return found + (self.units.remarks() if self.units else [])
 
     def metrics(self) -> dict[str, float]:
         going = {name: int(mask.sum()) for name, mask in self.going.items()}
@@ -221,7 +235,9 @@ class ChannelPruning(Stage):
                 "ChannelPruning: no module was called in the first step, and there is no network "
                 "to trace: call modules, and not their forward or functions of their weights"
             )
-        self.units = NetworkUnits(self._module, self.calls.found, self.selection.chosen)
+        self.units = NetworkUnits(
+            self._module, self.calls.found, self.selection.chosen, self.groups
+        )
         first = not self.totals
         costs = {kind: self.units.cost(self.parameters, kind) for kind in ("flops", "size")}
         if first:

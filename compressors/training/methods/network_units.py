@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fitsmall.compressors.choices.width_choice import Term, WidthCosts
 from fitsmall.compressors.training.methods.network_calls import Call
-from fitsmall.compressors.units import Cut, Unit, find_cut, units_of
+from fitsmall.compressors.units import Cut, Unit, find_cut, removable
 
 __all__ = ["NetworkUnits", "Place", "UnitGroup"]
 
@@ -68,39 +68,52 @@ class NetworkUnits:
         module: The module.
         calls: A call of each network, by its path.
         chosen: Names of the weights that may change. A group is taken if all of its weights may.
+        declared: Groups that the user knows, as dimensions by the names of tensors.
+
+    Raises:
+        ValueError: A network cannot be traced, or a declared group is wrong.
 
     Attributes:
-        groups: The groups by name, that of the first layer which they stand in.
+        groups: The groups by name, that of the first layer which writes them.
         reasons: Reasons why other groups are left out, by name.
+        unknown: Operations that no rule is known for; what they read stays.
     """
 
     def __init__(
-        self, module: nn.Module, calls: Mapping[str, Call], chosen: Collection[str]
+        self,
+        module: nn.Module,
+        calls: Mapping[str, Call],
+        chosen: Collection[str],
+        declared: Mapping[str, Mapping[str, int]],
     ) -> None:
         self.calls = dict(calls)
         self.groups: dict[str, UnitGroup] = {}
         self.reasons: dict[str, str] = {}
+        self.unknown: dict[str, int] = {}
         self._positions: dict[str, float] = {}
         parameters = dict(module.named_parameters())
         saved = module.state_dict(keep_vars=True).keys()
         for path, call in calls.items():
+            own = _of_network(path, declared)
             with torch.compiler.set_stance("force_eager"):  # a compiled network cannot be traced
-                found = units_of(call.network, call.args, call.kwargs)
+                found = removable(call.network, call.args, call.kwargs, own)
+            self.unknown |= found.unknown
+            self.reasons |= {_join(path, name): why for name, why in found.refused.items()}
             for name, count in found.positions.items():
                 full = _join(path, name)
                 self._positions[full] = self._positions.get(full, 0.0) + count
-            for units in found.groups:
-                group = UnitGroup.of(path, units)
+            for name, units in zip(found.names, found.groups, strict=True):
+                group, full = UnitGroup.of(path, units), _join(path, name)
                 names = list(dict.fromkeys(name for name, _ in group.places))
                 fixed = [n for n in names if n in parameters and n not in chosen]
                 if matrices := [n for n in fixed if parameters[n].dim() > 1]:
-                    self.reasons[names[0]] = f"{matrices[0]} is left out"
+                    self.reasons[full] = f"{matrices[0]} is left out"
                 elif frozen := [n for n in fixed if not parameters[n].requires_grad]:
-                    self.reasons[names[0]] = f"{frozen[0]} is frozen: requires_grad is False"
+                    self.reasons[full] = f"{frozen[0]} is frozen: requires_grad is False"
                 elif lost := [n for n in names if n not in saved]:
-                    self.reasons[names[0]] = f"{lost[0]} is a buffer that no state dict holds"
-                elif len(units) > 1:
-                    self.groups[self._name_of(names[0])] = group
+                    self.reasons[full] = f"{lost[0]} is a buffer that no state dict holds"
+                else:
+                    self.groups[full] = group
         self._share(calls)
         self.places: dict[str, list[tuple[str, Place]]] = {}
         for name, group in self.groups.items():
@@ -120,14 +133,16 @@ class NetworkUnits:
                     self.reasons[name] = f"{tensor} belongs to two networks"
                     self.groups.pop(name, None)
 
-    def _name_of(self, tensor: str) -> str:
-        """Return a name for a group that no other one has."""
-        layer = tensor.rpartition(".")[0] or tensor
-        name, number = layer, 1
-        while name in self.groups:
-            number += 1
-            name = f"{layer}#{number}"
-        return name
+    def remarks(self) -> list[str]:
+        """Return lines on the units that can leave, and on what stays whole."""
+        slices = {name: len(group.units) for name, group in self.groups.items()}
+        lines = [f"units: {', '.join(f'{name} {count}' for name, count in slices.items())}"]
+        if self.reasons:
+            stays = "; ".join(f"{name} ({why})" for name, why in self.reasons.items())
+            lines.append(f"stay whole: {stays}")
+        if self.unknown:
+            lines.append(f"so does what these read: {', '.join(self.unknown)}")
+        return lines
 
     def cost(self, parameters: Mapping[str, nn.Parameter], kind: str) -> WidthCosts:
         """Return the cost of the module as a function of its widths.
@@ -178,6 +193,16 @@ class NetworkUnits:
             if goes
         ]
         return find_cut(call.network, units, call.args, call.kwargs) if units else None
+
+
+def _of_network(path: str, declared: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """Return the declared groups of one network, with names of tensors in it."""
+    prefix = f"{path}." if path else ""
+    return {
+        group: {name.removeprefix(prefix): dim for name, dim in dims.items()}
+        for group, dims in declared.items()
+        if all(name.startswith(prefix) for name in dims)
+    }
 
 
 def _join(*names: str) -> str:
