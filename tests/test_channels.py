@@ -274,6 +274,15 @@ class Unsaved(Net):
         return self.head(self.body(images) + self.shift)
 
 
+HIDDEN = {
+    "hidden": {
+        **dict.fromkeys(("body.0.weight", "body.0.bias", "body.1.weight", "body.1.bias"), 0),
+        **dict.fromkeys(("body.1.running_mean", "body.1.running_var"), 0),
+        "head.weight": 1,
+    }
+}
+
+
 class Branching(Net):
     def forward(self, images: Tensor) -> Tensor:
         hidden = self.body(images)
@@ -291,7 +300,10 @@ class Branching(Net):
         (lambda: ChannelPruning(0.5, overrides={"body*": 0}), Net, r"body\* is a fraction"),
         (lambda: ChannelPruning(keep_size=0.01), Net, r"cannot be reached, .* has 0.1"),
         (lambda: ChannelPruning(0.5), Unsaved, r"body.0.bias is frozen"),
-        (lambda: ChannelPruning(0.5), Branching, "cannot be traced"),
+        (lambda: ChannelPruning(0.5), Branching, r"cannot be traced.*groups="),
+        (lambda: ChannelPruning(0.5, groups=HIDDEN), Branching, "give keep_size instead"),
+        (lambda: ChannelPruning(0.5, groups={"a": {"b": 0}}), Net, "no parameter or buffer 'b'"),
+        (lambda: ChannelPruning(0.5, groups=["head"]), Net, "groups maps names to dimensions"),
     ],
 )
 def test_mistakes_are_told_before_the_first_step(
@@ -299,6 +311,12 @@ def test_mistakes_are_told_before_the_first_step(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, make(), module=module())
+
+
+def test_what_cannot_be_traced_is_declared(tmp_path: Path) -> None:
+    channels = ChannelPruning(keep_size=0.5, groups=HIDDEN)
+    module = fit(tmp_path, channels, module=Branching())
+    assert module.head.in_features == channels.widths["hidden"][1] < 21
 
 
 def test_stages_that_cannot_go_together_are_refused(tmp_path: Path) -> None:

@@ -254,6 +254,11 @@ class ChannelPruning(Stage):
                 "ChannelPruning: leave the stage out, since no channels, heads or hidden units can "
                 f"leave the network: {reasons or 'it has none'}"
             )
+        if not self.latency and not self.totals[self.budget]:
+            raise ValueError(
+                "ChannelPruning: give keep_size instead of keep_flops: multiply-adds are counted "
+                "where the network is traced, and it cannot be"
+            )
         narrowest = self._choose(
             units, {n: torch.zeros(len(g.units)) for n, g in units.groups.items()}, 0.0
         )
@@ -400,7 +405,8 @@ class ChannelPruning(Stage):
         assert self.units is not None
         self.parameters = dict(self._module.named_parameters())
         for kind, total in self.totals.items():
-            self.left[kind] = self.units.cost(self.parameters, kind).total({}) / total
+            if total:  # multiply-adds of a network that cannot be traced are unknown
+                self.left[kind] = self.units.cost(self.parameters, kind).total({}) / total
         for name, mask in self.going.items():
             if name in self.widths:
                 self.widths[name][1] -= int(mask.sum())

@@ -115,6 +115,14 @@ class NetworkUnits:
                 else:
                     self.groups[full] = group
         self._share(calls)
+        unclaimed = declared.keys() - {
+            group for path in calls for group in _of_network(path, declared)
+        }
+        if unclaimed:
+            raise ValueError(
+                f"groups[{min(unclaimed)!r}] names tensors that are in none of the networks which "
+                f"were called in the first step: {', '.join(path or 'the module' for path in calls)}"
+            )
         self.places: dict[str, list[tuple[str, Place]]] = {}
         for name, group in self.groups.items():
             for place in group.places:
