@@ -3,6 +3,7 @@
 ``test_distributed.py`` starts them and compares.
 """
 
+import faulthandler
 import hashlib
 import io
 import json
@@ -245,7 +246,8 @@ def resumed(name: str, folder: Path) -> dict[str, Any]:
 
 
 def main(rank: int, kind: str, folder: Path, port: int) -> None:
-    """One of the two processes."""
+    """One of the two processes; a crash shows where it was."""
+    faulthandler.enable()
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in environment.items()}
     torch.set_num_threads(1)

@@ -115,13 +115,14 @@ class NetworkUnits:
                 else:
                     self.groups[full] = group
         self._share(calls)
+        paths = [path or "the module" for path in calls]
         unclaimed = declared.keys() - {
             group for path in calls for group in _of_network(path, declared)
         }
         if unclaimed:
             raise ValueError(
                 f"groups[{min(unclaimed)!r}] names tensors that are in none of the networks which "
-                f"were called in the first step: {', '.join(path or 'the module' for path in calls)}"
+                f"were called in the first step: {', '.join(paths)}"
             )
         self.places: dict[str, list[tuple[str, Place]]] = {}
         for name, group in self.groups.items():
