@@ -6,11 +6,11 @@
 Of each network, which has random weights: the groups of units that can be removed, the share of
 parameters that goes with every second unit of each of them, the groups that are refused, the
 seconds to find all this, and the largest difference between the outputs of the smaller network and
-those of the one with zeros, in float64, as a fraction of the largest output. Vectors that are
-constant at first, as those of norms and biases, are random for this comparison: a factor of zero
-would hide mistakes. Then a step of AdamW, the cut, and another step: *alive* is the share of
-parameters that the optimizer holds with gradients and moments of their own shape. ``--zoo`` does
-the same with all networks of the zoo; those that cannot be traced are named.
+those of the one with zeros, as a fraction of the largest output, in float64 where its kernels can.
+Vectors that are constant at first, as those of norms and biases, are random for this comparison: a
+factor of zero would hide mistakes. Then a step of AdamW, the cut, and another step: *alive* is the
+share of parameters that the optimizer holds with gradients and moments of their own shape.
+``--zoo`` does the same with all networks of the zoo; those that cannot be traced are named.
 """
 
 import argparse
@@ -154,16 +154,25 @@ def difference(module: nn.Module, cut: Cut, batch: Mapping[str, Any]) -> float:
         cut: The cut that removes the units.
         batch: Named arguments of its forward pass.
     """
-    inputs = map_tensors(lambda x: x.double() if x.is_floating_point() else x, dict(batch))
-    whole = awake(module).double()
+    try:
+        return _difference(awake(module).double(), cut, map_tensors(_double, dict(batch)))
+    except RuntimeError:  # kernels of experts have no float64
+        return _difference(awake(module), cut, batch)
+
+
+def _difference(whole: nn.Module, cut: Cut, batch: Mapping[str, Any]) -> float:
     small = twin_of(whole)
     cut.apply(small)
-    pairs = zip(
-        outputs_of(masked(whole, cut.kept), (), inputs), outputs_of(small, (), inputs), strict=True
-    )
+    expected, found = (outputs_of(each, (), batch) for each in (masked(whole, cut.kept), small))
     return max(
-        float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs if a.numel()
+        float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
+        for a, b in zip(expected, found, strict=True)
+        if a.numel()
     )
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
 
 
 def _step(module: nn.Module, optimizer: torch.optim.Optimizer, batch: Mapping[str, Any]) -> None:
