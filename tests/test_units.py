@@ -137,6 +137,20 @@ class Normed(nn.Module):
         return self.last(self.other(self.depthwise(self.first(images.sub_(1)))))
 
 
+class Heads(nn.Module):
+    """Heads that a forward counts, whose size it leaves to the view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(8, 16)
+        self.heads, self.out = 4, nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = (self.query, self.key, self.value)
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in layers)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class Cells(nn.Module):
     """Recurrent cells one after another, a slope for each unit, and bags of words."""
 
@@ -370,6 +384,14 @@ def test_units_that_can_be_removed_are_found_on_copies() -> None:
     assert cut.attributes == [("", "sizes", (3, 6)), ("", "groups", 1)]
     assert module.fourth.out_features == 2
     module(batch)
+
+    # Heads of nearly equal scores, as new ones have, mix as well in the wrong order.
+    with torch.no_grad():
+        small = Heads().requires_grad_(False)
+        small.query.weight.mul_(1e-3)
+    [group] = removable(small, [torch.randn(2, 5, 8)]).groups
+    assert remove(small, group[1:3], [torch.randn(2, 5, 8)]).attributes == [("", "heads", 2)]
+
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     units = removable(encoder, [torch.randn(2, 3, 8)])
     assert units.names == ["linear1"]
