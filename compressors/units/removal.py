@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import isnan
+from re import sub
 from traceback import walk_tb
 from typing import Any, NamedTuple
 
@@ -93,10 +94,15 @@ def _stays(module: nn.Module, group: Sequence[Unit]) -> str:
 
 def _refused(search: "_Search", groups: Mapping[str, Sequence[Unit]]) -> dict[str, str]:
     """Remove groups of units as far as it goes, and return why others cannot be."""
-    problem = search.remove([unit for group in groups.values() for unit in group], len(groups) < 2)
+    if not groups:
+        return {}
+    units = [unit for group in groups.values() for unit in group]
+    kind = sub(r"\d+", "*", str([*units[0].slices]))  # the same in all blocks
+    problem = search.remove(units, thorough=len(groups) == 1 and kind not in search.hopeless)
     if problem is None:
         return {}
     if len(groups) == 1:
+        search.hopeless.add(kind)
         return dict.fromkeys(groups, problem.reason)
     names = [*groups]
     suspects = {name for name in names if _touches(groups[name][0], problem.path)}
@@ -223,6 +229,8 @@ class _Search:
         if not all(output.isfinite().all() for output in self._outputs(twin_of(self._module))):
             self._module = twin_of(module)
         self._module.train()  # some drop here what they cache in evaluation mode
+        # Kinds of groups of which one has been refused after all attempts.
+        self.hopeless: set[str] = set()
         self._units: list[Unit] = []
         self._sources: dict[tuple[str, str], Source] = {}
         self.cut = Cut({}, ())
@@ -266,8 +274,7 @@ def _failing(module: nn.Module, error: Exception) -> str:
     """Return the path of the innermost module that an error comes from."""
     paths = {id(layer): path for path, layer in module.named_modules()}
     owners = [id(frame.f_locals.get("self")) for frame, _ in walk_tb(error.__traceback__)]
-    path: str = [paths[owner] for owner in owners if owner in paths][-1]
-    return path
+    return next((paths[owner] for owner in reversed(owners) if owner in paths), "")
 
 
 def _kept(module: nn.Module, units: Iterable[Unit]) -> dict[tuple[str, int], Tensor]:
