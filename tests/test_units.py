@@ -370,7 +370,6 @@ def test_units_that_can_be_removed_are_found_on_copies() -> None:
     before, generator = copy.deepcopy(module.state_dict()), torch.get_rng_state()
     units = removable(module, [batch])
     assert torch.equal(torch.get_rng_state(), generator)
-    assert torch.random.default_generator.initial_seed() == 0
     assert all(layer.training for layer in module.modules())
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, before[name])

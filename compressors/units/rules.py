@@ -1,10 +1,11 @@
 """Rules: which labels an operation makes the same, and which it passes on.
 
 There are four kinds of operations. Those on each entry unite the fields of their inputs. Products
-unite fields along the dimension that they sum over, and pass on the others. Those that only move
-entries move labels, by the same operation on the labels themselves. Those whose result depends on
-entries that are zero, such as a softmax or a layer's norm, fix dimensions: along these nothing can
-be removed.
+unite fields along the dimension that they sum over, and pass on the others
+(:mod:`~fitsmall.compressors.units.products`). Those that only move entries move labels, by the same
+operation on the labels themselves (:mod:`~fitsmall.compressors.units.movement`). Those whose result
+depends on entries that are zero, such as a softmax or a layer's norm, fix dimensions: along these
+nothing can be removed.
 
 Operations without a rule fix all that they read.
 """

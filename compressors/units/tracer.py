@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,7 @@ def units_of(
 
     Raises:
         ValueError: The network cannot be traced.
+        TypeError: The network cannot be copied.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
@@ -82,7 +84,9 @@ def units_of(
     """
     traced = _Outputs(twin_of(module)).eval()
     try:
-        with _seeded(traced), torch.no_grad():
+        with _seeded(traced), torch.no_grad(), catch_warnings():
+            # Recurrent layers gather their weights in each forward pass; this is a copy.
+            filterwarnings("ignore", "The tensor attribute.* assigned during export", UserWarning)
             exported = torch.export.export(traced, tuple(args), dict(kwargs or {}), strict=False)
     except Exception as error:
         line = str(error).strip().split("\n")[0]
