@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -256,15 +257,19 @@ def detach_computed_(module: nn.Module) -> None:
                 vars(layer)[name] = value.detach()
 
 
-def twin_of(module: nn.Module) -> nn.Module:
+def twin_of(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Return a copy of a module, parameters and all.
+
+    Args:
+        module: The module.
+        memo: Copies that were made already, by the id of the original, as ``deepcopy`` takes them.
 
     Raises:
         TypeError: It holds what cannot be copied.
     """
     detach_computed_(module)
     try:
-        return deepcopy(module)
+        return deepcopy(module, memo)
     except Exception as error:
         raise TypeError(
             f"{type(module).__name__} cannot be copied, and its outputs are compared with those of "
