@@ -1,13 +1,15 @@
 """The table of engines: what runs is timed, what is missing is named."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from fitsmall.compressors import Quantize, compress, save
+from fitsmall.compressors import Quantize, compress, load, save
 from fitsmall.compressors.export.onnx import export_onnx
 from fitsmall.compressors.surgery.quantizers import attach_quantizer
+from fitsmall.experiments.cli import sparse_bench
 from fitsmall.experiments.cli.main import main
 from fitsmall.experiments.models.networks import MLP
 
@@ -107,3 +109,35 @@ def test_numbers_are_positive(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         main(["bench", str(run / "model.onnx"), "--rounds", "0"])
     assert "batch, threads and rounds must be 1 or more; got 8, 1 and 0" in capsys.readouterr().err
+
+
+def test_zeros_that_are_skipped_are_timed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run without an exported file, against OpenVINO in float32 and in integers."""
+    state = load(run / "model.fitsmall")
+    state["fc1.weight"][:] = 0
+    save(run / "model.fitsmall", state)
+    words = ["bench", "--sparse", str(run / "model.fitsmall"), "--batch", "128", "--rounds", "2"]
+    _, printed = told(words, capsys)
+    head, first, second, total, _, *rivals = printed.splitlines()
+    assert re.fullmatch(
+        r"layer +weight +zeros +input +dense, ms +CSR, ms +BSR 4x1, ms +kernel", head
+    )
+    assert re.match(r"fc1 +30x64 +100\.0% +128x64( +0\.\d{3}){2}", first)
+    assert second.startswith("fc2    10x30")
+    assert "times as fast; threads: 1" in total
+    names = ["torch, dense", "torch, accelerated", "OpenVINO, float32", "OpenVINO, int8"]
+    assert [line.split("  ")[0].strip() for line in rivals] == names
+    assert all(re.search(r" ms; accelerated is \d+\.\d\d times as fast", line) for line in rivals)
+    assert "1.00 times as fast (1.00 to 1.00)" in rivals[1]
+
+    def missing(*_: object) -> None:
+        raise ImportError("OpenVINO is missing: install it")
+
+    for write in ("write_onnx", "_write_integers"):
+        monkeypatch.setattr(sparse_bench, write, missing)
+    assert "OpenVINO, int8: not measured. OpenVINO is missing: install it" in told(words, capsys)[1]
+    with pytest.raises(SystemExit):
+        main([*words, "--threads", "0"])
+    assert "threads and rounds must be 1 or more; got 128, 0 and 2" in capsys.readouterr().err

@@ -143,6 +143,11 @@ def _parser() -> argparse.ArgumentParser:
     dashboard.set_defaults(run=_dashboard)
     bench = commands.add_parser("bench", help="time an exported run in each engine (Linux)")
     bench.add_argument("file", type=Path, metavar="FILE", help="exported RUN/model.onnx")
+    bench.add_argument(
+        "--sparse",
+        action="store_true",
+        help="time kernels that skip zeros instead, layer by layer; FILE may be RUN/model.fitsmall",
+    )
     bench.add_argument("--batch", type=int, default=8, help="examples in a batch (default: 8)")
     bench.add_argument("--threads", type=int, default=1, help="threads (default: 1)")
     bench.add_argument("--rounds", type=int, default=15, help="turns of each engine (default: 15)")
@@ -227,21 +232,27 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from fitsmall.experiments.cli.bench import bench
-
     file = options.file
+    written = "fitsmall train writes it" if options.sparse else "write it by fitsmall export RUN"
     for path, remedy in (
-        (file, "write it by fitsmall export RUN"),
+        (file, written),
         (file.parent / "config.yaml", "FILE must be in the folder of its run"),
         (file.parent / "model.fitsmall", "FILE must be in the folder of its run"),
     ):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is no file: {remedy}")
     module, images = _load_run(file.parent, options.trust)
-    table = bench(file, module, images, options.batch, options.threads, options.rounds)
-    Console().print(table)
+    settings = options.batch, options.threads, options.rounds
+    if options.sparse:
+        from fitsmall.experiments.cli.sparse_bench import sparse_bench
+
+        print(sparse_bench(module, images, *settings))
+        return
+    from rich.console import Console
+
+    from fitsmall.experiments.cli.bench import bench
+
+    Console().print(bench(file, module, images, *settings))
 
 
 def _ranks(options: argparse.Namespace) -> None:
