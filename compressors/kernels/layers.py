@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fitsmall.compressors.kernels.product import Array, SparseMatrix, multiply_, tiled, transpose_
+from fitsmall.compressors.surgery.factorable import kind_of
 from fitsmall.compressors.torch_internals import move_hooks
-from fitsmall.compressors.weights import conv1d_class, is_conv1d
+from fitsmall.compressors.weights import is_conv1d
 
 __all__ = ["SparseConvolution", "SparseLayer", "SparseLinear", "sparse_class"]
 
@@ -131,8 +132,11 @@ class SparseLinear(SparseLayer):
         x[:, many:] = 0
         transpose_(x, vectors.numpy())
         out = np.empty((1, outputs, length), np.float32)
-        offsets = self._remembered(length, lambda: self.matrix.columns * np.int32(length))
-        multiply_(out, self.matrix, self._sums, x, offsets, 0, torch.get_num_threads())
+        places = self._remembered(
+            length,
+            lambda: _narrowed(np.multiply(self.matrix.columns, length, dtype=np.int64), x.size),
+        )
+        multiply_(out, self.matrix, self._sums, x, places, 0, torch.get_num_threads())
         y = torch.empty(many, outputs)
         transpose_(y.numpy(), out[0])
         return y.view(*input.shape[:-1], outputs)
@@ -242,24 +246,22 @@ class SparseConvolution(SparseLayer):
             )
             for places in product(*map(range, self._kernel))
         ]
-        channels = self._channels * (prod(self.stride) * prod(grid))
-        return _Grid(grid, outputs, (channels + np.array(taps)[self._places]).astype(np.int32))
+        size = prod(self.stride) * prod(grid)
+        offsets = self._channels * size + np.array(taps)[self._places]
+        return _Grid(grid, outputs, _narrowed(offsets, self._inputs * size))
 
 
-def sparse_class(layer: nn.Module) -> type[SparseLayer] | None:
+def sparse_class(layer: Any) -> type[SparseLayer] | None:
     """Return the class that computes what a layer does and skips zeros, or None if there is none.
 
     Example:
         >>> sparse_class(nn.Linear(1, 1)).__name__, sparse_class(nn.ReLU())
         ('SparseLinear', None)
     """
-    linear = conv1d_class(layer) or nn.Linear
-    if isinstance(layer, linear):
-        return SparseLinear if type(layer).forward is linear.forward else None
-    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        if isinstance(layer, kind) and layer.padding_mode == "zeros":
-            return SparseConvolution if type(layer).forward is kind.forward else None
-    return None
+    kind = kind_of(layer)
+    if kind is nn.Linear or is_conv1d(layer):
+        return SparseLinear if kind else None
+    return SparseConvolution if kind and layer.padding_mode == "zeros" else None
 
 
 def _steps(sides: Sequence[int]) -> list[int]:
@@ -270,6 +272,16 @@ def _steps(sides: Sequence[int]) -> list[int]:
         [6, 2, 1]
     """
     return [prod(sides[axis + 1 :]) for axis in range(len(sides))]
+
+
+def _narrowed(indexes: Array, size: int) -> Array:
+    """Return indexes of an array in 32 bits, or in 64 if it is larger.
+
+    Example:
+        >>> _narrowed(np.arange(2), 2**31).dtype, _narrowed(np.arange(2), 2**31 + 1).dtype
+        (dtype('int32'), dtype('int64'))
+    """
+    return indexes.astype(np.int32 if size <= 2**31 else np.int64)
 
 
 def _csr(matrix: SparseMatrix) -> Tensor | None:
