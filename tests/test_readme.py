@@ -1,4 +1,4 @@
-"""The examples of the README and of the page of methods run as they stand."""
+"""The examples of the README and of pages on methods run as they stand."""
 
 import re
 from pathlib import Path
@@ -59,3 +59,15 @@ def test_the_examples_of_methods_run(names: dict[str, Any]) -> None:
     assert Path("pareto/pareto.json").exists()
     exec(compress, names)  # noqa: S102
     assert load("small.fitsmall").keys() == names["module"].state_dict().keys()
+
+
+def test_the_example_of_sparse_kernels_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = examples(ROOT / "docs" / "sparse-kernels.md")
+    names: dict[str, Any] = {"torch": torch, "module": nn.Linear(512, 512)}
+    names["module"].weight.data.zero_()
+    names["sample"] = torch.ones(64, 512)
+    exec(example, names)  # noqa: S102
+    assert torch.equal(names["outputs"], names["module"].bias.expand(64, -1))
+    assert re.search(
+        r"512x512 +100\.0% +64x512 .* (CSR|BSR 4x1)$", capsys.readouterr().out, re.MULTILINE
+    )

@@ -118,9 +118,9 @@ def accelerate(module: nn.Module, sample: Examples) -> nn.Module:
     machine, torch's number of threads, and the sizes of the sample; other sizes work, and may be
     slower.
 
-    Of torch's own kernels, ``F.linear`` with a CSR weight is slower than dense at most sizes,
-    ``torch.addmm(bias, csr, x.T)`` is two to four times slower than the one used here from 8
-    vectors on, and BSR was never the fastest.
+    Of torch's own kernels, ``F.linear`` with a CSR weight was slower than dense at most sizes that
+    were measured, ``torch.addmm(bias, csr, x.T)`` half as fast as the one used here from 32 vectors
+    on, and BSR never the fastest (``python -m fitsmall.experiments.benchmarks.sparse``).
 
     The copy is for inference in float32 on a CPU, under ``torch.no_grad`` or not. Its dense layers
     share their memory with the module; others hold their nonzeros only, so that deleting the module

@@ -179,14 +179,8 @@ class SparseConvolution(SparseLayer):
 
     def __init__(self, layer: Any, rows: int) -> None:
         super().__init__(layer, rows)
-        outputs, per_group = self._shape[:2]
         self._kernel: tuple[int, ...] = tuple(self._shape[2:])
-        self._inputs = per_group * self.groups
-        self._per_tap = prod(self._kernel)
-        # Channel and place in the kernel of each block; those of a later group read later channels.
-        groups = self.matrix.block_rows() * rows // (outputs // self.groups)
-        self._channels = groups * per_group + self.matrix.columns // self._per_tap
-        self._places = self.matrix.columns % self._per_tap
+        self._inputs = self._shape[1] * self.groups
         if self.padding == "same":
             self._around = [d * (k - 1) for d, k in zip(self.dilation, self._kernel, strict=True)]
             self._before = tuple(n // 2 for n in self._around)
@@ -246,8 +240,13 @@ class SparseConvolution(SparseLayer):
             )
             for places in product(*map(range, self._kernel))
         ]
+        channel, place = np.divmod(self.matrix.columns, prod(self._kernel))
+        # Blocks of a later group of outputs read later channels.
+        group = (
+            self.matrix.block_rows() * self.matrix.values.shape[1] * self.groups // self._shape[0]
+        )
         size = prod(self.stride) * prod(grid)
-        offsets = self._channels * size + np.array(taps)[self._places]
+        offsets = (group * self._shape[1] + channel) * size + np.array(taps)[place]
         return _Grid(grid, outputs, _narrowed(offsets, self._inputs * size))
 
 

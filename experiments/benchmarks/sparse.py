@@ -1,6 +1,6 @@
 """Speed of networks and layers whose zeros are skipped, against dense ones in torch and OpenVINO.
 
-    python -m fitsmall.experiments.benchmarks.sparse [--parts networks linear convolutions]
+    python -m fitsmall.experiments.benchmarks.sparse [--parts networks linear calls convolutions]
 
 All rivals of a row take turns in one process, in an order that rotates. A ratio is the median over
 rounds and seeds of ratios within a round, with the range of the medians of seeds. The perceptron is
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from fitsmall.callbacks import GradualPruning
 from fitsmall.compressors import Block, Structure, TopK, Unstructured
+from fitsmall.compressors.kernels.choice import interleaved
+from fitsmall.compressors.kernels.layers import SparseLinear
 from fitsmall.experiments.cli.sparse_bench import DENSE, FLOAT, INTEGER, Comparison, compare
 from fitsmall.experiments.data.images import Digits
 from fitsmall.experiments.models.classifier import Classifier
@@ -75,11 +77,17 @@ NETWORKS: dict[str, Callable[[int, Structure], tuple[nn.Module, Tensor, str]]] =
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parts = {"networks": _networks, "linear": _linear, "convolutions": _convolutions}
+    parts = {
+        "networks": _networks,
+        "linear": _linear,
+        "calls": _calls,
+        "convolutions": _convolutions,
+    }
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--zeros", nargs="+", type=float, default=[0.8, 0.9, 0.95, 0.98])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=11)
     options = parser.parse_args()
@@ -106,7 +114,7 @@ def _networks(options: argparse.Namespace) -> None:
 
 def _linear(options: argparse.Namespace) -> None:
     table = _table("Linear 1024 x 1024", "batch", "zeros", "zeros in")
-    for batch in (1, 8, 32, 128):
+    for batch in options.batches:
         for zeros in options.zeros:
             for kind in STRUCTURES:
                 found = []
@@ -117,6 +125,48 @@ def _linear(options: argparse.Namespace) -> None:
                     found.append(compare(net, inputs, options.threads, options.rounds))
                 table.add_row(str(batch), f"{zeros:.0%}", kind, *_cells(found))
     print(table)
+
+
+def _calls(options: argparse.Namespace) -> None:
+    """Torch's own kernels, and those that `accelerate` chooses from, without a choice."""
+    table = Table(title="Linear 1024 x 1024, times as fast as dense", show_edge=False)
+    rows = []
+    for batch in options.batches:
+        for zeros in options.zeros:
+            for kind in STRUCTURES:
+                torch.manual_seed(0)
+                layer, inputs = (
+                    _pruned(nn.Linear(1024, 1024), zeros, kind),
+                    torch.randn(batch, 1024),
+                )
+                weight, bias = layer.get_parameter("weight").detach(), layer.get_parameter("bias")
+                csr, bsr = weight.to_sparse_csr(), weight.to_sparse_bsr((4, 4))
+                column = bias.detach()[:, None]
+                runs: dict[str, Callable[[], object]] = {
+                    "dense": partial(layer, inputs),
+                    "F.linear(x, csr)": partial(nn.functional.linear, inputs, csr, bias),
+                    "addmm(bias, csr, x.T)": partial(_addmm, column, csr, inputs),
+                    "addmm(bias, bsr, x.T)": partial(_addmm, column, bsr, inputs),
+                    "CSR": partial(SparseLinear(layer, 1), inputs),
+                    "BSR 4x1": partial(SparseLinear(layer, 4), inputs),
+                }
+                with torch.no_grad():
+                    seconds = interleaved(runs, options.rounds)
+                dense = seconds.pop("dense")
+                ratios = (
+                    statistics.median(a / b for a, b in zip(dense, mine, strict=True))
+                    for mine in seconds.values()
+                )
+                rows.append((str(batch), f"{zeros:.0%}", kind, *(f"{r:.2f}" for r in ratios)))
+    for name in ("batch", "zeros", "zeros in", *seconds):
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*row)
+    print(table)
+
+
+def _addmm(bias: Tensor, weight: Tensor, inputs: Tensor) -> Tensor:
+    return torch.addmm(bias, weight, inputs.T).T.contiguous()
 
 
 def _convolutions(options: argparse.Namespace) -> None:
