@@ -52,6 +52,7 @@ LAYERS: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
     (lambda: nn.Conv2d(6, 8, (3, 5), (2, 3), (1, 4), (2, 1), groups=2), (3, 6, 19, 21)),
     (lambda: nn.Conv2d(8, 8, 3, groups=8, padding="same"), (2, 8, 7, 7)),
     (lambda: nn.Conv2d(8, 12, (3, 5), padding="same", dilation=3), (2, 8, 17, 27)),
+    (lambda: nn.Conv1d(4, 8, 4, padding="same"), (2, 4, 11)),  # one more zero after than before
     (lambda: nn.Conv2d(16, 8, 1, stride=2), (16, 9, 9)),
     (lambda: nn.Conv2d(2, 8, 1, padding="valid"), (1, 2, 1, 1)),
     (lambda: nn.Conv1d(4, 8, 5, stride=2, padding=2, bias=False), (2, 4, 50)),
@@ -59,6 +60,7 @@ LAYERS: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("case", LAYERS, ids=range(len(LAYERS)))
 @torch.no_grad()
 def test_outputs_are_those_of_the_layer(
@@ -194,6 +196,7 @@ def test_the_module_is_left_as_it_is(timed: Times) -> None:
     assert "not called" in reasons["attention.out_proj"]
     with torch.no_grad():
         torch.testing.assert_close(fast(x), module.eval()(x))
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
     # Dense layers share their memory, but not their parameters.
     shared = fast.attention.out_proj.weight
     assert shared.data_ptr() == module.attention.out_proj.weight.data_ptr()

@@ -129,7 +129,7 @@ class SparseLinear(SparseLayer):
             return sums.view(*input.shape[:-1], outputs)
         length = tiled(many)
         x = np.empty((inputs, length), np.float32)
-        x[:, many:] = 0
+        x[:, many:] = 0  # what lies there is multiplied too, and denormal numbers are slow
         transpose_(x, vectors.numpy())
         out = np.empty((1, outputs, length), np.float32)
         places = self._remembered(
