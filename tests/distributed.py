@@ -125,7 +125,7 @@ def remove_channels(folder: Path, strategy: Any, path: Path | None = None) -> di
     )
     module = Sharded() if isinstance(strategy, ModelParallelStrategy) else Net()
     runner.fit(module, resumable(), ckpt_path=path)
-    assert module.body[0].out_features == channels.widths["body.0"][1] < 40
+    assert module.body[0].out_features == channels.history.counts["body.0"][1] < 40
     assert file.path is not None
     weights = dict(module.named_parameters())
     stored = restore(Net(), file.path)

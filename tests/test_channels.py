@@ -122,11 +122,11 @@ def test_units_leave_in_training_and_the_file_makes_a_plain_module_fit(tmp_path:
     kept = multiply_adds(module) / multiply_adds(Vision())
     assert 0.4 < kept <= 0.5
     assert channels.left["flops"] == pytest.approx(kept)
-    assert {name for name, (before, now) in channels.widths.items() if now < before} >= {
+    assert {name for name, (before, now) in channels.history.counts.items() if now < before} >= {
         "block.qkv",
         "block.grow",
     }
-    assert module.block.heads == channels.widths["block.qkv"][1] == 2
+    assert module.block.heads == channels.history.counts["block.qkv"][1] == 2
     assert (module.eval()(IMAGES[:640]).argmax(1) == LABELS[:640]).float().mean() > 0.85
 
     (optimizer,) = module.trainer.optimizers
@@ -216,7 +216,7 @@ def test_patterns_say_what_may_leave(tmp_path: Path) -> None:
     module = fit(tmp_path, channels, module=Vision())
     assert module.block.grow.out_features == 8
     assert module.block.heads == 4
-    assert "block.qkv" not in channels.widths
+    assert "block.qkv" not in channels.history.counts
 
 
 def test_latency_is_met_by_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +316,7 @@ def test_mistakes_are_told_before_the_first_step(
 def test_what_cannot_be_traced_is_declared(tmp_path: Path) -> None:
     channels = ChannelPruning(keep_size=0.5, groups=HIDDEN)
     module = fit(tmp_path, channels, module=Branching())
-    assert module.head.in_features == channels.widths["hidden"][1] < 21
+    assert module.head.in_features == channels.history.counts["hidden"][1] < 21
 
 
 def test_stages_that_cannot_go_together_are_refused(tmp_path: Path) -> None:

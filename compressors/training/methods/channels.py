@@ -1,7 +1,7 @@
 """Channel pruning: channels, heads and hidden units leave the network in the middle of training."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,16 +15,18 @@ from fitsmall.compressors.naming import lookup
 from fitsmall.compressors.select import Selection, match, select
 from fitsmall.compressors.surgery.narrowing import Narrowing
 from fitsmall.compressors.surgery.protocol import Surgery
-from fitsmall.compressors.training.messages import inform
+from fitsmall.compressors.training.messages import inform, warn
 from fitsmall.compressors.training.methods.latency_target import LatencyTarget
 from fitsmall.compressors.training.methods.network_calls import NetworkCalls
-from fitsmall.compressors.training.methods.network_units import NetworkUnits, UnitGroup
+from fitsmall.compressors.training.methods.network_units import NetworkUnits, Place, UnitGroup
+from fitsmall.compressors.training.methods.unit_scores import SAMPLES, UnitScores
+from fitsmall.compressors.training.methods.width_history import WidthHistory
 from fitsmall.compressors.training.stage import Stage
 
 __all__ = ["ChannelPruning"]
 
-# Number of gradients that are observed between two choices.
-_SAMPLES = 10
+# A budget that is missed by more than this fraction of the total is worth a warning.
+_TOLERANCE = 0.02
 
 
 class ChannelPruning(Stage):
@@ -137,7 +139,7 @@ class ChannelPruning(Stage):
         self.keep_flops, self.keep_size, self.keep_latency = keep_flops, keep_size, keep_latency
         self.budget = name.removeprefix("keep_")
         self.engine, self.criterion = engine, criterion
-        lookup("ChannelPruning: criterion", criterion, _CRITERIA)
+        self.scores = UnitScores(criterion)
         lookup("ChannelPruning: engine", engine, LATENCY_ENGINES)
         self.latency = LatencyTarget(self.keep, engine) if keep_latency is not None else None
         self.round_to, self.cuts = round_to, cuts
@@ -151,10 +153,9 @@ class ChannelPruning(Stage):
         self.finished = 0  # cuts
         self.totals: dict[str, float] = {}  # cost before training, by kind
         self.left: dict[str, float] = {}  # fraction of it
-        self.widths: dict[str, list[int]] = {}  # of each group before training, and now
-        self.scores: dict[str, Tensor] = {}
+        self.history = WidthHistory()
+        self.scores.reset()
         self.going: dict[str, Tensor] = {}  # True for each unit that leaves, by group
-        self._step: dict[str, Tensor] = {}  # what the present step adds to the scores
         self._due = False
         self.calls.found.clear()
         if self.latency:
@@ -181,18 +182,11 @@ class ChannelPruning(Stage):
         return f"widths within {self.keep:g} of the {self.budget}{where} ({self.criterion})"
 
     def remarks(self) -> list[str]:
-        found = [f"widths: {self._summary()}"] if self.finished else []
+        found = ["widths:", *self.history.table().splitlines()] if self.finished else []
         return found + (self.units.remarks() if self.units else [])
 
     def metrics(self) -> dict[str, float]:
-        going = {name: int(mask.sum()) for name, mask in self.going.items()}
-        left = {name: now - going.get(name, 0) for name, (_, now) in self.widths.items()}
-        counts = {f"units/{name}": float(count) for name, count in left.items()}
-        return (
-            counts
-            | {f"kept/{name}": count / self.widths[name][0] for name, count in left.items()}
-            | self.left
-        )
+        return self.history.metrics(self.going) | self.left
 
     def strength(self, progress: float) -> float:
         towards = progress * self.cuts - self.finished
@@ -242,7 +236,7 @@ class ChannelPruning(Stage):
         costs = {kind: self.units.cost(self.parameters, kind) for kind in ("flops", "size")}
         if first:
             self.totals = {kind: cost.total({}) for kind, cost in costs.items()}
-            self.widths = {name: [len(g.units)] * 2 for name, g in self.units.groups.items()}
+            self.history.begin({name: len(g.units) for name, g in self.units.groups.items()})
             self._check_budget(self.units, costs)
         return True
 
@@ -283,47 +277,35 @@ class ChannelPruning(Stage):
         self, name: str, weight: Tensor, gradient: Tensor | None, state: Mapping[str, Any]
     ) -> None:
         first, last = self.window
-        between = max(1, (self.every or (last - first) // self.num_updates) // _SAMPLES)
+        between = max(1, (self.every or (last - first) // self.num_updates) // SAMPLES)
         if gradient is None or self.units is None or self.clock.steps % between:
             return
-        entries = _CRITERIA[self.criterion](weight.detach().float(), gradient.float())
-        for group, place in self.units.places.get(name, []):
-            own = self.units.groups[group].sums(place, entries)
-            self._step[group] = self._step[group] + own if group in self._step else own
+        self.scores.observe(self.units, name, weight.detach(), gradient)
 
     def prepare_step(self) -> None:
-        self._count_step()
+        self.scores.end_step()
 
     def discard(self, names: Collection[str]) -> None:
-        self._step = {}
-
-    def _count_step(self) -> None:
-        """Add what the last step saw to the scores."""
-        for name, own in self._step.items():
-            own = own.square() if self.criterion == "taylor" else own
-            if name in self.scores:
-                self.scores[name].lerp_(own, 1 / _SAMPLES)
-            else:
-                self.scores[name] = own
-        self._step = {}
+        self.scores.discard_step()
 
     # The choice, and the pull.
 
     def has_choice(self, name: str) -> bool:
-        return bool(self.going)
+        return any(group in self.going for group, _ in self._places_of(name))
 
     def is_ready(self, name: str) -> bool:
-        return bool(self.scores)
+        return any(group in self.scores.averages for group, _ in self._places_of(name))
+
+    def _places_of(self, name: str) -> Sequence[tuple[str, Place]]:
+        """Return the groups that stand in a tensor, and where."""
+        return self.units.places.get(name, []) if self.units else []
 
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
-        self._count_step()
+        self.scores.end_step()
         units = self.units
-        if units is None or not self.scores.keys() >= units.groups.keys():
-            return  # a group has had no gradients so far
-        scores = {
-            name: own / own.mean().clamp_min(1e-30) if self.criterion == "magnitude" else own
-            for name, own in self.scores.items()
-        }
+        scores = self.scores.of_groups()
+        if units is None or not scores:
+            return  # groups without gradients stay whole
         target = 1 - (1 - self.keep) * (self.finished + 1) / self.cuts
         if self.latency is None:
             self.going = self._choose(units, scores, target)
@@ -334,6 +316,19 @@ class ChannelPruning(Stage):
         else:
             self.going = self._choose(units, scores, self.latency.fraction)
         self._due = strength == 1
+        if self._due and not self.latency:
+            self._report_budget(units, target)
+
+    def _report_budget(self, units: NetworkUnits, target: float) -> None:
+        """Warn if the units that had gradients are too few to meet the budget."""
+        gone = {name: int(mask.sum()) for name, mask in self.going.items()}
+        cost = units.cost(self.parameters, self.budget).total(gone) / self.totals[self.budget]
+        if cost > target + _TOLERANCE:
+            waiting = ", ".join(units.groups.keys() - self.scores.averages.keys())
+            warn(
+                f"ChannelPruning: {cost:.3f} of the {self.budget} is left, and not {target:.3f}: "
+                f"{waiting or 'the overrides'} had no gradients, or keep all of their units"
+            )
 
     def _choose(
         self, units: NetworkUnits, scores: Mapping[str, Tensor], fraction: float
@@ -348,7 +343,7 @@ class ChannelPruning(Stage):
 
     def _step_of(self, name: str, group: UnitGroup) -> int:
         """Return the number of units that go at once; a unit such as a head has several slices."""
-        before = self.widths[name][0] if name in self.widths else len(group.units)
+        before = self.history.before(name, len(group.units))
         return max(1, min(math.ceil(self.round_to / group.slices), before // 8))
 
     def _overridden(self, units: NetworkUnits) -> dict[str, int]:
@@ -357,15 +352,16 @@ class ChannelPruning(Stage):
         own = match(self.overrides, list(units.places)) if self.overrides else {}
         for name, group in units.groups.items():
             keeps = [own[tensor] for tensor, _ in group.places if tensor in own]
-            if keeps and name in self.widths:
-                before, now = self.widths[name]
-                found[name] = max(0, now - max(1, round(before * max(keeps))))
+            if keeps:
+                now = len(group.units)
+                kept = max(1, round(self.history.before(name, now) * max(keeps)))
+                found[name] = max(0, now - kept)
         return found
 
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
         if self.units is None:
             return
-        for group, (tensor, dim) in self.units.places.get(name, []):
+        for group, (tensor, dim) in self._places_of(name):
             mask = self.going.get(group)
             if mask is not None and mask.any():
                 index = self.units.groups[group].places[tensor, dim][mask].flatten()
@@ -407,34 +403,30 @@ class ChannelPruning(Stage):
         for kind, total in self.totals.items():
             if total:  # multiply-adds of a network that cannot be traced are unknown
                 self.left[kind] = self.units.cost(self.parameters, kind).total({}) / total
-        for name, mask in self.going.items():
-            if name in self.widths:
-                self.widths[name][1] -= int(mask.sum())
+        self.history.remove(self.going)
         if self.latency:
             self.latency.operated()
             self.left["latency"] = self.latency.left
         left = ", ".join(f"{value:.1%} of the {kind}" for kind, value in self.left.items())
         inform(
-            f"ChannelPruning: units left at step {self.clock.steps:,}, and {left} remain: "
-            f"{self._summary()}"
+            f"ChannelPruning: units left at step {self.clock.steps:,}, and {left} remain\n"
+            f"{self.history.table()}"
         )
         self.finished += 1
-        self.units, self._due, self.going, self.scores = None, False, {}, {}
+        self.units, self._due, self.going = None, False, {}
+        self.scores.reset()
         self.calls.found.clear()
-
-    def _summary(self) -> str:
-        return ", ".join(f"{n} {a} to {b}" for n, (a, b) in self.widths.items() if a != b)
 
     # State.
 
     def choices(self) -> dict[str, Any]:
-        self._count_step()
+        self.scores.end_step()
         return {
             "finished": self.finished,
             "totals": self.totals,
             "left": self.left,
-            "widths": self.widths,
-            "scores": self.scores,
+            "widths": self.history.counts,
+            "scores": self.scores.averages,
             "going": self.going,
             "latency": self.latency.state_dict() if self.latency else None,
         }
@@ -443,17 +435,9 @@ class ChannelPruning(Stage):
         device = next(module.parameters()).device
         self.finished = choices["finished"]
         self.totals, self.left = dict(choices["totals"]), dict(choices["left"])
-        self.widths = {name: list(both) for name, both in choices["widths"].items()}
-        self.scores = {name: own.to(device) for name, own in choices["scores"].items()}
+        self.history.counts = {name: list(both) for name, both in choices["widths"].items()}
+        self.scores.load(choices["scores"], device)
         self.going = {name: mask.cpu() for name, mask in choices["going"].items()}
         if self.latency and choices["latency"]:
             self.latency.load_state_dict(choices["latency"])
         self.units = None
-
-
-# What a weight adds to the score of its unit, by criterion, given its gradient.
-_CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "taylor": lambda weight, gradient: weight * gradient,
-    "hessian": lambda weight, gradient: (weight * gradient).square(),
-    "magnitude": lambda weight, gradient: weight.square(),
-}

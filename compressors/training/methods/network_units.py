@@ -197,7 +197,7 @@ class NetworkUnits:
         units = [
             unit
             for name, group in self.groups.items()
-            if group.network == path
+            if group.network == path and name in going
             for unit, goes in zip(group.units, going[name].tolist(), strict=True)
             if goes
         ]
