@@ -76,6 +76,12 @@ def test_outputs_are_those_of_the_layer(
             continue  # a block lies within a group
         sparse = kind(copy.deepcopy(layer), rows)
         assert torch.equal(sparse.weight, layer.weight)
+        if getattr(sparse, "_csr", None) is not None:
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.backends.mkl, "is_available", lambda: False)
+                without = kind(copy.deepcopy(layer), rows)
+            assert without._csr is None
+            torch.testing.assert_close(without(x), expected, rtol=1e-5, atol=1e-5)
         for share in (product._SHARE, 1):  # in one part, and in a part for each of three threads
             monkeypatch.setattr(product, "_SHARE", share)
             monkeypatch.setattr(torch, "get_num_threads", lambda: 3)

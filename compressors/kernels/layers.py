@@ -97,7 +97,7 @@ class SparseLayer(nn.Module):
 class SparseLinear(SparseLayer):
     """A linear layer, or Hugging Face's ``Conv1D``, that skips zeros.
 
-    A single vector is multiplied by torch's CSR kernel, more of them by
+    A single vector is multiplied by torch's CSR kernel if torch has MKL, and more of them by
     :func:`~fitsmall.compressors.kernels.product.multiply_`, for which they are transposed.
 
     Example:
@@ -284,8 +284,11 @@ def _narrowed(indexes: Array, size: int) -> Array:
 
 
 def _csr(matrix: SparseMatrix) -> Tensor | None:
-    """Return torch's form of a matrix of single weights, which shares its memory."""
-    if matrix.values.shape[1] > 1:
+    """Return torch's form of a matrix of single weights, which shares its memory.
+
+    Without MKL there is none, since torch cannot multiply by it on every system.
+    """
+    if matrix.values.shape[1] > 1 or not torch.backends.mkl.is_available():
         return None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
