@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Size, Tensor, nn
@@ -90,8 +90,8 @@ class Narrowing(Surgery):
 
     def expect(self, module: nn.Module, layout: Layout) -> dict[str, TensorSpec]:
         for name, shape in self.before.items():
-            own = layout[name].shape if name in layout else None
-            if own not in (shape, self.shapes[name]):
+            own, now = layout[name].shape if name in layout else None, self.shapes[name]
+            if own not in (shape, now) or not (0 not in now and _is_narrower(now, shape)):
                 raise ValueError(
                     f"the file has {name} narrowed from {tuple(shape)}, and "
                     f"{type(module).__name__} has {tuple(own) if own else 'none'}"
@@ -205,19 +205,22 @@ def _is_narrower(shape: Size, than: Size) -> bool:
     return fits and shape != than
 
 
-def _as_attribute(now: object, value: AttributeSize) -> AttributeSize | None:
-    """Return a size in the form in which a module has it now; None if it has no such size.
+def _as_attribute(now: Any, value: AttributeSize) -> AttributeSize | None:
+    """Return a size in the form in which a module has it now; None if it has none, or less.
 
     Example:
-        >>> _as_attribute(8, (4,)), _as_attribute([8, 8], (4, 6)), _as_attribute("8", (4,))
+        >>> _as_attribute(8, (4,)), _as_attribute([8, 8], (4, 6)), _as_attribute(8, (9,))
         (4, [4, 6], None)
     """
     sizes = (value,) if isinstance(value, int) else tuple(value)
-    if type(now) is int and len(sizes) == 1:
-        return sizes[0]
-    if isinstance(now, list | tuple) and len(now) == len(sizes):
-        return [*sizes] if isinstance(now, list) else sizes
-    return None
+    several = isinstance(now, list | tuple)
+    present = now if several else (now,)
+    fits = len(present) == len(sizes) and all(
+        type(b) is int and 1 <= a <= b for a, b in zip(sizes, present, strict=True)
+    )
+    if not fits:
+        return None
+    return type(now)(sizes) if several else sizes[0]
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:
