@@ -538,3 +538,33 @@ def test_unknown_operations_keep_what_they_read() -> None:
     assert found.names == ["0"]
     assert [*found.unknown] == ["aten.index.Tensor", "aten.linear.default"]
     assert not units_of(nn.ReLU(), [torch.randn(3, 4)]).groups  # nothing to label
+
+
+class Weighed(nn.Module):
+    """Weights that are used twice, in parts, transposed, and at each of several positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.back = nn.Conv2d(3, 8, 3, padding=1), nn.ConvTranspose2d(8, 4, 2, 2)
+        self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
+        self.both = nn.Parameter(torch.randn(6, 4))
+        self.state = nn.GRU(3, 5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(self.back(self.conv(x).relu())).mean(3).transpose(1, 2)
+        first, second = self.both.chunk(2)
+        hidden = nn.functional.linear(x, first) + x @ second.T
+        return self.state(hidden)[0]
+
+
+def test_positions_count_multiply_adds() -> None:
+    """One example of 6 x 6: 36 positions, 12 x 12 after the transposed one, then 10 x 10, then 10."""
+    positions = units_of(Weighed(), [torch.zeros(1, 3, 6, 6)]).positions
+    assert positions == {
+        "conv.weight": 36,
+        "back.weight": 36,
+        "depthwise.weight": 100,
+        "both": 10,
+        "state.weight_ih_l0": 10,
+        "state.weight_hh_l0": 10,
+    }

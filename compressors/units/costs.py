@@ -1,6 +1,7 @@
 """Costs: the number of positions at which a network multiplies by each of its weights."""
 
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,46 +26,44 @@ def positions_of(graph: Any, names: Mapping[Any, str]) -> dict[str, float]:
     """
     found: dict[str, float] = {}
 
-    def add(weight: Any, positions: float) -> None:
-        if name := _source(weight, names):
-            found[name] = found.get(name, 0.0) + positions
+    def add(weight: Any, multiply_adds: float) -> None:
+        if source := _source(weight, names):
+            entries = _numel(source)
+            found[names[source]] = found.get(names[source], 0.0) + multiply_adds / entries
 
     for node in graph.nodes:
         if node.op != "call_function" or not all(map(_is_sized, [node, *node.all_input_nodes])):
             continue
         kind = str(node.target).split(".")[1] if "." in str(node.target) else ""
         if kind == "linear":
-            add(node.args[1], _numel(node) / _shape(node)[-1])
-        elif kind in _CONVOLUTIONS:
-            channels = len(_shape(node)) - _shape_dims(node.args[1]) + 1
-            add(node.args[1], _numel(node) / _shape(node)[channels])
-        elif kind in _TRANSPOSED:
-            channels = len(_shape(node)) - _shape_dims(node.args[1]) + 1
-            add(node.args[1], _numel(node.args[0]) / _shape(node.args[0])[channels])
+            add(node.args[1], _numel(node) * _shape(node.args[1])[-1])
+        elif kind in _CONVOLUTIONS:  # each output has a kernel's worth of them
+            add(node.args[1], _numel(node) * math.prod(_shape(node.args[1])[1:]))
+        elif kind in _TRANSPOSED:  # so has each input
+            add(node.args[1], _numel(node.args[0]) * math.prod(_shape(node.args[1])[1:]))
         elif kind in _PRODUCTS:
             a, b = node.args[-2:]
-            # Of a product (m x k) (k x n), the first is used n times, and the second m times.
-            add(a, _numel(node) * _shape(a)[-1] / _numel(a))
-            add(b, _numel(node) * _shape(a)[-1] / _numel(b))
+            for factor in (a, b):
+                add(factor, _numel(node) * _shape(a)[-1])
         elif kind in _RECURRENT:
+            positions = _numel(node.args[0]) / _shape(node.args[0])[-1]
             for weight in node.all_input_nodes:
-                if weight in names and _shape_dims(weight) == 2:
-                    add(weight, _numel(node.args[0]) / _shape(node.args[0])[-1])
+                if weight in names and len(_shape(weight)) == 2:
+                    add(weight, positions * _numel(weight))
     return found
 
 
-def _source(node: Any, names: Mapping[Any, str]) -> str | None:
-    """Return the name of the parameter that a tensor is, moved or normed; None if it is none."""
+def _source(node: Any, names: Mapping[Any, str]) -> Any:
+    """Return the parameter of which a tensor has moved entries; None if there is none."""
     while node.op == "call_function":
-        kind = str(node.target)
-        if not only_moves(node.target) and "_weight_norm" not in kind:
+        moves = node.target is operator.getitem or only_moves(node.target)
+        if not moves and "_weight_norm" not in str(node.target):
             return None
-        sized = filter(_is_sized, node.all_input_nodes)
-        inputs = [each for each in sized if _numel(each) == _numel(node)]
-        if not inputs:
+        sized = [each for each in node.all_input_nodes if _is_sized(each)]
+        if not sized:
             return None
-        node = inputs[0]
-    return names.get(node)
+        node = max(sized, key=_numel)
+    return node if node in names else None
 
 
 def _is_sized(node: Any) -> bool:
