@@ -558,7 +558,7 @@ class Weighed(nn.Module):
 
 
 def test_positions_count_multiply_adds() -> None:
-    """One example of 6 x 6: 36 positions, 12 x 12 after the transposed one, then 10 x 10, then 10."""
+    """Of an example: 6 x 6, 12 x 12 after the transposed convolution, then 10 x 10, then 10."""
     positions = units_of(Weighed(), [torch.zeros(1, 3, 6, 6)]).positions
     assert positions == {
         "conv.weight": 36,
