@@ -21,7 +21,8 @@ from fitsmall.callbacks import (
 )
 from fitsmall.compressors import Factored, load, restore, to_plain
 from fitsmall.compressors.choices.width_choice import Term, WidthCosts, choose_units
-from fitsmall.compressors.export.latency import LatencyRatio
+from fitsmall.compressors.export import latency
+from fitsmall.compressors.export.latency import LatencyRatio, forward_of, latency_ratio
 from fitsmall.compressors.surgery.narrowing import Narrowing
 from fitsmall.compressors.training.methods import latency_target
 from training import IMAGES, LABELS, ModelCheckpointAt, Net, fit, resumable, trainer
@@ -222,17 +223,17 @@ def test_patterns_say_what_may_leave(tmp_path: Path) -> None:
 def test_latency_is_met_by_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an engine whose time grows with the hidden units alone, plus a constant."""
 
-    def forward_of(engine: str, network: Any, args: Any, kwargs: Any) -> Callable[[], object]:
+    def forward(engine: str, network: Any, args: Any, kwargs: Any) -> Callable[[], object]:
         network(*args, **kwargs)
         return lambda: (
             0.2 + network.block.grow.out_features / 32 + network.body[1].out_channels / 16
         )
 
-    def latency_ratio(one: Any, other: Any, **_: Any) -> LatencyRatio:
+    def measured(one: Any, other: Any, **_: Any) -> LatencyRatio:
         return LatencyRatio(sum(one()) / sum(other()), 0.0)
 
-    monkeypatch.setattr(latency_target, "forward_of", forward_of)
-    monkeypatch.setattr(latency_target, "latency_ratio", latency_ratio)
+    monkeypatch.setattr(latency_target, "forward_of", forward)
+    monkeypatch.setattr(latency_target, "latency_ratio", measured)
     channels = ChannelPruning(keep_latency=0.6, cuts=2)
     module = fit(tmp_path, channels, module=Vision())
     time = 0.2 + module.block.grow.out_features / 32 + module.body[1].out_channels / 16
@@ -338,3 +339,42 @@ def test_a_file_of_other_widths_does_not_fit(tmp_path: Path) -> None:
         restore(other, file.path)
     assert shapes(other) == before
     assert "block.grow.narrowed_weight" in load(file.path)
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.value = nn.Linear(6, 8), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.gate(x).sigmoid() * self.value(x) * scale
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+def test_engines_run_a_network_as_it_was_called(engine: str) -> None:
+    if engine == "onnxruntime":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    network, x, scale = Gated().eval(), torch.randn(2, 6), torch.randn(2, 8)
+    forward_of(engine, network, [x, scale], {})()
+    run = forward_of(engine, network, [x], {"scale": scale})
+    if engine == "onnxruntime":
+        (found,) = run()  # type: ignore[misc]
+        torch.testing.assert_close(found, network(x, scale))
+
+
+def test_ratios_are_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine becomes slower all the time, and a network takes half the time of the other."""
+    now = 0.0
+
+    def wait(seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            nonlocal now
+            now += seconds * (1 + now)
+
+        return run
+
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now)
+    found = latency_ratio(wait(0.0005), wait(0.001), rounds=9, least=0.002)
+    assert found.median == pytest.approx(0.5, rel=0.05)
+    assert 0 < found.spread < 0.1

@@ -15,6 +15,7 @@ from fitsmall.compressors.naming import lookup
 from fitsmall.compressors.select import Selection, match, select
 from fitsmall.compressors.surgery.narrowing import Narrowing
 from fitsmall.compressors.surgery.protocol import Surgery
+from fitsmall.compressors.training.coverage import num_weights
 from fitsmall.compressors.training.messages import inform, warn
 from fitsmall.compressors.training.methods.latency_target import LatencyTarget
 from fitsmall.compressors.training.methods.network_calls import NetworkCalls
@@ -238,6 +239,10 @@ class ChannelPruning(Stage):
             self.totals = {kind: cost.total({}) for kind, cost in costs.items()}
             self.history.begin({name: len(g.units) for name, g in self.units.groups.items()})
             self._check_budget(self.units, costs)
+            held = num_weights(p for n, p in self.parameters.items() if n in self.units.places)
+            share = held / num_weights(self.parameters.values())
+            lines = "\n  ".join(self.units.remarks())
+            inform(f"ChannelPruning: units stand in {share:.1%} of the parameters\n  {lines}")
         return True
 
     def _check_budget(self, units: NetworkUnits, costs: Mapping[str, WidthCosts]) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fitsmall.compressors.choices.width_choice import Term, WidthCosts
+from fitsmall.compressors.naming import abridged
 from fitsmall.compressors.training.methods.network_calls import Call
 from fitsmall.compressors.units import Cut, Unit, find_cut, removable
 
@@ -144,13 +145,16 @@ class NetworkUnits:
 
     def remarks(self) -> list[str]:
         """Return lines on the units that can leave, and on what stays whole."""
-        slices = {name: len(group.units) for name, group in self.groups.items()}
-        lines = [f"units: {', '.join(f'{name} {count}' for name, count in slices.items())}"]
-        if self.reasons:
-            stays = "; ".join(f"{name} ({why})" for name, why in self.reasons.items())
-            lines.append(f"stay whole: {stays}")
+        counts = [f"{name} {len(group.units)}" for name, group in self.groups.items()]
+        lines = [f"units: {', '.join(counts)}"]
+        names: dict[str, list[str]] = {}
+        for name, why in self.reasons.items():
+            names.setdefault(why, []).append(name)
+        lines += [f"stay whole ({why}): {abridged(same)}" for why, same in names.items()]
         if self.unknown:
-            lines.append(f"so does what these read: {', '.join(self.unknown)}")
+            lines.append(
+                f"stays whole, since no rule is known: what {', '.join(self.unknown)} read"
+            )
         return lines
 
     def cost(self, parameters: Mapping[str, nn.Parameter], kind: str) -> WidthCosts:
