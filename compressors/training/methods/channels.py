@@ -26,6 +26,8 @@ from fitsmall.compressors.training.stage import Stage
 
 __all__ = ["ChannelPruning"]
 
+_ROUND_TO = 16
+
 # A budget that is missed by more than this fraction of the total is worth a warning.
 _TOLERANCE = 0.02
 
@@ -60,8 +62,8 @@ class ChannelPruning(Stage):
             ``"hessian"``: ``E[sum of (w g)^2]``; ``"magnitude"``: ``sum of w^2``, as a fraction of
             the mean of its group.
         schedule: Strength ``rho`` of the pull as a function of progress towards the next cut.
-        round_to: Widths become multiples of this number of channels, which engines prefer; where
-            there are fewer than 8 times as many, of an eighth of the width.
+        round_to: Widths become multiples of this number of channels. Engines prefer multiples of 8
+            or 16: by default it is 16, and in narrow layers an eighth of their width.
         cuts: Number of times that units leave, at equal distances from ``start`` to ``stop``.
             Training itself becomes faster with the first one.
         start: Fraction of training at which the pull begins.
@@ -106,7 +108,7 @@ class ChannelPruning(Stage):
         engine: Literal["torch", "compiled", "onnxruntime", "openvino"] = "torch",
         criterion: Literal["taylor", "hessian", "magnitude"] = "taylor",
         schedule: Schedule | None = None,
-        round_to: int = 16,
+        round_to: int | None = None,
         cuts: int = 1,
         start: float = 0.0,
         stop: float = 0.5,
@@ -133,7 +135,7 @@ class ChannelPruning(Stage):
                     f"ChannelPruning: {name} is a fraction of what is kept, in (0, 1), and got "
                     f"{value!r}"
                 )
-        for setting, number in (("round_to", round_to), ("cuts", cuts)):
+        for setting, number in (("round_to", 1 if round_to is None else round_to), ("cuts", cuts)):
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
                 raise ValueError(f"ChannelPruning: {setting} is at least 1, got {number!r}")
         ((name, self.keep),) = given.items()
@@ -258,9 +260,9 @@ class ChannelPruning(Stage):
                 "ChannelPruning: give keep_size instead of keep_flops: multiply-adds are counted "
                 "where the network is traced, and it cannot be"
             )
-        narrowest = self._choose(
-            units, {n: torch.zeros(len(g.units)) for n, g in units.groups.items()}, 0.0
-        )
+        equal = {name: torch.zeros(len(group.units)) for name, group in units.groups.items()}
+        narrowest = self._choose(units, equal, 0.0)
+        self._try_widths(units, narrowest)
         if self.latency:
             self.latency.check(units, narrowest)
             return
@@ -271,6 +273,21 @@ class ChannelPruning(Stage):
                 f"ChannelPruning: keep_{self.budget}={self.keep:g} cannot be reached, since the "
                 f"narrowest network has {least:.3f}: ask for more than that, or act on more layers"
             )
+
+    def _try_widths(self, units: NetworkUnits, narrowest: Mapping[str, Tensor]) -> None:
+        """Remove the fewest and the most units from a copy: some kernels ask for multiples."""
+        fewest = {name: torch.zeros_like(mask) for name, mask in narrowest.items()}
+        for name, mask in fewest.items():
+            step = self._step_of(name, units.groups[name])
+            mask[: len(mask) % step or step] = narrowest[name].any()
+        for going in (fewest, narrowest):
+            try:
+                units.cut(going)
+            except ValueError as error:
+                raise ValueError(
+                    f"ChannelPruning: other widths are needed, set round_to to a larger multiple, "
+                    f"or leave the layers out with exclude=[...]: {error}"
+                ) from error
 
     # Scores.
 
@@ -349,7 +366,8 @@ class ChannelPruning(Stage):
     def _step_of(self, name: str, group: UnitGroup) -> int:
         """Return the number of units that go at once; a unit such as a head has several slices."""
         before = self.history.before(name, len(group.units))
-        return max(1, min(math.ceil(self.round_to / group.slices), before // 8))
+        step = math.ceil((self.round_to or _ROUND_TO) / group.slices)
+        return step if self.round_to else max(1, min(step, before // 8))
 
     def _overridden(self, units: NetworkUnits) -> dict[str, int]:
         """Return the number of units that go by the user's word, by group."""

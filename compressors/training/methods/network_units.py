@@ -146,15 +146,13 @@ class NetworkUnits:
     def remarks(self) -> list[str]:
         """Return lines on the units that can leave, and on what stays whole."""
         counts = [f"{name} {len(group.units)}" for name, group in self.groups.items()]
-        lines = [f"units: {', '.join(counts)}"]
+        lines = [f"units: {abridged(counts, most=12)}"]
         names: dict[str, list[str]] = {}
         for name, why in self.reasons.items():
             names.setdefault(why, []).append(name)
         lines += [f"stay whole ({why}): {abridged(same)}" for why, same in names.items()]
         if self.unknown:
-            lines.append(
-                f"stays whole, since no rule is known: what {', '.join(self.unknown)} read"
-            )
+            lines.append(f"stays whole (no rule is known): what {', '.join(self.unknown)} read")
         return lines
 
     def cost(self, parameters: Mapping[str, nn.Parameter], kind: str) -> WidthCosts:
