@@ -1,35 +1,28 @@
 """Channel pruning: channels, heads and hidden units leave the network in the middle of training."""
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fitsmall.compressors.choices.schedules import Exponential, Schedule
-from fitsmall.compressors.choices.width_choice import WidthCosts, choose_units
 from fitsmall.compressors.export.latency import LATENCY_ENGINES
 from fitsmall.compressors.naming import lookup
-from fitsmall.compressors.select import Selection, match, select
+from fitsmall.compressors.select import Selection, select
 from fitsmall.compressors.surgery.narrowing import Narrowing
 from fitsmall.compressors.surgery.protocol import Surgery
 from fitsmall.compressors.training.coverage import num_weights
-from fitsmall.compressors.training.messages import inform, warn
+from fitsmall.compressors.training.messages import inform
 from fitsmall.compressors.training.methods.latency_target import LatencyTarget
 from fitsmall.compressors.training.methods.network_calls import NetworkCalls
-from fitsmall.compressors.training.methods.network_units import NetworkUnits, Place, UnitGroup
+from fitsmall.compressors.training.methods.network_units import NetworkUnits, Place
 from fitsmall.compressors.training.methods.unit_scores import SAMPLES, UnitScores
+from fitsmall.compressors.training.methods.width_budget import WidthBudget
 from fitsmall.compressors.training.methods.width_history import WidthHistory
 from fitsmall.compressors.training.stage import Stage
 
 __all__ = ["ChannelPruning"]
-
-_ROUND_TO = 16
-
-# A budget that is missed by more than this fraction of the total is worth a warning.
-_TOLERANCE = 0.02
 
 
 class ChannelPruning(Stage):
@@ -141,6 +134,9 @@ class ChannelPruning(Stage):
         ((name, self.keep),) = given.items()
         self.keep_flops, self.keep_size, self.keep_latency = keep_flops, keep_size, keep_latency
         self.budget = name.removeprefix("keep_")
+        kind = "flops" if keep_latency is not None else self.budget
+        self.history = WidthHistory()
+        self.widths = WidthBudget(kind, self.keep, round_to, self.overrides, self.history)
         self.engine, self.criterion = engine, criterion
         self.scores = UnitScores(criterion)
         lookup("ChannelPruning: engine", engine, LATENCY_ENGINES)
@@ -154,9 +150,8 @@ class ChannelPruning(Stage):
     def reset(self) -> None:
         self.units: NetworkUnits | None = None  # until the networks have been traced
         self.finished = 0  # cuts
-        self.totals: dict[str, float] = {}  # cost before training, by kind
-        self.left: dict[str, float] = {}  # fraction of it
-        self.history = WidthHistory()
+        self.left: dict[str, float] = {}  # fraction of each cost before training
+        self.widths.totals, self.history.counts = {}, {}
         self.scores.reset()
         self.going: dict[str, Tensor] = {}  # True for each unit that leaves, by group
         self._due = False
@@ -235,59 +230,23 @@ class ChannelPruning(Stage):
         self.units = NetworkUnits(
             self._module, self.calls.found, self.selection.chosen, self.groups
         )
-        first = not self.totals
-        costs = {kind: self.units.cost(self.parameters, kind) for kind in ("flops", "size")}
-        if first:
-            self.totals = {kind: cost.total({}) for kind, cost in costs.items()}
-            self.history.begin({name: len(g.units) for name, g in self.units.groups.items()})
-            self._check_budget(self.units, costs)
-            held = num_weights(p for n, p in self.parameters.items() if n in self.units.places)
-            share = held / num_weights(self.parameters.values())
-            lines = "\n  ".join(self.units.remarks())
-            inform(f"ChannelPruning: units stand in {share:.1%} of the parameters\n  {lines}")
+        if not self.widths.totals:
+            self._begin(self.units)
         return True
 
-    def _check_budget(self, units: NetworkUnits, costs: Mapping[str, WidthCosts]) -> None:
-        """Refuse networks without units, and a budget that no widths meet."""
-        if not units.groups:
-            reasons = "; ".join(f"{name}: {why}" for name, why in units.reasons.items())
-            raise ValueError(
-                "ChannelPruning: leave the stage out, since no channels, heads or hidden units can "
-                f"leave the network: {reasons or 'it has none'}"
-            )
-        if not self.latency and not self.totals[self.budget]:
-            raise ValueError(
-                "ChannelPruning: give keep_size instead of keep_flops: multiply-adds are counted "
-                "where the network is traced, and it cannot be"
-            )
-        equal = {name: torch.zeros(len(group.units)) for name, group in units.groups.items()}
-        narrowest = self._choose(units, equal, 0.0)
-        self._try_widths(units, narrowest)
+    def _begin(self, units: NetworkUnits) -> None:
+        """Check the budget before the first update, and tell which units were found."""
+        self.widths.begin(units, self.parameters)
+        narrowest = self.widths.narrowest(units, self.parameters)
         if self.latency:
             self.latency.check(units, narrowest)
-            return
-        gone = {name: int(mask.sum()) for name, mask in narrowest.items()}
-        least = costs[self.budget].total(gone) / self.totals[self.budget]
-        if least > self.keep:
-            raise ValueError(
-                f"ChannelPruning: keep_{self.budget}={self.keep:g} cannot be reached, since the "
-                f"narrowest network has {least:.3f}: ask for more than that, or act on more layers"
-            )
-
-    def _try_widths(self, units: NetworkUnits, narrowest: Mapping[str, Tensor]) -> None:
-        """Remove the fewest and the most units from a copy: some kernels ask for multiples."""
-        fewest = {name: torch.zeros_like(mask) for name, mask in narrowest.items()}
-        for name, mask in fewest.items():
-            step = self._step_of(name, units.groups[name])
-            mask[: len(mask) % step or step] = narrowest[name].any()
-        for going in (fewest, narrowest):
-            try:
-                units.cut(going)
-            except ValueError as error:
-                raise ValueError(
-                    f"ChannelPruning: other widths are needed, set round_to to a larger multiple, "
-                    f"or leave the layers out with exclude=[...]: {error}"
-                ) from error
+        else:
+            kind = self.widths.kind
+            self.widths.check(self.widths.left(units, self.parameters, kind, narrowest))
+        held = num_weights(p for name, p in self.parameters.items() if name in units.places)
+        share = held / num_weights(self.parameters.values())
+        lines = "\n  ".join(units.remarks())
+        inform(f"ChannelPruning: units stand in {share:.1%} of the parameters\n  {lines}")
 
     # Scores.
 
@@ -329,57 +288,21 @@ class ChannelPruning(Stage):
         if units is None or not scores:
             return  # groups without gradients stay whole
         target = 1 - (1 - self.keep) * (self.finished + 1) / self.cuts
-        if self.latency is None:
-            self.going = self._choose(units, scores, target)
-        elif strength == 1 or not self.going:
-            self.going = self.latency.meet(
-                units, target, lambda fraction: self._choose(units, scores, fraction)
-            )
-        else:
-            self.going = self._choose(units, scores, self.latency.fraction)
+
+        def within(fraction: float) -> dict[str, Tensor]:
+            return self.widths.choose(units, self.parameters, scores, fraction)
+
         self._due = strength == 1
+        if self.latency is None:
+            self.going = within(target)
+        elif self._due or not self.going:
+            self.going = self.latency.meet(units, target, within)
+        else:
+            self.going = within(self.latency.fraction)
         if self._due and not self.latency:
-            self._report_budget(units, target)
-
-    def _report_budget(self, units: NetworkUnits, target: float) -> None:
-        """Warn if the units that had gradients are too few to meet the budget."""
-        gone = {name: int(mask.sum()) for name, mask in self.going.items()}
-        cost = units.cost(self.parameters, self.budget).total(gone) / self.totals[self.budget]
-        if cost > target + _TOLERANCE:
-            waiting = ", ".join(units.groups.keys() - self.scores.averages.keys())
-            warn(
-                f"ChannelPruning: {cost:.3f} of the {self.budget} is left, and not {target:.3f}: "
-                f"{waiting or 'the overrides'} had no gradients, or keep all of their units"
-            )
-
-    def _choose(
-        self, units: NetworkUnits, scores: Mapping[str, Tensor], fraction: float
-    ) -> dict[str, Tensor]:
-        """Return the units that go within a fraction of the cost, or as near to it as can be."""
-        kind = "flops" if self.latency else self.budget
-        costs = units.cost(self.parameters, kind)
-        steps = {name: self._step_of(name, group) for name, group in units.groups.items()}
-        return choose_units(
-            scores, costs, fraction * self.totals[kind], steps, self._overridden(units)
-        )
-
-    def _step_of(self, name: str, group: UnitGroup) -> int:
-        """Return the number of units that go at once; a unit such as a head has several slices."""
-        before = self.history.before(name, len(group.units))
-        step = math.ceil((self.round_to or _ROUND_TO) / group.slices)
-        return step if self.round_to else max(1, min(step, before // 8))
-
-    def _overridden(self, units: NetworkUnits) -> dict[str, int]:
-        """Return the number of units that go by the user's word, by group."""
-        found = {}
-        own = match(self.overrides, list(units.places)) if self.overrides else {}
-        for name, group in units.groups.items():
-            keeps = [own[tensor] for tensor, _ in group.places if tensor in own]
-            if keeps:
-                now = len(group.units)
-                kept = max(1, round(self.history.before(name, now) * max(keeps)))
-                found[name] = max(0, now - kept)
-        return found
+            left = self.widths.left(units, self.parameters, self.widths.kind, self.going)
+            waiting = [name for name in units.groups if name not in scores]
+            self.widths.report(left, target, waiting)
 
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
         if self.units is None:
@@ -423,9 +346,8 @@ class ChannelPruning(Stage):
     def operated(self, complete: Mapping[str, bool]) -> None:
         assert self.units is not None
         self.parameters = dict(self._module.named_parameters())
-        for kind, total in self.totals.items():
-            if total:  # multiply-adds of a network that cannot be traced are unknown
-                self.left[kind] = self.units.cost(self.parameters, kind).total({}) / total
+        for kind in (kind for kind, total in self.widths.totals.items() if total):
+            self.left[kind] = self.widths.left(self.units, self.parameters, kind)
         self.history.remove(self.going)
         if self.latency:
             self.latency.operated()
@@ -446,7 +368,7 @@ class ChannelPruning(Stage):
         self.scores.end_step()
         return {
             "finished": self.finished,
-            "totals": self.totals,
+            "totals": self.widths.totals,
             "left": self.left,
             "widths": self.history.counts,
             "scores": self.scores.averages,
@@ -457,7 +379,7 @@ class ChannelPruning(Stage):
     def load_choices(self, choices: dict[str, Any], module: nn.Module) -> None:
         device = next(module.parameters()).device
         self.finished = choices["finished"]
-        self.totals, self.left = dict(choices["totals"]), dict(choices["left"])
+        self.widths.totals, self.left = dict(choices["totals"]), dict(choices["left"])
         self.history.counts = {name: list(both) for name, both in choices["widths"].items()}
         self.scores.load(choices["scores"], device)
         self.going = {name: mask.cpu() for name, mask in choices["going"].items()}
