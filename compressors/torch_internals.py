@@ -30,6 +30,7 @@ __all__ = [
     "probe_of",
     "remove_forward_pre_hook",
     "require",
+    "saves_buffers",
     "tensors_in",
     "unscales_gradients",
 ]
@@ -61,6 +62,7 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+_CHANNELS = "ChannelPruning and restore"
 _RANKS, _QUANTIZERS = "RankLearning and factorize", "QuantizationAwareTraining and restore"
 _MODULE, _OPTIMIZER = "torch.nn:Module", "torch.optim:Optimizer"
 
@@ -70,6 +72,7 @@ PRIVATE = (
     Private(_OPTIMIZER, "_optimizer_step_post_hooks", _RANKS),
     Private(_MODULE, "_forward_pre_hooks", _QUANTIZERS),
     Private(_MODULE, "_load_from_state_dict", _QUANTIZERS),
+    Private(_MODULE, "_save_to_state_dict", _CHANNELS),
     Private(_MODULE, "_apply", _QUANTIZERS),
     Private(_MODULE, "_buffers", _QUANTIZERS),
     Private("torch.utils._pytree", "tree_leaves", "CompressedCheckpoint and export_onnx"),
@@ -149,6 +152,16 @@ def inner_of(module: nn.Module) -> nn.Module | None:
     """Return the module that torch.compile wrapped in another one, or None."""
     inner: nn.Module | None = getattr(module, "_orig_mod", None)
     return inner
+
+
+def saves_buffers(layer: nn.Module) -> bool:
+    """Return whether a layer saves all of its buffers: some layers say themselves what they save.
+
+    Example:
+        >>> saves_buffers(nn.Linear(1, 1))
+        True
+    """
+    return type(layer)._save_to_state_dict is nn.Module._save_to_state_dict
 
 
 # Optimizers.

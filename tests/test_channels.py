@@ -171,6 +171,30 @@ def test_resuming_is_exact(steps: tuple[int, ...], tmp_path: Path) -> None:
         assert all(torch.equal(found[name], own) for name, own in expected.items())
 
 
+class Own(nn.Linear):
+    """A layer that says itself what it saves, as those of PyG."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name in ("weight", "bias"):
+            own = getattr(self, name)
+            destination[f"{prefix}{name}"] = own if keep_vars else own.detach()
+
+
+class Saving(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(Own(64, 40), nn.ReLU())
+        self.head = Own(40, 10)
+
+
+def test_layers_that_save_no_buffers(tmp_path: Path) -> None:
+    file = CompressedCheckpoint(tmp_path)
+    module = fit(tmp_path, ChannelPruning(keep_size=0.5), file, module=Saving()).eval()
+    assert module.head.in_features < 20
+    assert file.path is not None
+    assert torch.equal(restore(Saving(), file.path).eval()(IMAGES), module(IMAGES))
+
+
 class Twofold(Net):
     """Two networks that share nothing, called one after the other, under mixed precision."""
 

@@ -11,7 +11,13 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from fitsmall.callbacks import EMA, CompressedCheckpoint, RandomState, RankLearning
+from fitsmall.callbacks import (
+    EMA,
+    ChannelPruning,
+    CompressedCheckpoint,
+    RandomState,
+    RankLearning,
+)
 from fitsmall.callbacks import lightning_internals as of_lightning
 from fitsmall.compressors import Rank, factorize, restore, save
 from fitsmall.compressors import torch_internals as of_torch
@@ -35,6 +41,7 @@ USES: dict[str, Callable[[Path], Any]] = {
         folder, CompressedCheckpoint(folder)
     ),
     "RandomState": lambda folder: fit(folder, RandomState()),
+    "ChannelPruning and restore": lambda folder: fit(folder, ChannelPruning(keep_size=0.5)),
     "RankLearning and ChannelPruning under DDP": lambda folder: fit(
         folder, RankLearning(keep_size=0.5), strategy="ddp"
     ),

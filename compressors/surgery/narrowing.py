@@ -9,6 +9,7 @@ from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
 from fitsmall.compressors.surgery.protocol import Changed, Layout, Surgery, TensorSpec
+from fitsmall.compressors.torch_internals import saves_buffers
 from fitsmall.compressors.units.cut import Attribute, Cut, tensor_of
 from fitsmall.compressors.units.cut import Size as AttributeSize
 
@@ -17,6 +18,9 @@ __all__ = ["Narrowing", "carry_marks"]
 # Buffers without entries, whose shapes mark a narrowed layer in a state dict: (0, shape now, shape
 # before) of a tensor, and (0, *values) of an attribute. They take no memory.
 _TENSOR, _ATTRIBUTE = "narrowed_", "resized_"
+
+# Between names of modules in that of a buffer, where a layer does not save buffers itself.
+_BELOW = "/"
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,12 @@ class Narrowing(Surgery):
             path, _, own = name.rpartition(".")
             if spec.shape[:1] != (0,):
                 continue
+            marked = _join(path, own.partition("_")[2].replace(_BELOW, "."))
             if own.startswith(_ATTRIBUTE) and len(spec.shape) > 1:
-                attributes.append((path, own.removeprefix(_ATTRIBUTE), tuple(spec.shape[1:])))
+                where, _, attribute = marked.rpartition(".")
+                attributes.append((where, attribute, tuple(spec.shape[1:])))
             elif own.startswith(_TENSOR) and len(spec.shape) % 2:
-                tensor, dims = _join(path, own.removeprefix(_TENSOR)), len(spec.shape) // 2
+                tensor, dims = marked, len(spec.shape) // 2
                 shapes[tensor] = Size(spec.shape[1 : dims + 1])
                 before[tensor] = Size(spec.shape[dims + 1 :])
         if not before:
@@ -106,7 +112,7 @@ class Narrowing(Surgery):
             for name, spec in layout.items()
         }
         return expected | {
-            name: TensorSpec(mark.shape, mark.dtype) for name, mark in self._marks().items()
+            name: TensorSpec(mark.shape, mark.dtype) for name, mark in self._marks(module).items()
         }
 
     def apply(self, module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> dict[str, bool]:
@@ -155,15 +161,14 @@ class Narrowing(Surgery):
             )
         return rows
 
-    def _marks(self) -> dict[str, Tensor]:
+    def _marks(self, module: nn.Module) -> dict[str, Tensor]:
         """Return the marks by name."""
         shapes = {
-            _join(path, f"{_TENSOR}{own}"): (0, *self.shapes[name], *before)
+            _mark_of(module, _TENSOR, name): (0, *self.shapes[name], *before)
             for name, before in self.before.items()
-            for path, _, own in [name.rpartition(".")]
         }
         values = {
-            _join(path, f"{_ATTRIBUTE}{own}"): (0, *([size] if isinstance(size, int) else size))
+            _mark_of(module, _ATTRIBUTE, _join(path, own)): (0, *_sizes(size))
             for path, own, size in self.attributes
         }
         return {
@@ -172,7 +177,7 @@ class Narrowing(Surgery):
         }
 
     def _mark(self, module: nn.Module) -> None:
-        for name, mark in self._marks().items():
+        for name, mark in self._marks(module).items():
             path, _, own = name.rpartition(".")
             layer = module.get_submodule(path)
             earlier = getattr(layer, own, None)
@@ -188,6 +193,19 @@ def carry_marks(layer: nn.Module, successor: nn.Module) -> None:
     for name, buffer in layer.named_buffers(recurse=False):
         if _is_mark(name):
             successor.register_buffer(name, buffer)
+
+
+def _mark_of(module: nn.Module, kind: str, name: str) -> str:
+    """Return the name of a mark: in the module of a tensor, or the next one that saves it."""
+    path, _, own = name.rpartition(".")
+    while path and not ((layer := _submodule(module, path)) and saves_buffers(layer)):
+        path, _, child = path.rpartition(".")
+        own = f"{child}{_BELOW}{own}"
+    return _join(path, f"{kind}{own}")
+
+
+def _sizes(value: AttributeSize) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
 
 
 def _is_mark(name: str) -> bool:
@@ -212,7 +230,7 @@ def _as_attribute(now: Any, value: AttributeSize) -> AttributeSize | None:
         >>> _as_attribute(8, (4,)), _as_attribute([8, 8], (4, 6)), _as_attribute(8, (9,))
         (4, [4, 6], None)
     """
-    sizes = (value,) if isinstance(value, int) else tuple(value)
+    sizes = _sizes(value)
     several = isinstance(now, list | tuple)
     present = now if several else (now,)
     fits = len(present) == len(sizes) and all(

@@ -12,6 +12,7 @@ from fitsmall.compressors.naming import lookup
 from fitsmall.compressors.select import Selection, select
 from fitsmall.compressors.surgery.narrowing import Narrowing
 from fitsmall.compressors.surgery.protocol import Surgery
+from fitsmall.compressors.torch_internals import require
 from fitsmall.compressors.training.coverage import num_weights
 from fitsmall.compressors.training.messages import inform
 from fitsmall.compressors.training.methods.latency_target import LatencyTarget
@@ -322,6 +323,7 @@ class ChannelPruning(Stage):
         return True
 
     def check(self, others: Sequence[Stage]) -> None:
+        require("ChannelPruning and restore")
         if sharded := [n for n, p in self.parameters.items() if isinstance(p, DTensor)]:
             raise ValueError(
                 f"ChannelPruning: {sharded[0]} is sharded, and each process has only a part of it: "
