@@ -243,7 +243,7 @@ class ChannelPruning(Stage):
             self.latency.check(units, narrowest)
         else:
             kind = self.widths.kind
-            self.widths.check(self.widths.left(units, self.parameters, kind, narrowest))
+            self.widths.check(units, self.widths.left(units, self.parameters, kind, narrowest))
         held = num_weights(p for name, p in self.parameters.items() if name in units.places)
         share = held / num_weights(self.parameters.values())
         lines = "\n  ".join(units.remarks())

@@ -146,11 +146,14 @@ class NetworkUnits:
     def remarks(self) -> list[str]:
         """Return lines on the units that can leave, and on what stays whole."""
         counts = [f"{name} {len(group.units)}" for name, group in self.groups.items()]
-        lines = [f"units: {abridged(counts, most=12)}"]
+        return [f"units: {abridged(counts, most=12)}", *self.kept_whole()]
+
+    def kept_whole(self) -> list[str]:
+        """Return lines on what stays whole, one for each reason."""
         names: dict[str, list[str]] = {}
         for name, why in self.reasons.items():
             names.setdefault(why, []).append(name)
-        lines += [f"stay whole ({why}): {abridged(same)}" for why, same in names.items()]
+        lines = [f"stay whole ({why}): {abridged(same)}" for why, same in names.items()]
         if self.unknown:
             lines.append(f"stays whole (no rule is known): what {', '.join(self.unknown)} read")
         return lines

@@ -55,10 +55,9 @@ class WidthBudget:
             ValueError: There are no units, or their cost is unknown.
         """
         if not units.groups:
-            reasons = "; ".join(f"{name}: {why}" for name, why in units.reasons.items())
             raise ValueError(
                 "ChannelPruning: leave the stage out, since no channels, heads or hidden units can "
-                f"leave the network: {reasons or 'it has none'}"
+                f"leave the network: {'; '.join(units.kept_whole()) or 'it has none'}"
             )
         self.totals = {k: units.cost(parameters, k).total({}) for k in ("flops", "size")}
         self.history.begin({name: len(group.units) for name, group in units.groups.items()})
@@ -124,16 +123,18 @@ class WidthBudget:
                 ) from error
         return most
 
-    def check(self, left: float) -> None:
+    def check(self, units: NetworkUnits, left: float) -> None:
         """Refuse a budget below what the narrowest network needs.
 
         Raises:
             ValueError: It is.
         """
         if left > self.keep:
+            whole = "; ".join(units.kept_whole())
             raise ValueError(
                 f"ChannelPruning: keep_{self.kind}={self.keep:g} cannot be reached, since the "
-                f"narrowest network has {left:.3f}: ask for more than that, or act on more layers"
+                f"narrowest network has {left:.3f}: ask for more than that, act on more layers, or "
+                f"set round_to=1{f' ({whole})' if whole else ''}"
             )
 
     def report(self, left: float, target: float, waiting: list[str]) -> None:
