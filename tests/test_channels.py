@@ -111,7 +111,7 @@ class Observer(pl.Callback):
 
 def test_units_leave_in_training_and_the_file_makes_a_plain_module_fit(tmp_path: Path) -> None:
     channels, file, observer = (
-        ChannelPruning(keep_flops=0.5, cuts=2, stop=0.6, overrides={"block.qkv*": 0.5}),
+        ChannelPruning(keep_flops=0.5, cuts=2, stop=0.6, overrides={"block.qkv": 0.5}),
         CompressedCheckpoint(tmp_path),
         Observer(),
     )
@@ -237,7 +237,7 @@ def test_other_methods_act_on_the_narrower_network(tmp_path: Path) -> None:
 
 
 def test_patterns_say_what_may_leave(tmp_path: Path) -> None:
-    channels = ChannelPruning(keep_size=0.9, exclude="block.qkv", overrides={"block.grow*": 0.25})
+    channels = ChannelPruning(keep_size=0.9, exclude="block.qkv", overrides={"block.grow": 0.25})
     module = fit(tmp_path, channels, module=Vision())
     assert module.block.grow.out_features == 8
     assert module.block.heads == 4

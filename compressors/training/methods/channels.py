@@ -68,8 +68,8 @@ class ChannelPruning(Stage):
         include: Patterns of parameter names that replace the default, all weights. A unit can leave
             only if all weights that it stands in are selected.
         exclude: Patterns of parameter names to leave out.
-        overrides: Fractions of units to keep, by pattern of the names of weights in which they
-            stand, whatever the budget says.
+        overrides: Fractions of units to keep, whatever the budget says, by pattern of the names of
+            the layers that write them: ``{"encoder.*.fc1": 0.75}``.
         groups: Groups of units that tracing cannot find, as dimensions by the names of tensors:
             ``{"hidden": {"fc1.weight": 0, "fc1.bias": 0, "fc2.weight": 1}}``. Of a network that
             cannot be traced they are the only ones.

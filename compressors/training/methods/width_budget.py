@@ -29,7 +29,7 @@ class WidthBudget:
         keep: Fraction of the cost that is left in the end.
         round_to: Number of channels that widths are multiples of; None for 16, and an eighth of
             the width in narrow layers.
-        overrides: Fractions of units to keep, by pattern of the names of tensors.
+        overrides: Fractions of units to keep, by pattern of the names of groups.
         history: Widths before training and now.
 
     Attributes:
@@ -155,11 +155,9 @@ class WidthBudget:
     def _overridden(self, units: NetworkUnits) -> dict[str, int]:
         """Return the number of units that go by the user's word, by group."""
         found = {}
-        own = match(self.overrides, list(units.places)) if self.overrides else {}
-        for name, group in units.groups.items():
-            keeps = [own[tensor] for tensor, _ in group.places if tensor in own]
-            if keeps:
-                now = len(group.units)
-                kept = max(1, round(self.history.before(name, now) * max(keeps)))
-                found[name] = max(0, now - kept)
+        own = match(self.overrides, list(units.groups)) if self.overrides else {}
+        for name, keep in own.items():
+            now = len(units.groups[name].units)
+            kept = max(1, round(self.history.before(name, now) * keep))
+            found[name] = max(0, now - kept)
         return found
