@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Term", "WidthCosts", "choose_units"]
+__all__ = ["Term", "WidthCosts", "choose_units", "rising"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,33 @@ class WidthCosts:
     def neighbours(self, group: str) -> set[str]:
         """Return the groups whose costs depend on the width of a group, with itself."""
         return {other for term in self._of_group.get(group, []) for _, other in term.members}
+
+
+def rising(scores: Tensor) -> Tensor:
+    r"""Return scores of units that rise as others of their group leave.
+
+    With the scores ``s`` of a group of units,
+
+        r_u = s_u (sum of all s_v) / (sum of s_v over v with s_v >= s_u).
+
+    Scores estimate what the removal of one unit costs. If others have left, those that remain carry
+    more: with the sum ``T`` of the group's scores, units that leave ``t`` of it cost about
+    ``T log(T / t)``, and not ``T - t``. The first ones count as they are, and the last one as the
+    whole group, so that no layer vanishes. With ``T = 1`` it is the score of LAMP (Lee et al.,
+    "Layer-adaptive sparsity for the magnitude-based pruning", ICLR 2021).
+
+    Args:
+        scores: Score of each unit, at least 0.
+
+    Example:
+        >>> rising(torch.tensor([1.0, 6.0, 3.0]))
+        tensor([ 1.0000, 10.0000,  3.3333])
+    """
+    values, order = scores.double().sort(stable=True)
+    left = values.flip(0).cumsum(0).flip(0).clamp_min(torch.finfo(torch.double).tiny)
+    found = torch.empty_like(values)
+    found[order] = values * (values.sum() / left)
+    return found.to(scores.dtype)
 
 
 def choose_units(

@@ -31,8 +31,9 @@ class ChannelPruning(Stage):
 
     A *unit* is all that goes together: a channel's kernel, its bias, its norm, and the weights of
     all layers that read it; see :mod:`fitsmall.compressors.units`. From ``start`` to ``stop`` units
-    are chosen again every so often, those that matter least for the cost that they save, and the
-    weights ``w_u`` of chosen units are pulled to zero, more and more strongly,
+    are chosen again every so often, those that matter least for the cost that they save, see
+    :mod:`fitsmall.compressors.choices.width_choice`, and the weights ``w_u`` of chosen units are
+    pulled to zero, more and more strongly,
 
         w_u <- (1 - rho) w_u,
 
@@ -80,7 +81,7 @@ class ChannelPruning(Stage):
         >>> net = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
         >>> print(Plan([ChannelPruning(keep_flops=0.5)], net, horizon=1000))
         Compression plan of 7,510 parameters
-          ChannelPruning: widths within 0.5 of the flops (taylor), proximal, steps 0 to 500
+          ChannelPruning: widths within 0.5 of the flops (taylor), proximal, steps 100 to 500
             acts on 98.5 %:
               0.weight  6,400  85.2 %
               2.weight  1,000  13.3 %
@@ -104,7 +105,7 @@ class ChannelPruning(Stage):
         schedule: Schedule | None = None,
         round_to: int | None = None,
         cuts: int = 1,
-        start: float = 0.0,
+        start: float = 0.1,
         stop: float = 0.5,
         start_step: int | None = None,
         stop_step: int | None = None,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fitsmall.compressors.choices.width_choice import choose_units
+from fitsmall.compressors.choices.width_choice import choose_units, rising
 from fitsmall.compressors.select import match
 from fitsmall.compressors.training.messages import warn
 from fitsmall.compressors.training.methods.network_units import NetworkUnits
@@ -95,6 +95,7 @@ class WidthBudget:
         """
         steps = {name: self._step_of(units, name) for name in units.groups}
         costs, budget = units.cost(parameters, self.kind), fraction * self.totals[self.kind]
+        scores = {name: rising(own) for name, own in scores.items()}
         return choose_units(scores, costs, budget, steps, self._overridden(units))
 
     def narrowest(
