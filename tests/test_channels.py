@@ -196,11 +196,15 @@ def test_layers_that_save_no_buffers(tmp_path: Path) -> None:
 
 
 class Twofold(Net):
-    """Two networks that share nothing, called one after the other, under mixed precision."""
+    """Two networks that share nothing, called one after the other, under mixed precision.
+
+    The module holds a layer of one of them as well, by a name that comes first.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 16))
+        self.first = nn.Linear(64, 40)
+        self.encoder = nn.Sequential(self.first, nn.ReLU(), nn.Linear(40, 16))
         self.decoder = nn.Sequential(nn.Linear(16, 40), nn.ReLU(), nn.Linear(40, 10))
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:

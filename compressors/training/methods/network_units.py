@@ -32,10 +32,16 @@ class UnitGroup:
     places: Mapping[Place, Tensor]
 
     @classmethod
-    def of(cls, network: str, units: Sequence[Unit]) -> "UnitGroup":
-        """Return the group of units of a network."""
+    def of(cls, network: str, units: Sequence[Unit], names: Mapping[str, str]) -> "UnitGroup":
+        """Return the group of units of a network.
+
+        Args:
+            network: Path of the network.
+            units: The units, with names of tensors in the network.
+            names: Names of these tensors in the module.
+        """
         places = {
-            (_join(network, name), dim): torch.stack([unit.slices[name, dim] for unit in units])
+            (names[name], dim): torch.stack([unit.slices[name, dim] for unit in units])
             for name, dim in units[0].slices
         }
         return cls(network, units, places)
@@ -53,7 +59,8 @@ class UnitGroup:
             tensor: Tensor of the shape of the one there.
 
         Example:
-            >>> group = UnitGroup.of("net", [Unit({("w", 0): torch.tensor([0, 2])})])
+            >>> units = [Unit({("w", 0): torch.tensor([0, 2])})]
+            >>> group = UnitGroup.of("net", units, {"w": "net.w"})
             >>> group.sums(("net.w", 0), torch.tensor([[1.0, 1.0], [5.0, 5.0], [2.0, 3.0]]))
             tensor([7.])
         """
@@ -92,6 +99,7 @@ class NetworkUnits:
         self.reasons: dict[str, str] = {}
         self.unknown: dict[str, int] = {}
         self._positions: dict[str, float] = {}
+        self._names = {path: _names_of(call.network, module) for path, call in calls.items()}
         parameters = dict(module.named_parameters())
         saved = module.state_dict(keep_vars=True).keys()
         for path, call in calls.items():
@@ -101,10 +109,10 @@ class NetworkUnits:
             self.unknown |= found.unknown
             self.reasons |= {_join(path, name): why for name, why in found.refused.items()}
             for name, count in found.positions.items():
-                full = _join(path, name)
+                full = self._names[path][name]
                 self._positions[full] = self._positions.get(full, 0.0) + count
             for name, units in zip(found.names, found.groups, strict=True):
-                group, full = UnitGroup.of(path, units), _join(path, name)
+                group, full = UnitGroup.of(path, units, self._names[path]), _join(path, name)
                 names = list(dict.fromkeys(name for name, _ in group.places))
                 fixed = [n for n in names if n in parameters and n not in chosen]
                 if matrices := [n for n in fixed if parameters[n].dim() > 1]:
@@ -192,7 +200,8 @@ class NetworkUnits:
         attributes = []
         for path in self.calls:
             if cut := self.cut_of(path, going):
-                kept |= {(_join(path, name), dim): own for (name, dim), own in cut.kept.items()}
+                names = self._names[path]
+                kept |= {(names[name], dim): own for (name, dim), own in cut.kept.items()}
                 attributes += [(_join(path, own), name, n) for own, name, n in cut.attributes]
         return Cut(kept, attributes)
 
@@ -207,6 +216,25 @@ class NetworkUnits:
             if goes
         ]
         return find_cut(call.network, units, call.args, call.kwargs) if units else None
+
+
+def _names_of(network: nn.Module, module: nn.Module) -> dict[str, str]:
+    """Return the names that a module has for the tensors of one of its networks, by their own.
+
+    Where the module reaches them by several paths, as in a backbone that is also a part of the
+    network, it is the first name, which parameters are selected by.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> _names_of(nn.Sequential(layer), nn.ModuleDict({"first": layer}))
+        {'0.weight': 'first.weight'}
+    """
+    names = {id(tensor): name for name, tensor in _tensors_of(module)}
+    return {name: names[id(tensor)] for name, tensor in _tensors_of(network)}
+
+
+def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
 
 
 def _of_network(path: str, declared: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
