@@ -1,6 +1,7 @@
 """Channel pruning in training: the pull, the cut, and what comes after it."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -389,6 +390,23 @@ def test_engines_run_a_network_as_it_was_called(engine: str) -> None:
     if engine == "onnxruntime":
         (found,) = run()  # type: ignore[misc]
         torch.testing.assert_close(found, network(x, scale))
+
+
+def test_each_network_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than torch.compile keeps of one function, and the user's own after that."""
+    compiled: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(len(inputs))
+        return graph.forward
+
+    monkeypatch.setattr(latency.torch, "compile", partial(torch.compile, backend=backend))
+    x = torch.randn(2, 6)
+    for width in range(2, 12):
+        network = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 2)).eval()
+        forward_of("compiled", network, [x], {})()
+    torch.compile(network)(x)
+    assert len(compiled) == 11
 
 
 def test_ratios_are_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ def forward_of(
 
     Args:
         engine: One of :data:`LATENCY_ENGINES`.
-        module: The network, in evaluation mode; ``"compiled"`` compiles it in place.
+        module: The network, in evaluation mode.
         args: Inputs by position.
         kwargs: Inputs by name.
 
@@ -73,17 +74,31 @@ def forward_of(
     name = lookup("engine", engine, LATENCY_ENGINES)
     if name is not None:
         return _session_of(name, module, args, kwargs)
-    if engine == "compiled":
-        module.compile()
+    forward = _compiled(module) if engine == "compiled" else module
     on_gpu = any(parameter.is_cuda for parameter in module.parameters())
 
     @torch.inference_mode()
     def run() -> None:
-        module(*args, **kwargs)
+        forward(*args, **kwargs)
         if on_gpu:
             torch.cuda.synchronize()
 
     return run
+
+
+def _compiled(module: nn.Module) -> Callable[..., Any]:
+    """Return a compiled call of a network.
+
+    torch.compile keeps few versions of a function, and runs it as it is where it needs more. So
+    each network has a function with code of its own: else only the first widths that are tried
+    would be compiled, and none of a network of this class that trains.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return module(*args, **kwargs)
+
+    code = forward.__code__.replace()
+    return torch.compile(FunctionType(code, globals(), closure=forward.__closure__))
 
 
 def _session_of(

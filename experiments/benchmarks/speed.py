@@ -4,7 +4,6 @@ Versions take turns in one process, in an order that rotates. Tables show the me
 within a round. Efficiency is the speed-up over the reduction of multiply-adds.
 """
 
-import copy
 import statistics
 import tempfile
 from collections import deque
@@ -16,7 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fitsmall.compressors.export.engines import ENGINES, session
-from fitsmall.compressors.export.latency import median_seconds
+from fitsmall.compressors.export.latency import forward_of, median_seconds
 from fitsmall.compressors.export.onnx import write_onnx
 from fitsmall.experiments.models.operations import operation_counter
 
@@ -107,12 +106,4 @@ def _runner(
         write_onnx(network, path, (images,))
         run = session(engine, path, threads)
         return lambda: run((images,))
-    module = copy.deepcopy(network)
-    if engine == "compiled":
-        module.compile()
-
-    @torch.inference_mode()
-    def run_batch() -> object:
-        return module(images)
-
-    return run_batch
+    return forward_of("torch" if engine == "eager" else engine, network, (images,), {})
