@@ -195,8 +195,8 @@ class Chains:
             return False
         if stage.chosen_at is None:
             return True
-        every = stage.every or max(1, (last - first) // stage.num_updates)
-        return stage.chosen_at < last and (now - stage.chosen_at >= every or now >= last)
+        since = now - stage.chosen_at
+        return stage.chosen_at < last and (since >= stage.steps_between or now >= last)
 
     def _is_late(self, stage: Stage, now: int, parameters: Mapping[str, nn.Parameter]) -> bool:
         """Return whether a parameter joined the optimizer, or got its first gradient, after the

@@ -163,6 +163,12 @@ class Stage(ABC):
         """The window in optimizer steps, once training has begun."""
         return self.clock.windows.get(self.key, NEVER)
 
+    @property
+    def steps_between(self) -> int:
+        """Steps from one choice to the next."""
+        first, last = self.window
+        return self.every or max(1, (last - first) // self.num_updates)
+
     def window_within(self, horizon: float) -> Window:
         """Return the window for a training of ``horizon`` optimizer steps.
 

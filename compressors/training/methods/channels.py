@@ -259,8 +259,7 @@ class ChannelPruning(Stage):
     def observe(
         self, name: str, weight: Tensor, gradient: Tensor | None, state: Mapping[str, Any]
     ) -> None:
-        first, last = self.window
-        between = max(1, (self.every or (last - first) // self.num_updates) // SAMPLES)
+        between = max(1, self.steps_between // SAMPLES)
         if gradient is None or self.units is None or self.clock.steps % between:
             return
         self.scores.observe(self.units, name, weight.detach(), gradient)
@@ -331,7 +330,13 @@ class ChannelPruning(Stage):
                 "remove channels in a training on one device or with strategy='ddp', and train the "
                 "narrower network with shards after it"
             )
-        end = self.window.last
+        first, end = self.window
+        if self.cuts > 1 and self.cuts * self.steps_between > end - first:
+            raise ValueError(
+                f"ChannelPruning: cuts={self.cuts} do not fit into {end - first:,} steps, since "
+                f"units are chosen every {self.steps_between:,} of them: set fewer cuts, a smaller "
+                "every, or a later stop"
+            )
         for other in others:
             shared = self.selection.chosen.keys() & other.selection.chosen.keys()
             if other is not self and shared and other.window.first < end and not self.is_final:
