@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--round-to", type=int, nargs="+", default=[1, 8, 16])
-    parser.add_argument("--engines", nargs="+", default=["eager", "onnxruntime", "OpenVINO"])
+    parser.add_argument("--engines", nargs="+", default=["torch", "onnxruntime", "openvino"])
     parser.add_argument("--latency", action="store_true", help="meet a target of latency")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -113,7 +113,7 @@ def main() -> None:
         name = f"channels in multiples of {multiple}"
         networks[name] = narrowed(dense, keep_flops=options.keep, round_to=multiple)
     title = f"{options.model}, batch: {options.batch}, threads: {options.threads}"
-    print(speed_table(title, networks, images, options.threads, options.rounds, options.engines))
+    print(speed_table(title, networks, images, options.rounds, options.engines))
     turns = Turns({n: trainer_of(own, images) for n, own in networks.items()}, options.rounds)
     for name, network in networks.items():
         times = [1 / ratio for ratio in turns.faster(name, "dense")]

@@ -76,7 +76,7 @@ def main() -> None:
         networks[name] = copy.deepcopy(dense)
         factorize(networks[name], choose_within(dense, options.keep, among))
     title = f"{options.model}, batch: {options.batch}, threads: {options.threads}"
-    print(speed_table(title, networks, images, options.threads, options.rounds))
+    print(speed_table(title, networks, images, options.rounds))
 
 
 if __name__ == "__main__":
