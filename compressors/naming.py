@@ -56,7 +56,7 @@ def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:
         ValueError: unknown size 'larg': did you mean large? Choose one of small, large
     """
     if name not in table:
-        near = get_close_matches(name, table)
+        near = get_close_matches(str(name), table)
         hint = f"did you mean {' or '.join(near)}? Choose" if near else "choose"
         raise ValueError(f"unknown {kind} {name!r}: {hint} one of {', '.join(table)}")
     return table[name]

@@ -304,6 +304,18 @@ class Unsaved(Net):
         return self.head(self.body(images) + self.shift)
 
 
+class Unfrozen(Unsaved):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body[0].bias.requires_grad_(True)
+
+
+class Pretrained(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.requires_grad_(False)
+
+
 HIDDEN = {
     "hidden": {
         **dict.fromkeys(("body.0.weight", "body.0.bias", "body.1.weight", "body.1.bias"), 0),
@@ -331,7 +343,11 @@ class Branching(Net):
         (lambda: ChannelPruning(0.5, cuts=3, every=9), Net, "chosen every 9 of them"),
         (lambda: ChannelPruning(0.5, overrides={"body*": 0}), Net, r"body\* is a fraction"),
         (lambda: ChannelPruning(keep_size=0.01), Net, r"cannot be reached, .* has 0.1"),
+        (lambda: ChannelPruning(0.5, engine=None), Net, "unknown ChannelPruning engine None"),
         (lambda: ChannelPruning(0.5), Unsaved, r"body.0.bias is frozen"),
+        (lambda: ChannelPruning(0.5), Unfrozen, r"shift is a buffer .* make it persistent"),
+        (lambda: ChannelPruning(0.5), Pretrained, r"body.0.weight is frozen"),
+        (lambda: ChannelPruning(0.5, groups={"a": {"head.bias": "0"}}), Net, "no dimension '0'"),
         (lambda: ChannelPruning(0.5), Branching, r"cannot be traced.*groups="),
         (lambda: ChannelPruning(0.5, groups=HIDDEN), Branching, "give keep_size instead"),
         (lambda: ChannelPruning(0.5, groups={"a": {"b": 0}}), Net, "no parameter or buffer 'b'"),

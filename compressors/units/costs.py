@@ -77,9 +77,5 @@ def _shape(node: Any) -> tuple[int, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
-def _shape_dims(node: Any) -> int:
-    return len(_shape(node))
-
-
 def _numel(node: Any) -> int:
     return math.prod(_shape(node))

@@ -51,9 +51,9 @@ def declared(module: nn.Module, groups: Groups) -> dict[str, list[Unit]]:
                     f"{name!r}; the nearest names are {', '.join(near)}"
                 )
             shape = tuple(tensors[name].shape)
-            if not -len(shape) <= dim < len(shape):
+            if not isinstance(dim, int) or not -len(shape) <= dim < len(shape):
                 raise ValueError(
-                    f"groups[{group!r}]: {name} has shape {shape}, and no dimension {dim}"
+                    f"groups[{group!r}]: {name} has shape {shape}, and no dimension {dim!r}"
                 )
             place = first[id(tensors[name])], dim % len(shape)
             if place in owners:

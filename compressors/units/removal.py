@@ -253,7 +253,8 @@ class _Search:
             try:
                 outputs = self._outputs(small)
             except Exception as error:  # noqa: BLE001  whatever a forward raises
-                problem = problem or _Problem(f"it fails: {error}", _failing(small, error))
+                line = str(error).strip().split("\n")[0]
+                problem = problem or _Problem(f"it fails: {line}", _failing(small, error))
                 continue
             difference = _difference(expected, outputs)
             if difference <= least:

@@ -141,7 +141,7 @@ class ChannelPruning(Stage):
         self.widths = WidthBudget(kind, self.keep, round_to, self.overrides, self.history)
         self.engine, self.criterion = engine, criterion
         self.scores = UnitScores(criterion)
-        lookup("ChannelPruning: engine", engine, LATENCY_ENGINES)
+        lookup("ChannelPruning engine", engine, LATENCY_ENGINES)
         self.latency = LatencyTarget(self.keep, engine) if keep_latency is not None else None
         self.round_to, self.cuts = round_to, cuts
         self.schedule = self._schedule(schedule, Exponential())

@@ -115,12 +115,14 @@ class NetworkUnits:
                 group, full = UnitGroup.of(path, units, self._names[path]), _join(path, name)
                 names = list(dict.fromkeys(name for name, _ in group.places))
                 fixed = [n for n in names if n in parameters and n not in chosen]
-                if matrices := [n for n in fixed if parameters[n].dim() > 1]:
-                    self.reasons[full] = f"{matrices[0]} is left out"
-                elif frozen := [n for n in fixed if not parameters[n].requires_grad]:
+                if frozen := [n for n in fixed if not parameters[n].requires_grad]:
                     self.reasons[full] = f"{frozen[0]} is frozen: requires_grad is False"
+                elif matrices := [n for n in fixed if parameters[n].dim() > 1]:
+                    self.reasons[full] = f"{matrices[0]} is left out"
                 elif lost := [n for n in names if n not in saved]:
-                    self.reasons[full] = f"{lost[0]} is a buffer that no state dict holds"
+                    self.reasons[full] = (
+                        f"{lost[0]} is a buffer that no state dict holds: make it persistent"
+                    )
                 else:
                     self.groups[full] = group
         self._share(calls)

@@ -43,7 +43,7 @@ class UnitScores:
 
     def __init__(self, criterion: str) -> None:
         self.criterion = criterion
-        self._of_weight = lookup("ChannelPruning: criterion", criterion, UNIT_CRITERIA)
+        self._of_weight = lookup("ChannelPruning criterion", criterion, UNIT_CRITERIA)
         self.averages: dict[str, Tensor] = {}
         self._step: dict[str, Tensor] = {}  # sums of the present step
 
