@@ -26,6 +26,7 @@ from fitsmall.compressors.export import latency
 from fitsmall.compressors.export.latency import LatencyRatio, forward_of, latency_ratio
 from fitsmall.compressors.surgery.narrowing import Narrowing
 from fitsmall.compressors.training.methods import latency_target
+from fitsmall.compressors.training.methods.network_calls import NetworkCalls
 from training import IMAGES, LABELS, ModelCheckpointAt, Net, fit, resumable, trainer
 
 
@@ -408,6 +409,27 @@ def test_engines_run_a_network_as_it_was_called(engine: str) -> None:
     if engine == "onnxruntime":
         (found,) = run()  # type: ignore[misc]
         torch.testing.assert_close(found, network(x, scale))
+
+
+def test_compiled_networks_are_compiled_after_their_first_call() -> None:
+    """Also where two stages record it, and the first of them ends first."""
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(inputs)
+        return graph.forward
+
+    network = torch.compile(nn.Linear(2, 2), backend=backend)
+    module, both = nn.ModuleDict({"net": network}), (NetworkCalls(), NetworkCalls())
+    for calls in both:
+        calls.hook(module)
+    network(torch.ones(3, 2))
+    for calls in both:
+        calls.unhook()
+    assert all([*calls.found] == ["net._orig_mod"] for calls in both)
+    assert not compiled
+    network(torch.ones(3, 2))
+    assert compiled
 
 
 def test_each_network_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ likes. A *network* is a module that is called while no other one of the module r
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -37,24 +38,29 @@ class Call(NamedTuple):
 class NetworkCalls:
     """Hooks that record the first call of each network in a module, with two examples.
 
-    Until they are removed, compiled modules run as they are: a compiled call runs no hooks.
+    Until those of all instances are removed, compiled modules run as they are: a compiled call runs
+    no hooks.
 
     Attributes:
         found: The calls by the path of the network.
     """
+
+    _hooked: ClassVar[WeakSet["NetworkCalls"]] = WeakSet()
+    _eager: ClassVar[ExitStack] = ExitStack()
 
     def __init__(self) -> None:
         self.found: dict[str, Call] = {}
         self._module = nn.Module()
         self._handles: list[RemovableHandle] = []
         self._running: list[str] = []
-        self._eager = ExitStack()
 
     def hook(self, module: nn.Module) -> None:
         """Record the calls of networks in a module, until :meth:`unhook`."""
         self.unhook()
         self._module, self._running = module, []
-        self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+        if not self._hooked:
+            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+        self._hooked.add(self)
         for path, layer in module.named_modules():
             recorder = _Recorder(self, path)
             self._handles += [
@@ -64,7 +70,9 @@ class NetworkCalls:
 
     def unhook(self) -> None:
         """Remove the hooks."""
-        self._eager.close()
+        self._hooked.discard(self)
+        if not self._hooked:
+            self._eager.close()
         while self._handles:
             self._handles.pop().remove()
 
