@@ -7,7 +7,7 @@ from functools import partial
 from itertools import chain, zip_longest
 from typing import TypeVar
 
-__all__ = ["abridged", "group_by", "grouped", "lookup", "name_of", "printable"]
+__all__ = ["abridged", "dotted", "group_by", "grouped", "lookup", "name_of", "printable"]
 
 T = TypeVar("T")
 Key = TypeVar("Key")
@@ -37,6 +37,16 @@ def printable(text: str) -> str:
         red\\x1b[31m.fitsmall
     """
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def dotted(*names: str) -> str:
+    """The name of something in a module, from the paths and names that lead to it.
+
+    Example:
+        >>> dotted("", "block", "weight")
+        'block.weight'
+    """
+    return ".".join(name for name in names if name)
 
 
 def lookup(kind: str, name: str, table: Mapping[str, T]) -> T:

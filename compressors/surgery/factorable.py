@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList
 
+from fitsmall.compressors.naming import dotted
 from fitsmall.compressors.projections.lowrank import FORMS, matrix
 from fitsmall.compressors.select import Selection
 from fitsmall.compressors.surgery.quantizers import QUANTIZER
@@ -167,10 +168,10 @@ class _References:
         for path, child in module.named_modules(remove_duplicate=False):
             self.paths.setdefault(id(child), []).append(path)
             for key, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
-                self.owners.setdefault(id(parameter), []).append(_join(path, key))
+                self.owners.setdefault(id(parameter), []).append(dotted(path, key))
             for key, value in vars(child).items():
                 if not key.startswith("_"):
-                    self.holders.update((id(item), _join(path, key)) for item in _items(value))
+                    self.holders.update((id(item), dotted(path, key)) for item in _items(value))
 
     def other(self, name: str, layer: Any, weight: str) -> str | None:
         """Return where else the module refers to the layer of a weight, or None."""
@@ -185,10 +186,6 @@ class _References:
             if where := self.holders.get(id(held)):
                 return f"layer {path} is also held by attribute {where}"
         return None
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
 
 
 def _items(value: Any) -> list[Any]:

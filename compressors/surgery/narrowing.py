@@ -8,6 +8,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
+from fitsmall.compressors.naming import dotted
 from fitsmall.compressors.surgery.protocol import Changed, Layout, Surgery, TensorSpec
 from fitsmall.compressors.torch_internals import saves_buffers
 from fitsmall.compressors.units.cut import Attribute, Cut, tensor_of
@@ -71,7 +72,7 @@ class Narrowing(Surgery):
             path, _, own = name.rpartition(".")
             if spec.shape[:1] != (0,):
                 continue
-            marked = _join(path, own.partition("_")[2].replace(_BELOW, "."))
+            marked = dotted(path, own.partition("_")[2].replace(_BELOW, "."))
             if own.startswith(_ATTRIBUTE) and len(spec.shape) > 1:
                 where, _, attribute = marked.rpartition(".")
                 attributes.append((where, attribute, tuple(spec.shape[1:])))
@@ -87,7 +88,7 @@ class Narrowing(Surgery):
             # The bias of a layer that became two factors belongs to the second.
             path = path.removesuffix(".expand") if path not in paths and own == "bias" else path
             if path in paths and not own.startswith((_TENSOR, _ATTRIBUTE)):
-                shapes.setdefault(_join(path, own), spec.shape)
+                shapes.setdefault(dotted(path, own), spec.shape)
         return cls(shapes, before, attributes)
 
     @classmethod
@@ -104,7 +105,7 @@ class Narrowing(Surgery):
                 )
         for path, name, value in self.attributes:
             if _as_attribute(getattr(_submodule(module, path), name, None), value) is None:
-                raise ValueError(f"{type(module).__name__} has no size {_join(path, name)!r}")
+                raise ValueError(f"{type(module).__name__} has no size {dotted(path, name)!r}")
         expected = {
             name: TensorSpec(self.shapes[name], spec.dtype)
             if name in self.shapes and _is_narrower(self.shapes[name], spec.shape)
@@ -168,7 +169,7 @@ class Narrowing(Surgery):
             for name, before in self.before.items()
         }
         values = {
-            _mark_of(module, _ATTRIBUTE, _join(path, own)): (0, *_sizes(size))
+            _mark_of(module, _ATTRIBUTE, dotted(path, own)): (0, *_sizes(size))
             for path, own, size in self.attributes
         }
         return {
@@ -201,7 +202,7 @@ def _mark_of(module: nn.Module, kind: str, name: str) -> str:
     while path and not ((layer := _submodule(module, path)) and saves_buffers(layer)):
         path, _, child = path.rpartition(".")
         own = f"{child}{_BELOW}{own}"
-    return _join(path, f"{kind}{own}")
+    return dotted(path, f"{kind}{own}")
 
 
 def _sizes(value: AttributeSize) -> tuple[int, ...]:
@@ -246,7 +247,3 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
         return module.get_submodule(path)
     except AttributeError:
         return None
-
-
-def _join(*names: str) -> str:
-    return ".".join(name for name in names if name)

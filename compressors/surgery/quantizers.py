@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fitsmall.compressors.naming import dotted
 from fitsmall.compressors.projections.quantize import clipped
 from fitsmall.compressors.surgery.protocol import Changed, Layout, Surgery, TensorSpec, layout_of
 from fitsmall.compressors.surgery.saving import warn_of_save_pretrained
@@ -329,12 +330,12 @@ class InputQuantizers(Surgery):
                 raise ValueError(
                     f"{type(module).__name__} has no layer {layer!r} whose input can be quantized"
                 )
-            expected |= {_join(layer, QUANTIZER, name): spec for name, spec in own.items()}
+            expected |= {dotted(layer, QUANTIZER, name): spec for name, spec in own.items()}
         return expected
 
     def check_values(self, tensors: Mapping[str, Tensor]) -> None:
         for layer in self.bits:
-            bits = int(tensors[_join(layer, _MARK)])
+            bits = int(tensors[dotted(layer, _MARK)])
             if bits not in _BITS:
                 raise ValueError(f"the input of {layer} has {bits} bits, and not 2 to 8")
 
@@ -355,7 +356,7 @@ class InputQuantizers(Surgery):
                 attach_quantizer(layer, bits, self.learned)
 
     def undo(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        rounded = [layer for layer in self.bits if tensors[_join(layer, QUANTIZER, "rounding")]]
+        rounded = [layer for layer in self.bits if tensors[dotted(layer, QUANTIZER, "rounding")]]
         if rounded:
             names = ", ".join([*rounded[:3], *["..."] * (len(rounded) > 3)])
             warnings.warn(
@@ -377,9 +378,5 @@ class InputQuantizers(Surgery):
 
 def _weight_of(layer: str, layout: Layout) -> TensorSpec | None:
     """Return the weight of a layer, or the tensor that it computes its weight from, if any."""
-    names = (_join(layer, name) for name in _WEIGHTS)
+    names = (dotted(layer, name) for name in _WEIGHTS)
     return next((layout[name] for name in names if name in layout), None)
-
-
-def _join(*names: str) -> str:
-    return ".".join(name for name in names if name)

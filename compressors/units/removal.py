@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from fitsmall.compressors.units.attributes import Source, attempts, values
 from fitsmall.compressors.units.cut import Cut, tensor_of
 from fitsmall.compressors.units.declared import Groups, declared, with_declared
-from fitsmall.compressors.units.tracer import Unit, Units, outputs_of, units_of
+from fitsmall.compressors.units.tracer import Unit, Units, seeded_outputs, units_of
 from fitsmall.compressors.weights import matrices_of, owner, twin_of
 
-__all__ = ["awake", "find_cut", "masked", "removable", "remove"]
+__all__ = ["awake", "find_cut", "largest_difference", "masked", "removable", "remove"]
 
 # Differences of outputs that rounding makes, as fractions of the largest: in most networks, and at
 # most, where of several attempts the nearest is taken.
@@ -256,7 +256,7 @@ class _Search:
                 line = str(error).strip().split("\n")[0]
                 problem = problem or _Problem(f"it fails: {line}", _failing(small, error))
                 continue
-            difference = _difference(expected, outputs)
+            difference = largest_difference(expected, outputs)
             if difference <= least:
                 least, best = difference, (sources, cut)
             if least <= _ROUNDING:
@@ -268,7 +268,7 @@ class _Search:
         return None
 
     def _outputs(self, module: nn.Module) -> list[Tensor]:
-        return outputs_of(module, self._args, self._kwargs)
+        return seeded_outputs(module, self._args, self._kwargs)
 
 
 def _failing(module: nn.Module, error: Exception) -> str:
@@ -333,7 +333,7 @@ def masked(module: nn.Module, kept: Mapping[tuple[str, int], Tensor]) -> nn.Modu
     return masked
 
 
-def _difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+def largest_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """Return the largest difference of outputs, as a fraction of the largest of each."""
     if [a.shape for a in expected] != [b.shape for b in found]:
         return float("inf")

@@ -26,7 +26,7 @@ from fitsmall.compressors.units.rules import only_moves, rule_of
 from fitsmall.compressors.units.zeros import vanishes
 from fitsmall.compressors.weights import matrices_of, owner, twin_of
 
-__all__ = ["Unit", "Units", "outputs_of", "unique", "units_of"]
+__all__ = ["Unit", "Units", "seeded_outputs", "unique", "units_of"]
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,10 @@ class _Outputs(nn.Module):
         return tensors_in(dict(outputs) if hasattr(outputs, "keys") else outputs)
 
 
-def outputs_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Return the outputs of a network in evaluation mode."""
+def seeded_outputs(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Tensor]:
+    """Return the outputs of a network in evaluation mode; random numbers are the same each time."""
     with evaluating(module), _seeded(module), torch.no_grad():
         # A forward may change its inputs in place.
         args, kwargs = map_tensors(Tensor.clone, (tuple(args), dict(kwargs)))

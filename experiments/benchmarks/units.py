@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from fitsmall.compressors.torch_internals import map_tensors, tensors_in
 from fitsmall.compressors.units import Cut, find_cut, removable
-from fitsmall.compressors.units.removal import awake, masked
-from fitsmall.compressors.units.tracer import outputs_of
+from fitsmall.compressors.units.removal import awake, largest_difference, masked
+from fitsmall.compressors.units.tracer import seeded_outputs
 from fitsmall.compressors.weights import twin_of
 from fitsmall.experiments.models.networks import VGG, ResNet, ResNet18
 from fitsmall.experiments.zoo.networks import NETWORKS, Entry, hugging_face, timm_network, tokens
@@ -163,12 +163,8 @@ def difference(module: nn.Module, cut: Cut, batch: Mapping[str, Any]) -> float:
 def _difference(whole: nn.Module, cut: Cut, batch: Mapping[str, Any]) -> float:
     small = twin_of(whole)
     cut.apply(small)
-    expected, found = (outputs_of(each, (), batch) for each in (masked(whole, cut.kept), small))
-    return max(
-        float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
-        for a, b in zip(expected, found, strict=True)
-        if a.numel()
-    )
+    expected, found = (seeded_outputs(each, (), batch) for each in (masked(whole, cut.kept), small))
+    return largest_difference(expected, found)
 
 
 def _double(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fitsmall.compressors.choices.width_choice import Term, WidthCosts
-from fitsmall.compressors.naming import abridged
+from fitsmall.compressors.naming import abridged, dotted
 from fitsmall.compressors.training.methods.network_calls import Call
 from fitsmall.compressors.units import Cut, Unit, find_cut, removable
 
@@ -107,12 +107,12 @@ class NetworkUnits:
             with torch.compiler.set_stance("force_eager"):  # a compiled network cannot be traced
                 found = removable(call.network, call.args, call.kwargs, own)
             self.unknown |= found.unknown
-            self.reasons |= {_join(path, name): why for name, why in found.refused.items()}
+            self.reasons |= {dotted(path, name): why for name, why in found.refused.items()}
             for name, count in found.positions.items():
                 full = self._names[path][name]
                 self._positions[full] = self._positions.get(full, 0.0) + count
             for name, units in zip(found.names, found.groups, strict=True):
-                group, full = UnitGroup.of(path, units, self._names[path]), _join(path, name)
+                group, full = UnitGroup.of(path, units, self._names[path]), dotted(path, name)
                 names = list(dict.fromkeys(name for name, _ in group.places))
                 fixed = [n for n in names if n in parameters and n not in chosen]
                 if frozen := [n for n in fixed if not parameters[n].requires_grad]:
@@ -204,7 +204,7 @@ class NetworkUnits:
             if cut := self.cut_of(path, going):
                 names = self._names[path]
                 kept |= {(names[name], dim): own for (name, dim), own in cut.kept.items()}
-                attributes += [(_join(path, own), name, n) for own, name, n in cut.attributes]
+                attributes += [(dotted(path, own), name, n) for own, name, n in cut.attributes]
         return Cut(kept, attributes)
 
     def cut_of(self, path: str, going: Mapping[str, Tensor]) -> Cut | None:
@@ -247,7 +247,3 @@ def _of_network(path: str, declared: Mapping[str, Mapping[str, int]]) -> dict[st
         for group, dims in declared.items()
         if all(name.startswith(prefix) for name in dims)
     }
-
-
-def _join(*names: str) -> str:
-    return ".".join(name for name in names if name)
