@@ -326,6 +326,11 @@ HIDDEN = {
 }
 
 
+class Apart(Net):
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return nn.functional.cross_entropy(self.head(self.body[0](batch[0])), batch[1])
+
+
 class Branching(Net):
     def forward(self, images: Tensor) -> Tensor:
         hidden = self.body(images)
@@ -349,6 +354,8 @@ class Branching(Net):
         (lambda: ChannelPruning(0.5), Unfrozen, r"shift is a buffer .* make it persistent"),
         (lambda: ChannelPruning(0.5), Pretrained, r"body.0.weight is frozen"),
         (lambda: ChannelPruning(0.5, groups={"a": {"head.bias": "0"}}), Net, "no dimension '0'"),
+        (lambda: ChannelPruning(0.5), Apart, r"one module\): what body.0, head take and return"),
+        (lambda: ChannelPruning(0.5, overrides={"body*": 0.9}), Net, "keep less by overrides, or"),
         (lambda: ChannelPruning(0.5), Branching, r"cannot be traced.*groups="),
         (lambda: ChannelPruning(0.5, groups=HIDDEN), Branching, "give keep_size instead"),
         (lambda: ChannelPruning(0.5, groups={"a": {"b": 0}}), Net, "no parameter or buffer 'b'"),

@@ -164,6 +164,11 @@ class NetworkUnits:
         for name, why in self.reasons.items():
             names.setdefault(why, []).append(name)
         lines = [f"stay whole ({why}): {abridged(same)}" for why, same in names.items()]
+        if len(self.calls) > 1:
+            lines.append(
+                "stay whole (networks are called one after the other; call them in the forward of "
+                f"one module): what {abridged([*self.calls])} take and return"
+            )
         if self.unknown:
             lines.append(f"stays whole (no rule is known): what {', '.join(self.unknown)} read")
         return lines

@@ -132,10 +132,11 @@ class WidthBudget:
         """
         if left > self.keep:
             whole = "; ".join(units.kept_whole())
+            fewer = "keep less by overrides, " if self.overrides else ""
             raise ValueError(
                 f"ChannelPruning: keep_{self.kind}={self.keep:g} cannot be reached, since the "
-                f"narrowest network has {left:.3f}: ask for more than that, act on more layers, or "
-                f"set round_to=1{f' ({whole})' if whole else ''}"
+                f"narrowest network has {left:.3f}: ask for more than that, act on more layers, "
+                f"{fewer}or set round_to=1{f' ({whole})' if whole else ''}"
             )
 
     def report(self, left: float, target: float, waiting: list[str]) -> None:
