@@ -244,6 +244,8 @@ def test_what_an_accelerated_module_refuses(timed: Times) -> None:
         conv(torch.ones(1, 4, 2, 8))
     with pytest.raises(ValueError, match=r"weight is on meta: module\.cpu\(\) first"):
         accelerate(nn.Linear(2, 2, device="meta"), torch.ones(1, 2))
+    with pytest.raises(ValueError, match=r"put them together in 0: give the module"):
+        accelerate(nn.Sequential(torch.compile(nn.Linear(2, 2))), torch.ones(1, 2))
 
 
 class Doubled(nn.Linear):

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fitsmall.compressors.export.tracing import Arguments, Examples, outputs_of
 from fitsmall.compressors.kernels.layers import SparseLayer, sparse_class
+from fitsmall.compressors.torch_internals import inner_of
 from fitsmall.compressors.weights import is_conv1d, is_product, twin_of
 
 __all__ = ["DENSE", "Choice", "Choices", "accelerate", "interleaved"]
@@ -137,7 +138,7 @@ def accelerate(module: nn.Module, sample: Examples) -> nn.Module:
         as a table.
 
     Raises:
-        ValueError: A tensor of the module is not on the CPU, or the sample is no input.
+        ValueError: A tensor of the module is not on the CPU, or a part of it is compiled.
         TypeError: The module cannot be copied.
 
     Example:
@@ -153,6 +154,12 @@ def accelerate(module: nn.Module, sample: Examples) -> nn.Module:
         if tensor.device.type != "cpu":
             raise ValueError(
                 f"accelerate is for CPUs, and {name} is on {tensor.device}: module.cpu() first"
+            )
+    for name, layer in module.named_modules():
+        if inner_of(layer):
+            raise ValueError(
+                "accelerate measures layers one by one, and torch.compile has put them together in "
+                f"{name or 'the module'}: give the module that is not compiled"
             )
     arguments = Arguments.of(sample)
     dense, fast = _copy(module), _copy(module)
