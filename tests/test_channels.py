@@ -220,6 +220,26 @@ def test_every_network_of_a_module_is_traced_by_its_own_calls(tmp_path: Path) ->
     assert module.encoder[2].out_features == 16  # where one ends and the other begins
 
 
+class Varying(Net):
+    """Reads texts of 8 tokens in the first step, and of one token later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(64, 40), nn.ReLU())
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        length = 1 if self.global_step else 8
+        logits = self(batch[0][:, None].expand(-1, length, -1)).mean(1)
+        return nn.functional.cross_entropy(logits, batch[1])
+
+
+def test_costs_are_those_of_the_first_call(tmp_path: Path) -> None:
+    channels = ChannelPruning(keep_flops=0.5, cuts=2)
+    module = fit(tmp_path, channels, module=Varying())
+    assert module.head.in_features == 20
+    assert channels.left["flops"] == pytest.approx(0.5)
+
+
 def test_other_methods_act_on_the_narrower_network(tmp_path: Path) -> None:
     file = CompressedCheckpoint(tmp_path)
     module = fit(

@@ -5,6 +5,8 @@ on every process, and project local parts. All functions return a tensor that is
 is.
 """
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 __all__ = [
     "gather",
     "local",
+    "of_first",
     "processes",
     "reduce_",
     "shard",
@@ -21,6 +24,8 @@ __all__ = [
     "unstack",
     "whole",
 ]
+
+T = TypeVar("T")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -83,9 +88,14 @@ def unstack(parts: Tensor) -> Tensor | None:
     return parts[rank] if len(parts) == world else None
 
 
+def of_first(value: T) -> T:
+    """Return the first process's value; a collective operation."""
+    values = [value]
+    if processes()[1] > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def shared_seed() -> int:
     """Return the seed of the first process's random numbers; a collective operation."""
-    seeds = [torch.initial_seed()]
-    if processes()[1] > 1:
-        dist.broadcast_object_list(seeds, src=0)
-    return seeds[0]
+    return of_first(torch.initial_seed())

@@ -232,7 +232,9 @@ class ChannelPruning(Stage):
         self.units = NetworkUnits(
             self._module, self.calls.found, self.selection.chosen, self.groups
         )
-        if not self.widths.totals:
+        if self.widths.totals:
+            self.units.positions = self.widths.positions
+        else:
             self._begin(self.units)
         return True
 
@@ -377,6 +379,7 @@ class ChannelPruning(Stage):
         return {
             "finished": self.finished,
             "totals": self.widths.totals,
+            "positions": self.widths.positions,
             "left": self.left,
             "widths": self.history.counts,
             "scores": self.scores.averages,
@@ -388,6 +391,7 @@ class ChannelPruning(Stage):
         device = next(module.parameters()).device
         self.finished = choices["finished"]
         self.widths.totals, self.left = dict(choices["totals"]), dict(choices["left"])
+        self.widths.positions = dict(choices["positions"])
         self.history.counts = {name: list(both) for name, both in choices["widths"].items()}
         self.scores.load(choices["scores"], device)
         self.going = {name: mask.cpu() for name, mask in choices["going"].items()}

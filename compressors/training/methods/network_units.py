@@ -85,6 +85,7 @@ class NetworkUnits:
         groups: The groups by name, that of the first layer which writes them.
         reasons: Reasons why other groups are left out, by name.
         unknown: Operations that no rule is known for; what they read stays.
+        positions: Number of positions at which the networks multiply by a weight, by its name.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class NetworkUnits:
         self.groups: dict[str, UnitGroup] = {}
         self.reasons: dict[str, str] = {}
         self.unknown: dict[str, int] = {}
-        self._positions: dict[str, float] = {}
+        self.positions: dict[str, float] = {}
         self._names = {path: _names_of(call.network, module) for path, call in calls.items()}
         parameters = dict(module.named_parameters())
         saved = module.state_dict(keep_vars=True).keys()
@@ -110,7 +111,7 @@ class NetworkUnits:
             self.reasons |= {dotted(path, name): why for name, why in found.refused.items()}
             for name, count in found.positions.items():
                 full = self._names[path][name]
-                self._positions[full] = self._positions.get(full, 0.0) + count
+                self.positions[full] = self.positions.get(full, 0.0) + count
             for name, units in zip(found.names, found.groups, strict=True):
                 group, full = UnitGroup.of(path, units, self._names[path]), dotted(path, name)
                 names = list(dict.fromkeys(name for name, _ in group.places))
@@ -187,7 +188,7 @@ class NetworkUnits:
                 members.setdefault(tensor, {})[dim, group] = index.shape[1]
         terms, rest = [], 0.0
         for name, parameter in parameters.items():
-            cost = self._positions.get(name, 0.0) if kind == "flops" else 1.0
+            cost = self.positions.get(name, 0.0) if kind == "flops" else 1.0
             if name in members:
                 terms.append(Term(cost, tuple(parameter.shape), members[name]))
             else:

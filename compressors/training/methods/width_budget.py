@@ -11,6 +11,7 @@ from fitsmall.compressors.select import match
 from fitsmall.compressors.training.messages import warn
 from fitsmall.compressors.training.methods.network_units import NetworkUnits
 from fitsmall.compressors.training.methods.width_history import WidthHistory
+from fitsmall.compressors.training.sharding import of_first
 
 __all__ = ["WidthBudget"]
 
@@ -34,6 +35,8 @@ class WidthBudget:
 
     Attributes:
         totals: Cost of the whole network before training, by kind.
+        positions: Positions of weights in the first call, by which all costs are counted: other
+            batches may have other sizes.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class WidthBudget:
         self.kind, self.keep, self.round_to = kind, keep, round_to
         self.overrides, self.history = overrides, history
         self.totals: dict[str, float] = {}
+        self.positions: dict[str, float] = {}
 
     def begin(self, units: NetworkUnits, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take the costs and widths before training, and check that units can leave.
@@ -59,6 +63,7 @@ class WidthBudget:
                 "ChannelPruning: leave the stage out, since no channels, heads or hidden units can "
                 f"leave the network: {'; '.join(units.kept_whole()) or 'it has none'}"
             )
+        self.positions = units.positions = of_first(units.positions)
         self.totals = {k: units.cost(parameters, k).total({}) for k in ("flops", "size")}
         self.history.begin({name: len(group.units) for name, group in units.groups.items()})
         if not self.totals[self.kind]:
