@@ -10,7 +10,7 @@ from torch import Tensor
 from fitsmall.compressors.export.latency import LatencyRatio, forward_of, latency_ratio
 from fitsmall.compressors.training.messages import warn
 from fitsmall.compressors.training.methods.network_units import NetworkUnits
-from fitsmall.compressors.training.sharding import stack
+from fitsmall.compressors.training.sharding import of_first
 from fitsmall.compressors.weights import twin_of
 
 __all__ = ["LatencyTarget"]
@@ -111,7 +111,7 @@ class LatencyTarget:
         if ratio.spread > _TOLERANCE * ratio.median:  # measure again, for longer
             ratio = latency_ratio(small, self._dense, rounds=15)
         # All processes have to choose alike.
-        median, spread = stack(torch.tensor(ratio)).mean(0).tolist()
+        median, spread = of_first(tuple(ratio))
         return LatencyRatio(self.left * median, self.left * spread)
 
     def _forward(self, units: NetworkUnits, going: Going | None) -> Callable[[], object]:
