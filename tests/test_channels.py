@@ -1,7 +1,6 @@
 """Channel pruning in training: the pull, the cut, and what comes after it."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from fitsmall.callbacks import (
 )
 from fitsmall.compressors import Factored, load, restore, to_plain
 from fitsmall.compressors.choices.width_choice import Term, WidthCosts, choose_units
-from fitsmall.compressors.export import latency
-from fitsmall.compressors.export.latency import LatencyRatio, forward_of, latency_ratio
+from fitsmall.compressors.export.latency import LatencyRatio
 from fitsmall.compressors.surgery.narrowing import Narrowing
 from fitsmall.compressors.training.methods import latency_target
 from fitsmall.compressors.training.methods.network_calls import NetworkCalls
@@ -416,28 +414,6 @@ def test_a_file_of_other_widths_does_not_fit(tmp_path: Path) -> None:
     assert "block.grow.narrowed_weight" in load(file.path)
 
 
-class Gated(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.value = nn.Linear(6, 8), nn.Linear(6, 8)
-
-    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-        return self.gate(x).sigmoid() * self.value(x) * scale
-
-
-@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
-def test_engines_run_a_network_as_it_was_called(engine: str) -> None:
-    if engine == "onnxruntime":
-        pytest.importorskip("onnxruntime")
-        pytest.importorskip("onnxscript")
-    network, x, scale = Gated().eval(), torch.randn(2, 6), torch.randn(2, 8)
-    forward_of(engine, network, [x, scale], {})()
-    run = forward_of(engine, network, [x], {"scale": scale})
-    if engine == "onnxruntime":
-        (found,) = run()  # type: ignore[misc]
-        torch.testing.assert_close(found, network(x, scale))
-
-
 def test_compiled_networks_are_compiled_after_their_first_call() -> None:
     """Also where two stages record it, and the first of them ends first."""
     compiled: list[Any] = []
@@ -457,37 +433,3 @@ def test_compiled_networks_are_compiled_after_their_first_call() -> None:
     assert not compiled
     network(torch.ones(3, 2))
     assert compiled
-
-
-def test_each_network_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More of them than torch.compile keeps of one function, and the user's own after that."""
-    compiled: list[int] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        compiled.append(len(inputs))
-        return graph.forward
-
-    monkeypatch.setattr(latency.torch, "compile", partial(torch.compile, backend=backend))
-    x = torch.randn(2, 6)
-    for width in range(2, 12):
-        network = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 2)).eval()
-        forward_of("compiled", network, [x], {})()
-    torch.compile(network)(x)
-    assert len(compiled) == 11
-
-
-def test_ratios_are_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine becomes slower all the time, and a network takes half the time of the other."""
-    now = 0.0
-
-    def wait(seconds: float) -> Callable[[], None]:
-        def run() -> None:
-            nonlocal now
-            now += seconds * (1 + now)
-
-        return run
-
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: now)
-    found = latency_ratio(wait(0.0005), wait(0.001), rounds=9, least=0.002)
-    assert found.median == pytest.approx(0.5, rel=0.05)
-    assert 0 < found.spread < 0.1
