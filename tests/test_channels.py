@@ -363,7 +363,7 @@ class Branching(Net):
         (lambda: ChannelPruning(0.5, criterion="norm"), Net, "unknown .*criterion 'norm'"),
         (lambda: ChannelPruning(0.5, engine="tensorrt"), Net, "unknown .*engine 'tensorrt'"),
         (lambda: ChannelPruning(0.5, cuts=0), Net, "cuts is at least 1, got 0"),
-        (lambda: ChannelPruning(0.5, cuts=21), Net, "cuts=21 do not fit into 20 steps"),
+        (lambda: ChannelPruning(0.5, cuts=21), Net, "cuts=21 do not fit into 16 steps"),
         (lambda: ChannelPruning(0.5, cuts=3, every=9), Net, "chosen every 9 of them"),
         (lambda: ChannelPruning(0.5, overrides={"body*": 0}), Net, r"body\* is a fraction"),
         (lambda: ChannelPruning(keep_size=0.01), Net, r"cannot be reached, .* has 0.1"),
