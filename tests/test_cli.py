@@ -96,7 +96,7 @@ def test_help_helps(capsys: pytest.CaptureFixture[str]) -> None:
     below = capsys.readouterr().out
     for part in (
         "experiment=deep_compression",
-        "callbacks: checkpoint, ema, guard, learn, monitor",
+        "callbacks: channels, checkpoint, ema, guard, learn, monitor",
         "data: cifar10, digits, mnist",
     ):
         assert part in below

@@ -59,6 +59,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         },
         "include": "body.1.weight",
     },
+    "ChannelPruning": {"keep_size": 0.7, "stop": 0.2},
     "RankLearning": {"keep_size": 0.9, "include": "body.0", "stop": 0.4},
     "WeightSharing": {"clusters": 6, "init": "optimal", "start": 0.5, "exclude": "head"},
     "EMA": {"decay": 0.9},
@@ -102,7 +103,8 @@ def test_lightning_cli_builds_every_callback(
     callbacks = [
         {"class_path": f"fitsmall.callbacks.{name}", "init_args": settings}
         for name, settings in SETTINGS.items()
-        if name != "RankLearning"  # which refuses averages
+        # These change layers, and come before the others.
+        if name not in ("ChannelPruning", "RankLearning")
     ]
     config: dict[str, Any] = {
         "trainer": {
@@ -121,11 +123,13 @@ def test_lightning_cli_builds_every_callback(
     assert cli.model.head.input_quantizer.active
     assert Path("files/model.fitsmall").exists()
     assert Path("pareto/pareto.json").exists()
-    ranks = [{"class_path": "fitsmall.callbacks.RankLearning", "init_args": {"keep_size": 0.8}}]
-    config["trainer"]["callbacks"] = ranks
+    config["trainer"]["callbacks"] = [
+        {"class_path": f"fitsmall.callbacks.{name}", "init_args": {"keep_size": 0.8, **window}}
+        for name, window in (("ChannelPruning", {"stop": 0.3}), ("RankLearning", {"start": 0.3}))
+    ]
     Path("config.yaml").write_text(yaml.safe_dump(config))
     cli = LightningCLI(Plain, args=["fit", "--config", "config.yaml"], save_config_callback=None)
-    assert sum(p.numel() for p in cli.model.parameters()) <= 0.8 * 3090
+    assert sum(p.numel() for p in cli.model.parameters()) <= 0.8**2 * 3090
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -17,8 +17,8 @@ from command import Command
 DOCS = Path(__file__).parents[1] / "docs"
 TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
 PAGES = [*TUTORIALS, DOCS / "training-loops.md", DOCS / "add-your-own.md"]
-# Their commands run with fewer steps in test_cli.py and test_loggers.py.
-SLOW = {"sweeps", "curves"}
+# Their commands run with fewer steps in test_cli.py, test_loggers.py and test_channels.py.
+SLOW = {"sweeps", "curves", "channels"}
 
 # Sends its words to a process that has imported torch and Lightning, and prints what they print.
 FITSMALL = """#!{python} -S
@@ -114,7 +114,12 @@ def test_a_page_runs(page: Path, shell: dict[str, str], folder: Path) -> None:
 
 
 def test_there_is_a_tutorial_for_each_kind_of_use() -> None:
-    assert [page.stem for page in TUTORIALS] == ["callbacks", "curves", "sweeps"]
+    assert [page.stem for page in TUTORIALS] == [
+        "callbacks",
+        "channels",
+        "curves",
+        "sweeps",
+    ]
 
 
 def test_what_a_user_adds_is_short() -> None:
