@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fitsmall.callbacks import (
+    ChannelPruning,
     GradualPruning,
     QuantizationAwareTraining,
     RankLearning,
@@ -110,6 +111,7 @@ METHODS: dict[str, Callable[[], list[pl.Callback]]] = {
         QuantizationAwareTraining(4, 4, activation_scale="range", start=0.0, stop=1.0, every=100)
     ],
     "RankLearning": lambda: [RankLearning(keep_flops=0.5, stop=1.0, every=100)],
+    "ChannelPruning": lambda: [ChannelPruning(keep_flops=0.5, start=0.0, stop=1.0, every=100)],
     "Lightning's ModelPruning": lambda: [
         ModelPruning("l1_unstructured", amount=0.95, use_global_unstructured=True)
     ],
