@@ -117,7 +117,7 @@ def _session_of(
 
 
 def latency_ratio(
-    one: Callable[[], object], other: Callable[[], object], rounds: int = 7, least: float = 0.04
+    one: Callable[[], object], other: Callable[[], object], rounds: int = 9, least: float = 0.12
 ) -> LatencyRatio:
     """Return the latency of one network as a fraction of that of the other.
 
