@@ -75,7 +75,7 @@ class SparseLayer(nn.Module):
         return super().train(mode)
 
     def _remembered(self, key: object, make: Callable[[], Any]) -> Any:
-        """What was made for the last key, or what is made now for another."""
+        """Return the value of a key: the last one is kept, and another is made."""
         known = self._known  # both at once, since another thread may replace them
         if known[0] != key:
             known = self._known = (key, make())

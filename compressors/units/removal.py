@@ -202,7 +202,7 @@ def remove(
 
 
 class _Problem(NamedTuple):
-    """Why units cannot be removed.
+    """The reason for which units cannot be removed.
 
     Args:
         reason: What happens without them.

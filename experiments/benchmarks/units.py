@@ -100,7 +100,7 @@ KINDS: dict[str, Entry] = {
 
 
 class Result(NamedTuple):
-    """What became of a network.
+    """The outcome of the removal from a network.
 
     Args:
         groups: Number of groups that can be removed.

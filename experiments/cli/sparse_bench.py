@@ -44,7 +44,7 @@ class Comparison:
     missing: Sequence[str]
 
     def ratios(self, rival: str) -> list[float]:
-        """How many times as fast as a rival the accelerated network is, in each round."""
+        """Speed of the accelerated network over that of a rival, in each round."""
         pairs = zip(self.seconds[rival], self.seconds[ACCELERATED], strict=True)
         return [theirs / mine for theirs, mine in pairs]
 

@@ -194,7 +194,7 @@ class ChannelPruning(Stage):
 
     @property
     def is_final(self) -> bool:
-        """Whether the last units have left."""
+        """True once the last units have left."""
         return self.finished == self.cuts
 
     # Units.

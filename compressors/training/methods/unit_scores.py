@@ -13,7 +13,7 @@ __all__ = ["SAMPLES", "UNIT_CRITERIA", "UnitScores"]
 # Number of gradients that are observed between two choices.
 SAMPLES = 10
 
-# What a weight adds to the score of its unit, given its gradient.
+# Terms of a score: the part of one weight, given its gradient.
 UNIT_CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "taylor": lambda weight, gradient: weight * gradient,
     "hessian": lambda weight, gradient: (weight * gradient).square(),
