@@ -23,8 +23,8 @@ from fitsmall.compressors import Factored, load, restore, to_plain
 from fitsmall.compressors.choices.width_choice import Term, WidthCosts, choose_units
 from fitsmall.compressors.export.latency import LatencyRatio
 from fitsmall.compressors.surgery.narrowing import Narrowing
-from fitsmall.compressors.training.methods import latency_target
-from fitsmall.compressors.training.methods.network_calls import NetworkCalls
+from fitsmall.compressors.training.channels import latency_target
+from fitsmall.compressors.training.channels.network_calls import NetworkCalls
 from training import IMAGES, LABELS, ModelCheckpointAt, Net, fit, resumable, trainer
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -13,14 +14,14 @@ from fitsmall.compressors.select import Selection, select
 from fitsmall.compressors.surgery.narrowing import Narrowing
 from fitsmall.compressors.surgery.protocol import Surgery
 from fitsmall.compressors.torch_internals import require
+from fitsmall.compressors.training.channels.latency_target import LatencyTarget
+from fitsmall.compressors.training.channels.network_calls import NetworkCalls
+from fitsmall.compressors.training.channels.network_units import NetworkUnits, Place
+from fitsmall.compressors.training.channels.unit_scores import SAMPLES, UnitScores
+from fitsmall.compressors.training.channels.width_budget import WidthBudget
+from fitsmall.compressors.training.channels.width_history import WidthHistory
 from fitsmall.compressors.training.coverage import num_weights
 from fitsmall.compressors.training.messages import inform
-from fitsmall.compressors.training.methods.latency_target import LatencyTarget
-from fitsmall.compressors.training.methods.network_calls import NetworkCalls
-from fitsmall.compressors.training.methods.network_units import NetworkUnits, Place
-from fitsmall.compressors.training.methods.unit_scores import SAMPLES, UnitScores
-from fitsmall.compressors.training.methods.width_budget import WidthBudget
-from fitsmall.compressors.training.methods.width_history import WidthHistory
 from fitsmall.compressors.training.stage import Stage
 
 __all__ = ["ChannelPruning"]
@@ -156,6 +157,7 @@ class ChannelPruning(Stage):
         self.widths.totals, self.history.counts = {}, {}
         self.scores.reset()
         self.going: dict[str, Tensor] = {}  # True for each unit that leaves, by group
+        self._pulled: dict[tuple[str, torch.device], list[tuple[int, Tensor]]] = {}  # their indices
         self._due = False
         self.calls.found.clear()
         if self.latency:
@@ -295,7 +297,7 @@ class ChannelPruning(Stage):
         def within(fraction: float) -> dict[str, Tensor]:
             return self.widths.choose(units, self.parameters, scores, fraction)
 
-        self._due = strength == 1
+        self._due, self._pulled = strength == 1, {}
         if self.latency is None:
             self.going = within(target)
         elif self._due or not self.going:
@@ -308,15 +310,20 @@ class ChannelPruning(Stage):
             self.widths.report(left, target, waiting)
 
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
-        if self.units is None:
-            return
-        for group, (tensor, dim) in self._places_of(name):
-            mask = self.going.get(group)
-            if mask is not None and mask.any():
-                index = self.units.groups[group].places[tensor, dim][mask].flatten()
-                index = index.to(weight.device)
-                pulled = weight.index_select(dim, index).mul_(1 - strength)
-                weight.index_copy_(dim, index, pulled)
+        for dim, index in self._indices_of(name, weight.device):
+            pulled = weight.index_select(dim, index).mul_(1 - strength)
+            weight.index_copy_(dim, index, pulled)
+
+    def _indices_of(self, name: str, device: torch.device) -> list[tuple[int, Tensor]]:
+        """Return the indices of the slices that are pulled, along each dimension of a tensor."""
+        key = name, device  # an average may lie elsewhere
+        if key not in self._pulled:
+            self._pulled[key] = [
+                (dim, self.units.groups[group].places[tensor, dim][mask].flatten().to(device))
+                for group, (tensor, dim) in self._places_of(name)
+                if self.units and (mask := self.going.get(group)) is not None and mask.any()
+            ]
+        return self._pulled[key]
 
     # The cut.
 
@@ -368,7 +375,7 @@ class ChannelPruning(Stage):
             f"{self.history.table()}"
         )
         self.finished += 1
-        self.units, self._due, self.going = None, False, {}
+        self.units, self._due, self.going, self._pulled = None, False, {}, {}
         self.scores.reset()
         self.calls.found.clear()
 
@@ -397,4 +404,4 @@ class ChannelPruning(Stage):
         self.going = {name: mask.cpu() for name, mask in choices["going"].items()}
         if self.latency and choices["latency"]:
             self.latency.load_state_dict(choices["latency"])
-        self.units = None
+        self.units, self._pulled = None, {}

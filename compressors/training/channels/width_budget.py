@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from fitsmall.compressors.choices.width_choice import choose_units, rising
 from fitsmall.compressors.select import match
+from fitsmall.compressors.training.channels.network_units import NetworkUnits
+from fitsmall.compressors.training.channels.width_history import WidthHistory
 from fitsmall.compressors.training.messages import warn
-from fitsmall.compressors.training.methods.network_units import NetworkUnits
-from fitsmall.compressors.training.methods.width_history import WidthHistory
 from fitsmall.compressors.training.sharding import of_first
 
 __all__ = ["WidthBudget"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fitsmall.compressors.choices.width_choice import Term, WidthCosts
 from fitsmall.compressors.naming import abridged, dotted
-from fitsmall.compressors.training.methods.network_calls import Call
+from fitsmall.compressors.training.channels.network_calls import Call
 from fitsmall.compressors.units import Cut, Unit, find_cut, removable
 
 __all__ = ["NetworkUnits", "Place", "UnitGroup"]

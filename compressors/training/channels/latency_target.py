@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fitsmall.compressors.export.latency import LatencyRatio, forward_of, latency_ratio
+from fitsmall.compressors.training.channels.network_units import NetworkUnits
 from fitsmall.compressors.training.messages import warn
-from fitsmall.compressors.training.methods.network_units import NetworkUnits
 from fitsmall.compressors.training.sharding import of_first
 from fitsmall.compressors.weights import twin_of
 

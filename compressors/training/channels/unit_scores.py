@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fitsmall.compressors.naming import lookup
-from fitsmall.compressors.training.methods.network_units import NetworkUnits
+from fitsmall.compressors.training.channels.network_units import NetworkUnits
 
 __all__ = ["SAMPLES", "UNIT_CRITERIA", "UnitScores"]
 

@@ -1,0 +1,1 @@
+"""The parts of channel pruning: networks, their units, scores, budgets and targets."""
