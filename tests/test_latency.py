@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fitsmall.compressors import timing
 from fitsmall.compressors.export import latency
 from fitsmall.compressors.export.latency import forward_of, latency_ratio
 
@@ -62,7 +63,7 @@ def test_ratios_are_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return run
 
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
     found = latency_ratio(wait(0.0005), wait(0.001), rounds=9, least=0.002)
     assert found.median == pytest.approx(0.5, rel=0.05)
     assert 0 < found.spread < 0.1

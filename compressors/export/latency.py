@@ -3,7 +3,6 @@
 import inspect
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType
@@ -16,8 +15,9 @@ from fitsmall.compressors.export.engines import session
 from fitsmall.compressors.export.onnx import write_onnx
 from fitsmall.compressors.export.tracing import Arguments
 from fitsmall.compressors.naming import lookup
+from fitsmall.compressors.timing import interleaved
 
-__all__ = ["LATENCY_ENGINES", "LatencyRatio", "forward_of", "latency_ratio", "median_seconds"]
+__all__ = ["LATENCY_ENGINES", "LatencyRatio", "forward_of", "latency_ratio"]
 
 # Engines by the name that settings have, and of those that run a file its name among ENGINES.
 LATENCY_ENGINES: dict[str, str | None] = {
@@ -38,22 +38,6 @@ class LatencyRatio(NamedTuple):
 
     median: float
     spread: float
-
-
-def median_seconds(run: Callable[[], object], least: float = 0.2) -> float:
-    """Median duration of a call, after one call that warms caches up.
-
-    Args:
-        run: Function to time.
-        least: Seconds to repeat it for; it is called at least once.
-    """
-    run()
-    seconds: list[float] = []
-    while sum(seconds) < least:
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def forward_of(
@@ -129,10 +113,7 @@ def latency_ratio(
         rounds: Number of turns.
         least: Seconds of each turn.
     """
-    ratios = []
-    for number in range(rounds):
-        pair = (one, other) if number % 2 else (other, one)
-        seconds = {run: median_seconds(run, least) for run in pair}
-        ratios.append(seconds[one] / seconds[other])
+    seconds = interleaved({"one": one, "other": other}, rounds, least)
+    ratios = [mine / theirs for mine, theirs in zip(*seconds.values(), strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
     return LatencyRatio(middle, (high - low) / 2)

@@ -1,9 +1,7 @@
 """The choice of a kernel for each layer, by measurement."""
 
 import statistics
-import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,10 +12,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fitsmall.compressors.export.tracing import Arguments, Examples, outputs_of
 from fitsmall.compressors.kernels.layers import SparseLayer, sparse_class
+from fitsmall.compressors.timing import interleaved
 from fitsmall.compressors.torch_internals import inner_of
 from fitsmall.compressors.weights import is_conv1d, is_product, twin_of
 
-__all__ = ["DENSE", "Choice", "Choices", "accelerate", "interleaved"]
+__all__ = ["DENSE", "Choice", "Choices", "accelerate"]
 
 DENSE = "dense"
 
@@ -179,37 +178,6 @@ def accelerate(module: nn.Module, sample: Examples) -> nn.Module:
     medians = (statistics.median(seconds[name]) for name in (DENSE, "fast"))
     fast.choices = Choices(tuple(choices), torch.get_num_threads(), *medians)  # type: ignore[assignment]
     return fast
-
-
-def interleaved(
-    runs: Mapping[str, Callable[[], object]], rounds: int = 11, least: float = 0.002
-) -> dict[str, list[float]]:
-    """Return the seconds of a call of each function, in each of some rounds.
-
-    The functions take turns, in an order that rotates, so that a busy machine slows all alike.
-
-    Args:
-        runs: Functions by name.
-        rounds: Turns of each.
-        least: Seconds of a turn; the function is called at least once.
-    """
-    repeats = {name: max(1, round(least / _seconds(run, 1))) for name, run in runs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    order = deque(runs)
-    for _ in range(rounds):
-        for name in order:
-            seconds[name].append(_seconds(runs[name], repeats[name]))
-        order.rotate(-1)
-    return seconds
-
-
-def _seconds(run: Callable[[], object], repeats: int) -> float:
-    """Seconds of a call, after one that warms caches up."""
-    run()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    return (time.perf_counter() - start) / repeats
 
 
 def _ratio(mine: list[float], theirs: list[float]) -> float:

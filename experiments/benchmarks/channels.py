@@ -24,8 +24,9 @@ from rich import print
 from torch import Tensor, nn
 
 from fitsmall.compressors.export.latency import forward_of, latency_ratio
+from fitsmall.compressors.timing import interleaved
 from fitsmall.compressors.training import ChannelPruning, Plan
-from fitsmall.experiments.benchmarks.speed import Turns, multiply_adds, speed_table
+from fitsmall.experiments.benchmarks.speed import TURN, multiply_adds, speed_table, times_as_fast
 from fitsmall.experiments.models.networks import ResNet, ResNet18
 
 __all__ = ["main"]
@@ -83,7 +84,7 @@ def meet_latency(model: str, keep: float, engines: Iterable[str], rounds: int) -
             dense = MODELS[model]().eval()
             small = narrowed(dense, keep_latency=keep, engine=engine)
             one, other = (forward_of(engine, own, [images], {}) for own in (small, dense))
-            ratio = latency_ratio(one, other, rounds, least=0.3)
+            ratio = latency_ratio(one, other, rounds, TURN)
             left = multiply_adds(small, images) / multiply_adds(dense, images)
             print(
                 f"{model}, {engine}, seed {seed}: {ratio.median:.3f} +- {ratio.spread:.3f} of the "
@@ -114,9 +115,10 @@ def main() -> None:
         networks[name] = narrowed(dense, keep_flops=options.keep, round_to=multiple)
     title = f"{options.model}, batch: {options.batch}, threads: {options.threads}"
     print(speed_table(title, networks, images, options.rounds, options.engines))
-    turns = Turns({n: trainer_of(own, images) for n, own in networks.items()}, options.rounds)
+    steps = {name: trainer_of(own, images) for name, own in networks.items()}
+    seconds = interleaved(steps, options.rounds, TURN)
     for name, network in networks.items():
-        times = [1 / ratio for ratio in turns.faster(name, "dense")]
+        times = [1 / ratio for ratio in times_as_fast(seconds, name, "dense")]
         left = multiply_adds(network, images) / multiply_adds(dense, images)
         print(
             f"a step of training, {name}: {statistics.median(times):.3f} of the time "

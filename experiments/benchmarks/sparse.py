@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from fitsmall.callbacks import GradualPruning
 from fitsmall.compressors import Block, Structure, TopK, Unstructured
-from fitsmall.compressors.kernels.choice import interleaved
 from fitsmall.compressors.kernels.layers import SparseLinear
+from fitsmall.compressors.timing import interleaved
 from fitsmall.experiments.cli.sparse_bench import DENSE, FLOAT, INTEGER, Comparison, compare
 from fitsmall.experiments.data.images import Digits
 from fitsmall.experiments.models.classifier import Classifier

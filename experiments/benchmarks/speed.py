@@ -5,42 +5,25 @@ within a round. Efficiency is the speed-up over the reduction of multiply-adds.
 """
 
 import statistics
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from fitsmall.compressors.export.latency import LATENCY_ENGINES, forward_of, median_seconds
+from fitsmall.compressors.export.latency import LATENCY_ENGINES, forward_of
+from fitsmall.compressors.timing import interleaved
 from fitsmall.experiments.models.operations import operation_counter
 
-__all__ = ["Turns", "multiply_adds", "speed_table"]
+__all__ = ["TURN", "multiply_adds", "speed_table", "times_as_fast"]
+
+# Seconds of a turn.
+TURN = 0.3
 
 
-class Turns:
-    """Seconds of functions that take turns.
-
-    Args:
-        runs: Functions by name.
-        rounds: Number of turns.
-
-    Attributes:
-        seconds: Median seconds of a call in each round, by name.
-    """
-
-    def __init__(self, runs: Mapping[str, Callable[[], object]], rounds: int) -> None:
-        self.seconds: dict[str, list[float]] = {name: [] for name in runs}
-        order = deque(runs)
-        for _ in range(rounds):
-            for name in order:
-                self.seconds[name].append(median_seconds(runs[name], least=0.3))
-            order.rotate(-1)
-
-    def faster(self, name: str, than: str) -> list[float]:
-        """Return how many times as fast a function is as another, in each round."""
-        pairs = zip(self.seconds[than], self.seconds[name], strict=True)
-        return [before / after for before, after in pairs]
+def times_as_fast(seconds: Mapping[str, list[float]], name: str, than: str) -> list[float]:
+    """Return how many times as fast a function is as another, in each round."""
+    return [before / after for before, after in zip(seconds[than], seconds[name], strict=True)]
 
 
 def speed_table(
@@ -66,15 +49,15 @@ def speed_table(
         table.add_column(column, justify="left" if column in ("engine", "network") else "right")
     for engine in engines:
         runs = {n: forward_of(engine, own, (images,), {}) for n, own in networks.items()}
-        turns = Turns(runs, rounds)
-        for name, seconds in turns.seconds.items():
-            faster = statistics.median(turns.faster(name, first))
+        seconds = interleaved(runs, rounds, TURN)
+        for name, mine in seconds.items():
+            faster = statistics.median(times_as_fast(seconds, name, first))
             fewer = flops[first] / flops[name]
             table.add_row(
                 engine,
                 name,
                 f"{fewer:.2f}",
-                f"{1000 * statistics.median(seconds):.1f}",
+                f"{1000 * statistics.median(mine):.1f}",
                 f"{faster:.2f}",
                 f"{faster / fewer:.2f}",
             )

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fitsmall.compressors.export.engines import ENGINES, Run, session
-from fitsmall.compressors.export.latency import median_seconds
 from fitsmall.compressors.export.onnx import unquantized, write_onnx
+from fitsmall.compressors.timing import median_seconds
 from fitsmall.experiments.cli.process_memory import peak_memory, reset_peak_memory
 
 __all__ = ["bench"]

@@ -20,8 +20,8 @@ from fitsmall.compressors import Quantize, compress
 from fitsmall.compressors.export.engines import session
 from fitsmall.compressors.export.onnx import export_onnx, unquantized, write_onnx
 from fitsmall.compressors.kernels import Choices, accelerate
-from fitsmall.compressors.kernels.choice import interleaved
 from fitsmall.compressors.surgery.quantizers import attach_quantizer, takes_quantizer
+from fitsmall.compressors.timing import interleaved
 
 __all__ = ["Comparison", "compare", "integer_network", "sparse_bench"]
 
