@@ -44,6 +44,9 @@ _CHUNK, _SAMPLE = 2**24, 2**14
 # Share of all reads of an embedding that a row has at least.
 _UNSEEN = 1e-5
 
+# Variance of inputs that do not vary, as a fraction of their second moment: sums are of float32.
+_ROUNDING = 1e-5
+
 _TINY = 1e-300
 
 
@@ -179,19 +182,25 @@ class Moments:
             now, then = self.means
             found = self._sums[2] / self._count, self._sums[3] / self._count
             if centred:
-                found = (
+                about = (
                     found[0] - now[:, :, None] * now[:, None],
                     found[1] - then[:, :, None] * now[:, None],
                 )
+                varies = _power(about[0]) > _ROUNDING * _power(found[0])
+                found = about[0] * varies, about[1] * varies
         if self._counts is None:
             return found
         if reads is None:
             reads = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)[None]
         if found is None:
             return reads, reads
-        means = [each.diagonal(dim1=1, dim2=2).mean() for each in (found[0], reads)]
-        reads = reads * means[0] / means[1].clamp_min(_TINY)
+        reads = reads * _power(found[0]).mean() / _power(reads).mean().clamp_min(_TINY)
         return found[0] + reads, found[1] + reads
+
+
+def _power(moments: Tensor) -> Tensor:
+    """Return the means of the diagonals of second moments, of shape ``(groups, 1, 1)``."""
+    return moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
 
 
 def _rows(function: Any, x: Tensor, weight: Tensor, named: Mapping[str, Any]) -> Iterator[Tensor]:
