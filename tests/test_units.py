@@ -409,6 +409,21 @@ class Stubborn(nn.Module):
         return self.last(y + torch.arange(6.0) * y.detach().view(-1, 6).sign())
 
 
+class Sensitive(nn.Sequential):
+    """A network that makes rounding errors ten thousand times as large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](torch.sin(1e4 * self[0](x)))
+
+
+def test_rounding_errors_are_no_mistakes() -> None:
+    net, x = Sensitive(nn.Linear(64, 64), nn.Linear(64, 64)), torch.randn(2, 64)
+    hidden = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), net)
+    [group, *_] = removable(hidden, [x]).groups
+    cut = remove(hidden, group[:32], [x])
+    assert cut.kept["2.0.weight", 1].tolist() == [*range(32, 64)]
+
+
 def test_what_cannot_be_done_is_refused_and_changes_nothing() -> None:
     module, batch = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), torch.randn(3, 4)
     [group] = units_of(module, [batch]).groups

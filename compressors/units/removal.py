@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fitsmall.compressors.torch_internals import map_tensors
 from fitsmall.compressors.units.attributes import Source, attempts, values
 from fitsmall.compressors.units.cut import Cut, tensor_of
 from fitsmall.compressors.units.declared import Groups, declared, with_declared
@@ -223,10 +224,14 @@ class _Search:
     """
 
     def __init__(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self._args, self._kwargs = args, kwargs
         # Rows of zeros and factors of nearly zero, as layers begin with, would hide mistakes.
         self._module = awake(module)
-        if not all(output.isfinite().all() for output in self._outputs(twin_of(self._module))):
+        # Rounding errors of single precision may grow as large as mistakes.
+        self._module.double()
+        self._args, self._kwargs = map_tensors(_double, (tuple(args), dict(kwargs)))
+        if not self._runs():
+            self._module, self._args, self._kwargs = awake(module), args, kwargs
+        if not self._runs():
             self._module = twin_of(module)
         self._module.train()  # some drop here what they cache in evaluation mode
         # Kinds of groups of which one has been refused after all attempts.
@@ -234,6 +239,13 @@ class _Search:
         self._units: list[Unit] = []
         self._sources: dict[tuple[str, str], Source] = {}
         self.cut = Cut({}, ())
+
+    def _runs(self) -> bool:
+        """Return whether the network runs, with finite outputs."""
+        try:
+            return all(output.isfinite().all() for output in self._outputs(twin_of(self._module)))
+        except Exception:  # noqa: BLE001  whatever a forward raises
+            return False
 
     def remove(self, units: Sequence[Unit], thorough: bool) -> _Problem | None:
         """Remove more units, or return why it fails.
@@ -269,6 +281,10 @@ class _Search:
 
     def _outputs(self, module: nn.Module) -> list[Tensor]:
         return seeded_outputs(module, self._args, self._kwargs)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _failing(module: nn.Module, error: Exception) -> str:
