@@ -151,6 +151,39 @@ def test_units_leave_in_training_and_the_file_makes_a_plain_module_fit(tmp_path:
     assert not any("narrowed" in name or "resized" in name for name in to_plain(module))
 
 
+class Follower(pl.Callback):
+    """What the units that are not chosen leave of the size, after each step, and of the heads."""
+
+    def __init__(self, channels: ChannelPruning) -> None:
+        self.channels = channels
+        self.kept: list[float] = []
+        self.heads: list[float] = []
+        self.chosen: list[Tensor] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        own = self.channels
+        if own.units is not None and own.going:
+            self.kept.append(own.widths.left(own.units, own.parameters, "size", own.going))
+            self.heads.append(own.metrics()["units/block.qkv"])
+            self.chosen.append(torch.cat([*own.going.values()]))
+
+
+def test_more_units_are_chosen_until_the_budget_is_met(tmp_path: Path) -> None:
+    """Before the cut the choice stands."""
+    channels = ChannelPruning(
+        keep_size=0.5, start=0, stop_step=40, round_to=1, every=1, overrides={"block.qkv": 0.5}
+    )
+    follower = Follower(channels)
+    fit(tmp_path, channels, follower, module=Vision())
+    kept = torch.tensor(follower.kept)
+    assert len(kept) == 39
+    assert kept[::4].tolist() == pytest.approx(
+        [max(0.5, 1 - 0.5 * step / 24) for step in range(1, 40, 4)], abs=0.04
+    )
+    assert all(torch.equal(own, follower.chosen[-1]) for own in follower.chosen[23:])
+    assert follower.heads[::8] == [4, 3, 3, 2, 2]
+
+
 @pytest.mark.parametrize("steps", [(8, 20), (24, 25, 39)], ids=["before", "at and after"])
 def test_resuming_is_exact(steps: tuple[int, ...], tmp_path: Path) -> None:
     """The module ends as an average, which became narrower with it."""

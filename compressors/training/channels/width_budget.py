@@ -89,6 +89,7 @@ class WidthBudget:
         parameters: Mapping[str, nn.Parameter],
         scores: Mapping[str, Tensor],
         fraction: float,
+        done: float = 1.0,
     ) -> dict[str, Tensor]:
         """Return the units that go within a fraction of the cost, or as near to it as can be.
 
@@ -97,11 +98,12 @@ class WidthBudget:
             parameters: All parameters of the module.
             scores: How much each unit matters, by group; other groups stay whole.
             fraction: The fraction.
+            done: Fraction of the units that overrides remove which go.
         """
         steps = {name: self._step_of(units, name) for name in units.groups}
         costs, budget = units.cost(parameters, self.kind), fraction * self.totals[self.kind]
         scores = {name: rising(own) for name, own in scores.items()}
-        return choose_units(scores, costs, budget, steps, self._overridden(units))
+        return choose_units(scores, costs, budget, steps, self._overridden(units, done))
 
     def narrowest(
         self, units: NetworkUnits, parameters: Mapping[str, nn.Parameter]
@@ -159,12 +161,12 @@ class WidthBudget:
         step = math.ceil((self.round_to or _ROUND_TO) / group.slices)
         return step if self.round_to else max(1, min(step, before // _PART))
 
-    def _overridden(self, units: NetworkUnits) -> dict[str, int]:
+    def _overridden(self, units: NetworkUnits, done: float) -> dict[str, int]:
         """Return the number of units that go by the user's word, by group."""
         found = {}
         own = match(self.overrides, list(units.groups)) if self.overrides else {}
         for name, keep in own.items():
             now = len(units.groups[name].units)
-            kept = max(1, round(self.history.before(name, now) * keep))
+            kept = max(1, round(self.history.before(name, now) * (1 - (1 - keep) * done)))
             found[name] = max(0, now - kept)
         return found

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fitsmall.compressors.choices.schedules import Exponential, Schedule
+from fitsmall.compressors.choices.schedules import LinearRamp, Schedule
 from fitsmall.compressors.export.latency import LATENCY_ENGINES
 from fitsmall.compressors.naming import lookup
 from fitsmall.compressors.select import Selection, select
@@ -26,22 +26,27 @@ from fitsmall.compressors.training.stage import Stage
 
 __all__ = ["ChannelPruning"]
 
+# Fraction of the time from one cut to the next in which a chosen unit fades, and its first pull.
+_FADE, _WEAKEST = 0.4, 1e-3
+
 
 class ChannelPruning(Stage):
     r"""Remove channels, heads and hidden units during training, so that the network is narrower.
 
     A *unit* is all that goes together: a channel's kernel, its bias, its norm, and the weights of
-    all layers that read it; see :mod:`fitsmall.compressors.units`. From ``start`` to ``stop`` units
-    are chosen again every so often, those that matter least for the cost that they save, see
-    :mod:`fitsmall.compressors.choices.width_choice`, and the weights ``w_u`` of chosen units are
-    pulled to zero, more and more strongly,
+    all layers that read it; see :mod:`fitsmall.compressors.units`. From ``start`` on units are
+    chosen every so often, more of them each time: those that matter least for the cost that they
+    save, see :mod:`fitsmall.compressors.choices.width_choice`. After every step the weights ``w_u``
+    of a chosen unit are pulled to zero,
 
-        w_u <- (1 - rho) w_u,
+        w_u <- (1 - rho) w_u,    rho = 0.001^(1 - t),
 
-    which is the proximal step of ``mu / 2 ||w_u||^2`` with ``rho = eta mu / (1 + eta mu)``. A unit
-    that matters again by the next choice is let go. At ``stop`` the chosen units are zero, and
-    leave the network: tensors, gradients and the optimizer's state lose their slices, and training
-    continues with a narrower network, which is faster on any engine.
+    where ``t`` grows from 0 to 1 during two fifths of the window. It is the proximal step of
+    ``mu / 2 ||w_u||^2`` with ``rho = eta mu / (1 + eta mu)``. A unit that matters again by the next
+    choice is let go. After three fifths of the window the budget is met, and the choice stands. At
+    ``stop`` the chosen units are zero, and leave the network: tensors, gradients and the
+    optimizer's state lose their slices, and training continues with a narrower network, which is
+    faster on any engine.
 
     The units are found in the first step, by tracing the module that is called there. List the
     stage before other methods; those that begin at its ``stop`` or later act on what is left.
@@ -57,11 +62,13 @@ class ChannelPruning(Stage):
             the squared slope of the loss along the unit's scale (Molchanov et al., 2019);
             ``"hessian"``: ``E[sum of (w g)^2]``; ``"magnitude"``: ``sum of w^2``, as a fraction of
             the mean of its group.
-        schedule: Strength ``rho`` of the pull as a function of progress towards the next cut.
+        schedule: How much of the cost that has to leave is chosen, as a function of the progress
+            in the first three fifths of the window.
         round_to: Widths become multiples of this number of channels. Engines prefer multiples of 8
             or 16: by default it is 16, and in narrow layers an eighth of their width.
-        cuts: Number of times that units leave, at equal distances from ``start`` to ``stop``.
-            Training itself becomes faster with the first one.
+        cuts: Number of times that units leave, at equal distances from ``start`` to ``stop``; the
+            window of each is a part of the whole one. Training itself becomes faster with the
+            first cut.
         start: Fraction of training at which the pull begins.
         stop: Fraction of training at which the last units leave.
         start_step: The same in optimizer steps, instead of ``start``.
@@ -145,7 +152,7 @@ class ChannelPruning(Stage):
         lookup("ChannelPruning engine", engine, LATENCY_ENGINES)
         self.latency = LatencyTarget(self.keep, engine) if keep_latency is not None else None
         self.round_to, self.cuts = round_to, cuts
-        self.schedule = self._schedule(schedule, Exponential())
+        self.schedule = self._schedule(schedule, LinearRamp())
         self.calls = NetworkCalls()
         self._module = nn.Module()
         self.reset()
@@ -157,7 +164,9 @@ class ChannelPruning(Stage):
         self.widths.totals, self.history.counts = {}, {}
         self.scores.reset()
         self.going: dict[str, Tensor] = {}  # True for each unit that leaves, by group
-        self._pulled: dict[tuple[str, torch.device], list[tuple[int, Tensor]]] = {}  # their indices
+        self.since: dict[str, Tensor] = {}  # progress at which it was chosen
+        self.stands = False  # the choice, until the cut
+        self._pulled: dict[tuple[str, torch.device], list[tuple[int, Tensor, Tensor]]] = {}
         self._due = False
         self.calls.found.clear()
         if self.latency:
@@ -191,8 +200,8 @@ class ChannelPruning(Stage):
         return self.history.metrics(self.going) | self.left
 
     def strength(self, progress: float) -> float:
-        towards = progress * self.cuts - self.finished
-        return 1.0 if towards >= 1 else self.schedule(max(0.0, towards))
+        """Return the progress towards the next cut."""
+        return min(1.0, max(0.0, progress * self.cuts - self.finished))
 
     @property
     def is_final(self) -> bool:
@@ -292,36 +301,57 @@ class ChannelPruning(Stage):
         scores = self.scores.of_groups()
         if units is None or not scores:
             return  # groups without gradients stay whole
-        target = 1 - (1 - self.keep) * (self.finished + 1) / self.cuts
+        self._due = strength == 1
+        if not self.stands:
+            self._choose(units, scores, min(1.0, strength / (1 - _FADE)))
+            for name, mask in self.going.items():
+                since = self.since.get(name, torch.full(mask.shape, torch.inf))
+                self.since[name] = since.clamp(max=strength).where(mask, torch.inf)
+            self._pulled = {}
+        for name in scores.keys() - self.going.keys():  # its first gradients came too late
+            self.going[name] = torch.zeros(len(scores[name]), dtype=torch.bool)
 
-        def within(fraction: float) -> dict[str, Tensor]:
-            return self.widths.choose(units, self.parameters, scores, fraction)
+    def _choose(self, units: NetworkUnits, scores: Mapping[str, Tensor], progress: float) -> None:
+        """Choose the units that go at a progress towards the choice that stands."""
 
-        self._due, self._pulled = strength == 1, {}
-        if self.latency is None:
-            self.going = within(target)
-        elif self._due or not self.going:
-            self.going = self.latency.meet(units, target, within)
-        else:
-            self.going = within(self.latency.fraction)
-        if self._due and not self.latency:
+        part, self.stands = self.schedule(progress), progress == 1
+        now, end = ((self.finished + done) / self.cuts for done in (part, 1))
+
+        def within(fraction: float, done: float = end) -> dict[str, Tensor]:
+            return self.widths.choose(units, self.parameters, scores, fraction, done)
+
+        if self.latency:
+            if self.stands or not self.going:
+                self.going = self.latency.meet(units, 1 - (1 - self.keep) * end, within)
+            if not self.stands:
+                left = self.widths.left(units, self.parameters, "flops")
+                self.going = within(left + part * (self.latency.fraction - left), now)
+            return
+        target = 1 - (1 - self.keep) * now
+        self.going = within(target, now)
+        if self.stands:
             left = self.widths.left(units, self.parameters, self.widths.kind, self.going)
             waiting = [name for name in units.groups if name not in scores]
             self.widths.report(left, target, waiting)
 
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
-        for dim, index in self._indices_of(name, weight.device):
-            pulled = weight.index_select(dim, index).mul_(1 - strength)
+        for dim, index, since in self._slices_of(name, weight.device):
+            age = (strength - since) / _FADE if strength < 1 else torch.ones_like(since)
+            left = 1 - _WEAKEST ** (1 - age.clamp(max=1))
+            shape = [-1 if k == dim else 1 for k in range(weight.dim())]
+            pulled = weight.index_select(dim, index).mul_(left.view(shape))
             weight.index_copy_(dim, index, pulled)
 
-    def _indices_of(self, name: str, device: torch.device) -> list[tuple[int, Tensor]]:
-        """Return the indices of the slices that are pulled, along each dimension of a tensor."""
+    def _slices_of(self, name: str, device: torch.device) -> list[tuple[int, Tensor, Tensor]]:
+        """Return the slices of a tensor that are pulled: dimensions, indices, and since when."""
         key = name, device  # an average may lie elsewhere
         if key not in self._pulled:
             self._pulled[key] = [
-                (dim, self.units.groups[group].places[tensor, dim][mask].flatten().to(device))
+                (dim, index.flatten().to(device), since.flatten().to(device))
                 for group, (tensor, dim) in self._places_of(name)
                 if self.units and (mask := self.going.get(group)) is not None and mask.any()
+                for index in [self.units.groups[group].places[tensor, dim][mask]]
+                for since in [self.since[group][mask, None].expand_as(index)]
             ]
         return self._pulled[key]
 
@@ -375,7 +405,8 @@ class ChannelPruning(Stage):
             f"{self.history.table()}"
         )
         self.finished += 1
-        self.units, self._due, self.going, self._pulled = None, False, {}, {}
+        self.units, self._due, self.stands = None, False, False
+        self.going, self.since, self._pulled = {}, {}, {}
         self.scores.reset()
         self.calls.found.clear()
 
@@ -391,6 +422,8 @@ class ChannelPruning(Stage):
             "widths": self.history.counts,
             "scores": self.scores.averages,
             "going": self.going,
+            "since": self.since,
+            "stands": self.stands,
             "latency": self.latency.state_dict() if self.latency else None,
         }
 
@@ -402,6 +435,8 @@ class ChannelPruning(Stage):
         self.history.counts = {name: list(both) for name, both in choices["widths"].items()}
         self.scores.load(choices["scores"], device)
         self.going = {name: mask.cpu() for name, mask in choices["going"].items()}
+        self.since = {name: since.cpu() for name, since in choices["since"].items()}
+        self.stands = choices["stands"]
         if self.latency and choices["latency"]:
             self.latency.load_state_dict(choices["latency"])
         self.units, self._pulled = None, {}
