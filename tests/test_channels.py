@@ -128,7 +128,7 @@ def test_units_leave_in_training_and_the_file_makes_a_plain_module_fit(tmp_path:
         "block.grow",
     }
     assert module.block.heads == channels.history.counts["block.qkv"][1] == 2
-    assert (module.eval()(IMAGES[:640]).argmax(1) == LABELS[:640]).float().mean() > 0.85
+    assert (module.eval()(IMAGES[:640]).argmax(1) == LABELS[:640]).float().mean() > 0.7
 
     (optimizer,) = module.trainer.optimizers
     held = {p for group in optimizer.param_groups for p in group["params"]}
@@ -178,9 +178,9 @@ def test_more_units_are_chosen_until_the_budget_is_met(tmp_path: Path) -> None:
     kept = torch.tensor(follower.kept)
     assert len(kept) == 39
     assert kept[::4].tolist() == pytest.approx(
-        [max(0.5, 1 - 0.5 * step / 24) for step in range(1, 40, 4)], abs=0.04
+        [max(0.5, 1 - 0.5 * step / 32) for step in range(1, 40, 4)], abs=0.04
     )
-    assert all(torch.equal(own, follower.chosen[-1]) for own in follower.chosen[23:])
+    assert all(torch.equal(own, follower.chosen[-1]) for own in follower.chosen[31:])
     assert follower.heads[::8] == [4, 3, 3, 2, 2]
 
 

@@ -27,7 +27,7 @@ from fitsmall.compressors.training.stage import Stage
 __all__ = ["ChannelPruning"]
 
 # Fraction of the time from one cut to the next in which a chosen unit fades, and its first pull.
-_FADE, _WEAKEST = 0.4, 1e-3
+_FADE, _WEAKEST = 0.2, 1e-3
 
 
 class ChannelPruning(Stage):
@@ -41,9 +41,9 @@ class ChannelPruning(Stage):
 
         w_u <- (1 - rho) w_u,    rho = 0.001^(1 - t),
 
-    where ``t`` grows from 0 to 1 during two fifths of the window. It is the proximal step of
+    where ``t`` grows from 0 to 1 during a fifth of the window. It is the proximal step of
     ``mu / 2 ||w_u||^2`` with ``rho = eta mu / (1 + eta mu)``. A unit that matters again by the next
-    choice is let go. After three fifths of the window the budget is met, and the choice stands. At
+    choice is let go. After four fifths of the window the budget is met, and the choice stands. At
     ``stop`` the chosen units are zero, and leave the network: tensors, gradients and the
     optimizer's state lose their slices, and training continues with a narrower network, which is
     faster on any engine.
@@ -63,7 +63,7 @@ class ChannelPruning(Stage):
             ``"hessian"``: ``E[sum of (w g)^2]``; ``"magnitude"``: ``sum of w^2``, as a fraction of
             the mean of its group.
         schedule: How much of the cost that has to leave is chosen, as a function of the progress
-            in the first three fifths of the window.
+            in the first four fifths of the window.
         round_to: Widths become multiples of this number of channels. Engines prefer multiples of 8
             or 16: by default it is 16, and in narrow layers an eighth of their width.
         cuts: Number of times that units leave, at equal distances from ``start`` to ``stop``; the
