@@ -245,7 +245,7 @@ STORED = {
     ),
     "context": (
         "0ssRpmVfxirl>|)<jUK3R2P)ayAijB;nE;HrGp4cnVt",
-        "0{|Fpjzm|D9$K}NUb%}K<p",
+        "6a$6RRu+1maPiGAivcEn",
     ),
 }
 

@@ -53,7 +53,8 @@ _MASK_RATE, _VALUE_RATE = 8, 12  # η·4096: masks are long and sparse, values f
 
 _CHUNK = 2**20  # weights that a kernel sees at once
 _WIDEST = 2**16  # longer rows are cut, so that the state per column stays small
-_SAMPLE = 2**18  # weights on which the encoder compares its options
+_SAMPLE = 2**15  # weights on which the encoder compares its options for a mask …
+_VALUES_SAMPLE = 2**11  # … and kept weights, about, for values
 _PLAIN, _TRANSPOSED, _GROUPED = range(3)  # layouts of a mask: first byte of its stream
 _GROUP_SLOTS, _PRIOR = 1536, 60  # first slot of groups; observations that their start is worth
 _CLOSEST = 3  # smallest stride: closer ones would make two neighbours coincide
@@ -412,6 +413,9 @@ def _density(byte: int) -> int:
     return min((32 - (byte & 15)) << 17 >> (byte >> 4), (1 << 22) - 1)
 
 
+_DENSITIES = np.array([_density(byte) for byte in range(256)])
+
+
 def _expect(groups: Groups, mixer: _Mixer) -> None:
     """Starts from equally likely patterns of a group, and without trust in other contexts."""
     for member in range(groups.size):
@@ -470,14 +474,21 @@ def encode_mask(symbols: Symbols) -> bytes:
     sample = _sample(symbols, _SAMPLE) != 0
     area = np.count_nonzero(sample.any(axis=0)) * np.count_nonzero(sample.any(axis=1))
     density = np.count_nonzero(symbols) / symbols.size * sample.size / max(area, 1)
-    byte = min(range(256), key=lambda b: abs(_density(b) - density * 2**22))
-    headers = [bytes([_PLAIN, stride, byte]) for stride in _strides(sample)]
+    byte = int(np.abs(_DENSITIES - density * 2**22).argmin())
+
+    def best(headers: list[bytes]) -> bytes:
+        return min(headers, key=lambda header: len(_run_mask(sample, header)))
+
+    headers = [bytes([_PLAIN, _CLOSEST, byte])]
     if sample.size == symbols.size:
-        headers += [bytes([_TRANSPOSED, stride, byte]) for stride in _strides(sample.T)]
+        headers += [bytes([_TRANSPOSED, _CLOSEST, byte])]
     if symbols.shape[1] <= _WIDEST and (groups := find_groups(symbols)).size:
         headers += [bytes([_GROUPED, *groups])]
-    best = min(headers, key=lambda header: len(_run_mask(sample, header)))
-    return best + _run_mask(symbols, best)
+    header = best(headers)
+    if header[0] != _GROUPED:
+        strides = _strides(sample.T if header[0] == _TRANSPOSED else sample)
+        header = best([bytes([header[0], stride, byte]) for stride in strides])
+    return header + _run_mask(symbols, header)
 
 
 def decode_mask(data: bytes, symbols: Symbols) -> None:
@@ -519,16 +530,20 @@ def encode_values(symbols: Symbols, alphabet: int) -> bytes:
     The header has the width of an image or kernel in a row, and the number of symbols below zero.
     """
     kept = int(np.count_nonzero(symbols))
-    sample = _sample(symbols, min(_SAMPLE // 16 * symbols.size // kept, 4 * _SAMPLE))  # 2^14 values
+    sample = _sample(symbols, min(_VALUES_SAMPLE * symbols.size // kept, 8 * _SAMPLE))
 
     def cost(header: bytes) -> int:
         return len(_run_values(sample, alphabet, header))
 
-    size = 1 if alphabet <= 256 else 2
-    candidates = {round(float(k)) for k in np.linspace(0, alphabet - 1, 16)}
-    splits = [below.to_bytes(size, "little") for below in sorted(candidates)]
-    split = min(splits, key=lambda split: cost(bytes([_CLOSEST]) + split))
-    best = min((bytes([stride]) + split for stride in _strides(sample)), key=cost)
+    def header(stride: int, below: int) -> bytes:
+        return bytes([stride]) + below.to_bytes(1 if alphabet <= 256 else 2, "little")
+
+    # Ranks from the median are shortest, and zero may be a level or two from it.
+    shares = np.bincount(sample.ravel(), minlength=alphabet)[1:].cumsum()
+    median = int(np.searchsorted(shares, shares[-1] / 2))
+    stride = min(_strides(sample), key=lambda stride: cost(header(stride, median)))
+    near = range(max(0, median - 2), min(median + 3, alphabet))
+    best = min((header(stride, below) for below in near), key=cost)
     return best + _run_values(symbols, alphabet, best)
 
 
