@@ -313,7 +313,6 @@ class ChannelPruning(Stage):
 
     def _choose(self, units: NetworkUnits, scores: Mapping[str, Tensor], progress: float) -> None:
         """Choose the units that go at a progress towards the choice that stands."""
-
         part, self.stands = self.schedule(progress), progress == 1
         now, end = ((self.finished + done) / self.cuts for done in (part, 1))
 
