@@ -6,6 +6,11 @@ import resource
 import time
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Nothing is wrong with a busy machine, on which examples take long to make.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 _START = time.perf_counter()
 

@@ -538,12 +538,13 @@ def encode_values(symbols: Symbols, alphabet: int) -> bytes:
     def header(stride: int, below: int) -> bytes:
         return bytes([stride]) + below.to_bytes(1 if alphabet <= 256 else 2, "little")
 
-    # Ranks from the median are shortest, and zero may be a level or two from it.
+    # Ranks from the median are shortest, and zero may be a level or two from it. A few values of
+    # many levels are best without signs.
     shares = np.bincount(sample.ravel(), minlength=alphabet)[1:].cumsum()
     median = int(np.searchsorted(shares, shares[-1] / 2))
     stride = min(_strides(sample), key=lambda stride: cost(header(stride, median)))
-    near = range(max(0, median - 2), min(median + 3, alphabet))
-    best = min((header(stride, below) for below in near), key=cost)
+    splits = {0, *range(max(0, median - 2), min(median + 3, alphabet))}
+    best = min((header(stride, below) for below in sorted(splits)), key=cost)
     return best + _run_values(symbols, alphabet, best)
 
 
