@@ -152,7 +152,7 @@ def test_units_leave_in_training_and_the_file_makes_a_plain_module_fit(tmp_path:
 
 
 class Follower(pl.Callback):
-    """What the units that are not chosen leave of the size, after each step, and of the heads."""
+    """The size and the heads without the chosen units, after each step."""
 
     def __init__(self, channels: ChannelPruning) -> None:
         self.channels = channels
