@@ -334,3 +334,15 @@ def test_sizes_of_a_real_network() -> None:
             total += sum(map(len, streams)) + len(levels) - 1 + 12  # int8 levels, shape, lengths
     # NNCodec 2.1.3 (ISO/IEC 15938-17) takes 7,695 bytes, independent symbols 8,365.
     assert total < 7000
+
+
+def test_a_mask_costs_no_more_when_it_is_transposed() -> None:
+    """Each unit reads a patch of an image, in a matrix of medium size."""
+    mask = np.zeros((200, 28, 28), np.uint8)
+    for unit, (top, left) in zip(
+        mask, np.random.default_rng(0).integers(20, size=(200, 2)), strict=True
+    ):
+        unit[top : top + 8, left : left + 8] = 1
+    rows = mask.reshape(200, -1)
+    lengths = [len(context.encode_mask(np.ascontiguousarray(own))) for own in (rows, rows.T)]
+    assert lengths[1] <= 1.05 * lengths[0]

@@ -53,8 +53,9 @@ _MASK_RATE, _VALUE_RATE = 8, 12  # η·4096: masks are long and sparse, values f
 
 _CHUNK = 2**20  # weights that a kernel sees at once
 _WIDEST = 2**16  # longer rows are cut, so that the state per column stays small
-_SAMPLE = 2**15  # weights on which the encoder compares its options for a mask …
-_VALUES_SAMPLE = 2**11  # … and kept weights, about, for values
+_SAMPLE = 2**15  # weights on which the encoder compares strides of a mask …
+_VALUES_SAMPLE = 2**11  # … kept weights, about, on which it compares its options for values …
+_WHOLE = 2**18  # … and the most weights of a mask that may be transposed
 _PLAIN, _TRANSPOSED, _GROUPED = range(3)  # layouts of a mask: first byte of its stream
 _GROUP_SLOTS, _PRIOR = 1536, 60  # first slot of groups; observations that their start is worth
 _CLOSEST = 3  # smallest stride: closer ones would make two neighbours coincide
@@ -476,18 +477,21 @@ def encode_mask(symbols: Symbols) -> bytes:
     density = np.count_nonzero(symbols) / symbols.size * sample.size / max(area, 1)
     byte = int(np.abs(_DENSITIES - density * 2**22).argmin())
 
-    def best(headers: list[bytes]) -> bytes:
+    def best(headers: list[bytes], sample: Symbols) -> bytes:
         return min(headers, key=lambda header: len(_run_mask(sample, header)))
 
-    headers = [bytes([_PLAIN, _CLOSEST, byte])]
-    if sample.size == symbols.size:
+    headers, compared = [bytes([_PLAIN, _CLOSEST, byte])], sample
+    if symbols.size <= _WHOLE:
         headers += [bytes([_TRANSPOSED, _CLOSEST, byte])]
+        compared = symbols != 0
     if symbols.shape[1] <= _WIDEST and (groups := find_groups(symbols)).size:
         headers += [bytes([_GROUPED, *groups])]
-    header = best(headers)
+    header = best(headers, compared)
+    if header[0] == _TRANSPOSED:
+        sample = _sample(compared.T, _SAMPLE).T
     if header[0] != _GROUPED:
         strides = _strides(sample.T if header[0] == _TRANSPOSED else sample)
-        header = best([bytes([header[0], stride, byte]) for stride in strides])
+        header = best([bytes([header[0], stride, byte]) for stride in strides], sample)
     return header + _run_mask(symbols, header)
 
 
