@@ -6,6 +6,7 @@ from fitsmall.callbacks.best import (
     ModelCheckpointOnceCompressed,
 )
 from fitsmall.callbacks.checkpoint import CompressedCheckpoint
+from fitsmall.callbacks.compress import Compress
 from fitsmall.callbacks.driver import plan_of, stages_of
 from fitsmall.callbacks.guard import AccuracyGuard
 from fitsmall.callbacks.loader import ResumableLoader
@@ -18,6 +19,7 @@ from fitsmall.callbacks.stages import (
     LearningCompression,
     QuantizationAwareTraining,
     RankLearning,
+    SizeTarget,
     WeightSharing,
 )
 from fitsmall.compressors.training import Plan
@@ -26,6 +28,7 @@ __all__ = [
     "EMA",
     "AccuracyGuard",
     "ChannelPruning",
+    "Compress",
     "CompressedCheckpoint",
     "CompressionMonitor",
     "EarlyStoppingOnceCompressed",
@@ -38,6 +41,7 @@ __all__ = [
     "RandomState",
     "RankLearning",
     "ResumableLoader",
+    "SizeTarget",
     "WeightSharing",
     "plan_of",
     "stages_of",

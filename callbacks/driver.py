@@ -17,7 +17,7 @@ from fitsmall.compressors.training.messages import LOGGER, inform, warn
 from fitsmall.compressors.training.plan import Plan
 from fitsmall.compressors.training.stage import Stage
 
-__all__ = ["Driver", "StageCallback", "plan_of", "stages_of"]
+__all__ = ["Driver", "StageCallback", "StageGroup", "plan_of", "stages_of"]
 
 
 class Driver(pl.Callback):
@@ -170,6 +170,19 @@ class StageCallback(pl.Callback, Stage):
         drive(trainer, pl_module, stage)
 
 
+class StageGroup(pl.Callback):
+    """A callback that stands for several stages, in its place in a Trainer's list.
+
+    Attributes:
+        stages: The stages, in their order of composition.
+    """
+
+    stages: list[Stage]
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        drive(trainer, pl_module, stage)
+
+
 def drive(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
     """Put a driver before all callbacks of a Trainer and set it up, unless there is one.
 
@@ -186,7 +199,13 @@ def drive(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> Non
 
 def stages_of(trainer: pl.Trainer) -> list[Stage]:
     """Return a Trainer's compression stages, in order."""
-    return [callback for callback in trainer.callbacks if isinstance(callback, Stage)]  # type: ignore[attr-defined]
+    found: list[Stage] = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StageGroup):
+            found += callback.stages
+        elif isinstance(callback, Stage):
+            found.append(callback)
+    return found
 
 
 def plan_of(trainer: pl.Trainer) -> Plan | None:

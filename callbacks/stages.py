@@ -9,6 +9,7 @@ __all__ = [
     "LearningCompression",
     "QuantizationAwareTraining",
     "RankLearning",
+    "SizeTarget",
     "WeightSharing",
 ]
 
@@ -35,3 +36,7 @@ class RankLearning(StageCallback, training.RankLearning):
 
 class LearningCompression(StageCallback, training.LearningCompression):
     __doc__ = training.LearningCompression.__doc__
+
+
+class SizeTarget(StageCallback, training.SizeTarget):
+    __doc__ = training.SizeTarget.__doc__

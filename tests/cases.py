@@ -14,6 +14,7 @@ from fitsmall.callbacks import (
     GradualPruning,
     LearningCompression,
     QuantizationAwareTraining,
+    SizeTarget,
     WeightSharing,
 )
 from fitsmall.compressors import CRITERIA, KMeans, TopK
@@ -38,14 +39,14 @@ class Case:
 
     Args:
         make: Makes the callbacks, their windows in fractions of training and over at 0.8 of it.
-        sparsity: Fraction of zeros in all weights together.
+        sparsity: Fraction of zeros in all weights together; None for any.
         clusters: Most non-zero values in a weight.
         bits: Most bits of the integers in each row of a weight.
         average_bits: The same on average over all weights.
     """
 
     make: Callable[[], list[Stage]]
-    sparsity: float = 0.0
+    sparsity: float | None = 0.0
     clusters: int | None = None
     bits: int | None = None
     average_bits: float | None = None
@@ -55,9 +56,10 @@ class Case:
         weights = [module.get_parameter(name) for name in names]
         zeros = sparsity(module, *names)
         rounded = self.bits is not None or self.average_bits is not None
-        # Rounding makes more of them.
-        least = min(zeros, self.sparsity) if rounded else zeros
-        assert least == pytest.approx(self.sparsity, abs=1e-6)
+        if self.sparsity is not None:
+            # Rounding makes more of them.
+            least = min(zeros, self.sparsity) if rounded else zeros
+            assert least == pytest.approx(self.sparsity, abs=1e-6)
         if self.clusters is not None:
             for weight in weights:
                 assert weight[weight != 0].unique().numel() <= self.clusters
@@ -126,6 +128,9 @@ CASES = {
         lambda: [LearningCompression(TopK(0.8) | KMeans(6), stop=0.8)],
         sparsity=0.8,
         clusters=6,
+    ),
+    "a target for the size": Case(
+        lambda: [SizeTarget("2 KB", stop=0.8, include=None)], sparsity=None, clusters=100
     ),
 }
 

@@ -61,6 +61,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "ChannelPruning": {"keep_size": 0.7, "stop": 0.2},
     "RankLearning": {"keep_size": 0.9, "include": "body.0", "stop": 0.4},
+    "SizeTarget": {"size": "2 KB", "exclude": ["*.bias"]},
+    "Compress": {"size": "2 KB", "flops": 0.6, "stop": 0.8},
     "WeightSharing": {"clusters": 6, "init": "optimal", "start": 0.5, "exclude": "head"},
     "EMA": {"decay": 0.9},
     "AccuracyGuard": {"monitor": "val/error", "tolerance": 0.5},
@@ -103,8 +105,8 @@ def test_lightning_cli_builds_every_callback(
     callbacks = [
         {"class_path": f"fitsmall.callbacks.{name}", "init_args": settings}
         for name, settings in SETTINGS.items()
-        # These change layers, and come before the others.
-        if name not in ("ChannelPruning", "RankLearning")
+        # These change layers, and come before the others; and a target has them all by itself.
+        if name not in ("ChannelPruning", "RankLearning", "SizeTarget", "Compress")
     ]
     config: dict[str, Any] = {
         "trainer": {
@@ -130,6 +132,14 @@ def test_lightning_cli_builds_every_callback(
     Path("config.yaml").write_text(yaml.safe_dump(config))
     cli = LightningCLI(Plain, args=["fit", "--config", "config.yaml"], save_config_callback=None)
     assert sum(p.numel() for p in cli.model.parameters()) <= 0.8**2 * 3090
+    config["trainer"]["callbacks"] = [
+        {"class_path": f"fitsmall.callbacks.{name}", "init_args": settings}
+        for name, settings in SETTINGS.items()
+        if name in ("Compress", "CompressedCheckpoint")
+    ]
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    LightningCLI(Plain, args=["fit", "--config", "config.yaml"], save_config_callback=None)
+    assert Path("files/model.fitsmall").stat().st_size <= 2000
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -32,7 +32,7 @@ from fitsmall.compressors.file.schema import (
 )
 from fitsmall.compressors.projections.lowrank import Factors
 
-__all__ = ["check_storable", "estimate", "save"]
+__all__ = ["check_storable", "coded_size", "estimate", "save"]
 
 
 def save(
@@ -129,7 +129,19 @@ def estimate(tensors: Mapping[str, Tensor | Code]) -> int:
     return HEADER.size + payload + len(deflate(pack(entries))) + FOOTER.size
 
 
-def _write(file: BinaryIO, tensors: Mapping[str, Tensor | Code], coder: str) -> None:
+def coded_size(tensors: Mapping[str, Tensor | Code], coder: str = "context") -> int:
+    """Bytes of the file that :func:`save` would write: all is coded, and nothing is kept.
+
+    Example:
+        >>> coded_size({"weight": torch.zeros(1000, 1000)}) < 100
+        True
+    """
+    file = _Counted()
+    _write(file, tensors, coder)
+    return file.size
+
+
+def _write(file: "BinaryIO | _Counted", tensors: Mapping[str, Tensor | Code], coder: str) -> None:
     checked = _Checksummed(file)
     checked.write(HEADER.pack(MAGIC, VERSION, CODER_NAMES.index(coder)))
     entries: list[Entry] = []
@@ -174,10 +186,20 @@ class _Ties:
         return Entry(name, tuple(value.shape), value.dtype, "alias", alias=first)
 
 
+class _Counted:
+    """A file that keeps nothing but its size."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.size += memoryview(data).nbytes
+
+
 class _Checksummed:
     """A file that keeps the CRC-32 of what was written."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO | _Counted) -> None:
         self.file, self.crc = file, 0
 
     def write(self, data: bytes | memoryview) -> None:

@@ -7,6 +7,7 @@ from fitsmall.compressors.training.methods.pruning import GradualPruning
 from fitsmall.compressors.training.methods.quantization import QuantizationAwareTraining
 from fitsmall.compressors.training.methods.ranks import RankLearning
 from fitsmall.compressors.training.methods.sharing import WeightSharing
+from fitsmall.compressors.training.methods.size_target import SizeTarget
 from fitsmall.compressors.training.plan import Plan
 from fitsmall.compressors.training.stage import Stage
 
@@ -19,6 +20,7 @@ __all__ = [
     "Proximal",
     "QuantizationAwareTraining",
     "RankLearning",
+    "SizeTarget",
     "Stage",
     "WeightSharing",
     "Window",

@@ -264,7 +264,7 @@ def _degenerate(name: str, parameter: Tensor) -> Iterator[str]:
             f"{name} holds NaN or infinity: training diverged; lower the learning rate, or clip "
             "gradients"
         )
-    if not whole(parameter).count_nonzero():
+    if parameter.dim() > 1 and not whole(parameter).count_nonzero():  # biases may all be zero
         yield (
             f"no weight of {name} is left, so its layer's output is constant: give it a sparsity "
             "of its own with overrides, or prune by allocation='lamp'"

@@ -1,26 +1,23 @@
 """Weight sharing: few distinct values per tensor, trained by their gradients."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fitsmall.compressors.choices.schedules import LinearRamp, Schedule
 from fitsmall.compressors.projections.cluster import KMeans, assign, linear
-from fitsmall.compressors.training.methods.centroids import move_, precision, sums
-from fitsmall.compressors.training.sharding import gather, local, reduce_, shard
+from fitsmall.compressors.training.methods.shared_values import ZERO, SharedValues
 from fitsmall.compressors.training.stage import Stage
 
 __all__ = ["WeightSharing"]
 
-# Index of a weight that is zero and in no cluster.
-_ZERO = -1
 # Weights assigned to clusters at a time.
 _BLOCK = 2**20
 
 
-class WeightSharing(Stage):
+class WeightSharing(SharedValues):
     r"""Let the non-zero weights of each tensor share ``k`` values, trained by their gradients.
 
     Deep Compression's trained quantization (Han et al., 2016). Every weight keeps a latent value
@@ -73,7 +70,6 @@ class WeightSharing(Stage):
           left out (a bias or a norm): 0.bias; 4.8 %, 40 bytes
     """
 
-    order = 1
     followed = frozenset({"schedule", "every"})
 
     def __init__(
@@ -99,7 +95,7 @@ class WeightSharing(Stage):
         self.overrides = self._overrides(overrides)
         for count in (clusters, *self.overrides.values()):
             KMeans(count, codebook_dtype)  # checks both
-        self.clusterings: dict[str, dict[str, Tensor]] = {}
+        self.reset()
 
     def describe(self) -> str:
         own = f", {len(self.overrides)} overrides" if self.overrides else ""
@@ -129,12 +125,6 @@ class WeightSharing(Stage):
                     "its layer useless: give it 2 clusters or more, or prune it before"
                 )
 
-    def reset(self) -> None:
-        self.clusterings = {}
-
-    def has_choice(self, name: str) -> bool:
-        return name in self.clusterings
-
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
         for name in weights:
             flat = weights[name].flatten()
@@ -149,84 +139,6 @@ class WeightSharing(Stage):
                 bounds = [bound for block in kept if block.numel() for bound in block.aminmax()]
                 codebook = linear(torch.stack(bounds), kmeans.clusters) if bounds else flat[:0]
             index = flat.new_empty(flat.shape, dtype=torch.int16)
-            counts = flat.new_zeros(codebook.shape, dtype=torch.int64)
             for block, clusters in zip(blocks, index.split(_BLOCK), strict=True):
-                nearest = assign(block, codebook).masked_fill_(block == 0, _ZERO)
-                counts += torch.bincount(nearest - _ZERO, minlength=1 + len(codebook))[1:]
-                clusters.copy_(nearest)
-            dtype = precision(flat.device)
-            self.clusterings[name] = {
-                **self._layout(name, index),
-                # The centroid of an empty cluster stays where it is: its mean is rest / 1.
-                "rest": torch.where(counts > 0, 0, codebook).to(dtype),
-                "counts": counts.clamp_min(1).to(dtype),
-                "codebook": codebook,
-            }
-
-    def project_(self, name: str, weight: Tensor, strength: float) -> None:
-        if name in self.clusterings:
-            self.clusterings[name]["codebook"] = self._project_(name, weight, strength)
-
-    def project_average_(self, name: str, average: Tensor, strength: float) -> None:
-        self._project_(name, average, strength)
-
-    def choices(self) -> dict[str, Any]:
-        clusterings = {
-            name: {
-                "index": self._index(name),
-                **{key: clustering[key] for key in ("rest", "counts", "codebook")},
-            }
-            for name, clustering in self.clusterings.items()
-        }
-        return {"clusterings": clusterings}
-
-    def load_choices(self, choices: dict[str, Any], module: nn.Module) -> None:
-        self.clusterings = {}
-        for name, saved in choices["clusterings"].items():
-            device = module.get_parameter(name).device
-            clustering = {key: tensor.to(device) for key, tensor in saved.items()}
-            self.clusterings[name] = clustering | self._layout(name, clustering["index"])
-
-    def _project_(self, name: str, weight: Tensor, strength: float) -> Tensor:
-        """Move weights towards the means of their clusters, and return these means."""
-        clustering = self.clusterings[name]
-        positions, index = clustering["positions"], clustering["index"]
-        flat = weight.contiguous().view(-1)
-        totals = sums(flat, positions, index, len(clustering["counts"]))
-        totals = reduce_(totals, self.selection.chosen[name])
-        means = torch.addcdiv(clustering["rest"], totals, clustering["counts"])
-        codebook = means.to(getattr(torch, self.codebook_dtype)).to(weight.dtype)
-        move_(flat, positions, index, codebook, strength)
-        if not weight.is_contiguous():
-            weight.copy_(flat.view_as(weight))
-        return codebook
-
-    def _layout(self, name: str, index: Tensor) -> dict[str, Tensor]:
-        """Return this process's part of a whole index.
-
-        Returns:
-            ``positions`` of the weights that are in a cluster, empty if all are; and ``index``, the
-            cluster of each of them.
-        """
-        parameter = self.parameters[name]
-        part = shard(index.view(parameter.shape), parameter)
-        flat = part.flatten()
-        cluster = torch.uint8 if int(index.max()) < 256 else torch.int16
-        position = torch.int32 if flat.numel() < 2**31 else torch.int64
-        if bool((flat != _ZERO).all()):
-            return {"positions": flat.new_empty(0, dtype=position), "index": flat.to(cluster)}
-        positions = (flat != _ZERO).nonzero().squeeze(1)
-        return {"positions": positions.to(position), "index": flat[positions].to(cluster)}
-
-    def _index(self, name: str) -> Tensor:
-        """Return the whole index, in the shape of the weight."""
-        parameter = self.parameters[name]
-        positions, index = (self.clusterings[name][key] for key in ("positions", "index"))
-        part = torch.full_like(local(parameter), _ZERO, dtype=torch.int16).contiguous()
-        flat = part.view(-1)
-        if index.numel() == flat.numel():
-            flat.copy_(index)
-        else:
-            flat[positions.long()] = index.to(flat.dtype)
-        # Not every backend can send 16-bit integers.
-        return gather(part.int(), parameter).short()
+                clusters.copy_(assign(block, codebook).masked_fill_(block == 0, ZERO))
+            self.share(name, index, codebook)

@@ -1,0 +1,221 @@
+r"""Entropy-constrained clustering: which levels a weight matrix gets, by their loss and their bits.
+
+A weight :math:`w_i` of curvature :math:`F_i` becomes the level :math:`c_{a_i}`, which takes
+:math:`r_i(a_i)` bits in the file (Chou et al., 1989; with curvatures Choi et al., 2017, "Towards
+the limit of network quantization"):
+
+.. math:: \min_{a, c} \sum_i \tfrac12 F_i (w_i - c_{a_i})^2 + \lambda\, r_i(a_i).
+
+The price :math:`\lambda` of a bit decides at the same time which weights become zero, how many
+levels a matrix has, and how fine they are. Zero is always a level. The bits are those of an ideal
+adaptive coder which knows how many non-zero weights the row and the column of a weight have, so
+that whole rows and columns empty themselves where that is cheap:
+
+.. math:: r_i(a) = \begin{cases} -\log_2 (1 - p_i) & a = 0 \\
+          -\log_2 p_i - \log_2 q_a & \text{else} \end{cases}
+          \qquad p_i = \frac{p_{\text{row}}\, p_{\text{column}}}{p},
+
+with the frequencies :math:`p` of non-zero weights, and :math:`q_a` of each level among them.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Clustering", "cluster", "price_within"]
+
+# Lloyd's iterations; later ones change hardly any bit.
+_ROUNDS = 4
+# Most levels, zero included, and how many of them next to a weight are compared.
+_MOST_LEVELS, _NEAR = 255, 3
+# Bits of a level in the codebook, and pseudo-observations of the frequency in a row or a column.
+_LEVEL_BITS, _PRIOR = 16.0, 4.0
+_LARGEST = 0.99  # probability of a non-zero weight
+
+
+Matrix = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Levels of a matrix, and an estimate of what they cost.
+
+    Args:
+        codebook: Different values, ascending; one of them is 0.
+        index: Level of each weight, of the matrix's shape.
+        bits: Estimated bits of all indexes and of the codebook.
+        loss: Estimated rise of the loss, ``sum F (w - c)^2 / 2``.
+    """
+
+    codebook: NDArray[np.float64]
+    index: NDArray[np.int16]
+    bits: float
+    loss: float
+
+    @property
+    def zero(self) -> int:
+        """Index of the level 0."""
+        return int(np.flatnonzero(self.codebook == 0)[0])
+
+    @property
+    def kept(self) -> int:
+        """Number of weights that are not zero."""
+        return int(np.count_nonzero(self.index != self.zero))
+
+
+def cluster(weight: Matrix, curvature: Matrix, price: float) -> Clustering:
+    r"""Return the levels of least loss and bits at a price of a bit, a local optimum.
+
+    The first levels are an even grid, whose step is the best one for a high rate: an error of
+    :math:`F \Delta^2 / 24` for each weight, against :math:`-\log_2 \Delta` bits.
+
+    Args:
+        weight: Matrix of weights; a row for each output.
+        curvature: Second derivative of the loss for each weight, positive, of the same shape.
+        price: Loss that a bit is worth; positive.
+
+    Example:
+        >>> weight = np.array([[1.0, 1.1, 0.1, 0.0], [-0.9, 1.0, 0.0, 0.1]], np.float32)
+        >>> found = cluster(weight, np.ones_like(weight), price=0.001)
+        >>> found.codebook.round(2), found.index.tolist()
+        (array([-0.9 ,  0.  ,  1.03]), [[2, 2, 1, 1], [0, 2, 1, 1]])
+        >>> cluster(weight, np.ones_like(weight), price=1.0).kept
+        0
+    """
+    rows, columns = weight.shape
+    square = np.square(weight, dtype=np.float64)
+    top = float(np.abs(weight).max()) if weight.size else 0.0
+    mean = float((curvature * square).sum() / square.sum()) if top else 1.0
+    step = max(math.sqrt(12 * price / (mean * math.log(2))), 2 * top / (_MOST_LEVELS - 1))
+    half = round(top / step) if top else 0
+    codebook = step * np.arange(-half, half + 1, dtype=np.float64)
+    index = np.empty(weight.shape, np.int16)
+    # Before anything is known of the frequencies, each weight takes the nearest level.
+    bits = _Bits(0.0, np.zeros(codebook.size), np.zeros(rows), np.zeros(columns))
+    for number in range(_ROUNDS):
+        zero = int(np.flatnonzero(codebook == 0)[0])
+        tallies = _assign(
+            weight,
+            curvature,
+            codebook,
+            zero,
+            price if number else 0.0,
+            bits.log_kept,
+            bits.levels,
+            bits.rows,
+            bits.columns,
+            index,
+        )
+        counts, sums, weights, in_rows, in_columns, position_bits, loss = tallies
+        means = np.divide(sums, weights, out=codebook.copy(), where=weights > 0)
+        means[zero] = 0.0
+        used = (counts > 0) | (np.arange(counts.size) == zero)
+        ranks = (np.cumsum(used) - 1).astype(np.int16)
+        codebook, counts = means[used], counts[used]
+        bits = _Bits.of(counts, int(ranks[zero]), in_rows, in_columns)
+    index = ranks[index]
+    total = float(position_bits + (counts * bits.levels).sum())
+    return Clustering(codebook, index, total, float(loss))
+
+
+@dataclass(frozen=True)
+class _Bits:
+    """Logarithm of the probability that a weight is not zero, and what a level, a row and a column
+    add: bits for the level, and a logarithm for the others."""
+
+    log_kept: float
+    levels: NDArray[np.float64]
+    rows: NDArray[np.float64]
+    columns: NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls,
+        counts: NDArray[np.float64],
+        zero: int,
+        in_rows: NDArray[np.float64],
+        in_columns: NDArray[np.float64],
+    ) -> "_Bits":
+        """Return them from the counts of levels, and of non-zero weights in rows and columns."""
+        kept = counts.sum() - counts[zero]
+        levels = -np.log2(counts.clip(1) / max(kept, 1)) + _LEVEL_BITS / counts.clip(1)
+        levels[zero] = 0.0
+        frequency = (kept + 0.5) / (counts.sum() + 1)
+
+        def excess(found: NDArray[np.float64], length: int) -> NDArray[np.float64]:
+            if found.size == 1 or length == 1:
+                return np.zeros(found.size)
+            mine = (found + _PRIOR * frequency) / (length + _PRIOR)
+            excess: NDArray[np.float64] = np.log(mine / frequency)
+            return excess
+
+        rows, columns = excess(in_rows, in_columns.size), excess(in_columns, in_rows.size)
+        return cls(math.log(frequency), levels, rows, columns)
+
+
+@numba.njit(cache=True, nogil=True)
+def _assign(weight, curvature, codebook, zero, price, kept, levels, rows, columns, index):  # type: ignore[no-untyped-def]
+    """Write the best level of each weight into ``index``, and return tallies of them.
+
+    Returns:
+        For each level the number of its weights, the sum of their ``F w`` and of their ``F``; the
+        numbers of non-zero weights in rows and in columns; the bits of all positions; the loss.
+    """
+    counts, sums, weights = np.zeros((3, codebook.size))
+    in_rows, in_columns = np.zeros(rows.size), np.zeros(columns.size)
+    position_bits = loss = 0.0
+    for i in range(weight.shape[0]):
+        for j in range(weight.shape[1]):
+            w, f = weight[i, j], curvature[i, j]
+            probability = min(np.exp(kept + rows[i] + columns[j]), _LARGEST)
+            on, off = -np.log2(probability), -np.log2(1 - probability)
+            best, least = zero, 0.5 * f * w * w + price * off
+            above = np.searchsorted(codebook, w)
+            for level in range(max(0, above - _NEAR), min(codebook.size, above + _NEAR)):
+                cost = 0.5 * f * (w - codebook[level]) ** 2 + price * (on + levels[level])
+                if level != zero and cost < least:
+                    best, least = level, cost
+            index[i, j] = best
+            counts[best] += 1
+            sums[best] += f * w
+            weights[best] += f
+            loss += 0.5 * f * (w - codebook[best]) ** 2
+            if best != zero:
+                in_rows[i] += 1
+                in_columns[j] += 1
+            position_bits += on if best != zero else off
+    return counts, sums, weights, in_rows, in_columns, position_bits, loss
+
+
+def price_within(bits: Callable[[float], float], budget: float, near: float | None = None) -> float:
+    """Return the least price at which something costs at most a budget of bits, to 2 %.
+
+    Args:
+        bits: Bits at a price; they fall as the price rises.
+        budget: Most bits.
+        near: A price to begin the search at.
+
+    Raises:
+        ValueError: No price is high enough.
+
+    Example:
+        >>> round(price_within(lambda price: 100 / price, budget=20), 1)
+        5.0
+    """
+    low = high = near or 1e-6
+    while bits(high) > budget:
+        low, high = high, 8 * high
+        if high > 1e30:
+            raise ValueError(f"at least {bits(high):,.0f} bits are needed, and {budget:,.0f} given")
+    while low == high or bits(low) <= budget:
+        low, high = low / 8, low
+        if low < 1e-40:
+            return high
+    while high > 1.02 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if bits(middle) <= budget else (middle, high)
+    return high

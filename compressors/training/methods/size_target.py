@@ -1,0 +1,442 @@
+"""A target for the size of the file: zeros, levels and bits of all tensors at one price."""
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from fitsmall.compressors.choices.entropy_constrained import Clustering, cluster, price_within
+from fitsmall.compressors.codes.code import matrix_shape
+from fitsmall.compressors.codes.dtypes import INTEGERS
+from fitsmall.compressors.codes.exact import exact
+from fitsmall.compressors.file.schema import CODER_NAMES
+from fitsmall.compressors.file.writer import coded_size
+from fitsmall.compressors.naming import lookup
+from fitsmall.compressors.training.messages import inform
+from fitsmall.compressors.training.methods.shared_values import ZERO, SharedValues
+from fitsmall.compressors.training.sharding import local, whole
+from fitsmall.compressors.training.statistics import Statistics
+
+__all__ = ["SizeTarget"]
+
+_UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+# What a checkpoint saves besides clusters and statistics.
+_STATE = ("price", "ratio", "measure_at", "bytes", "dense")
+
+# Part of the window in which the price rises; in the rest weights move to their levels.
+_TIGHTENING = 0.65
+# Bits of a weight that the file may take when the window begins.
+_FIRST_BITS = 8.0
+# Part of the mean curvature of a tensor that is added to that of each of its weights.
+_DAMPING = 1.0
+# Weights of a tensor among which a price is searched.
+_SAMPLE = 2**16
+# Strength between two measurements of the file.
+_BETWEEN = 0.05
+# The file takes at least this part of the target, and the price is tried so often for it.
+_LEAST, _TRIES = 0.993, 16
+
+
+class SizeTarget(SharedValues):
+    r"""Train a network whose compressed file has a given size.
+
+    Each weight becomes one of the few levels of its tensor, zero among them. A single price
+    :math:`\lambda` of a bit decides for all tensors together which weights are zero, and how many
+    levels a tensor has:
+
+    .. math:: \min \sum_i \tfrac12 F_i (w_i - c_{a_i})^2 + \lambda\, \mathrm{bits}_i(a_i),
+              \qquad F_i = \sqrt{\mathrm{E}[g_i^2]} + \overline{\sqrt{\mathrm{E}[g^2]}},
+
+    with the curvature that Adam assumes, damped by its mean over the tensor
+    (:mod:`~fitsmall.compressors.choices.entropy_constrained`). The price follows a budget of bytes
+    that falls to the target within the first 65 % of the window, steeply at first:
+    ``size + (8 bits a weight - size) (1 - t)^3``. Zeros are zero at once, and stay so. In the rest
+    of the window the others move to their levels, ``w = u + s (c - u)`` with ``s`` from 0 to 1. At
+    its end the price is corrected until the file, really coded, takes 99.3 to 100 % of the target;
+    after that only the values of the levels are trained.
+
+    Biases and norms are weights as all others. What no optimizer trains, such as running
+    statistics, stays as it is and counts.
+
+    Args:
+        size: Of the file: a fraction of the bytes of the module's state dict, such as ``1/20``; or
+            text with a unit, such as ``"40 KB"`` (40,000 bytes) or ``"40 KiB"``.
+        start: Fraction of training after which compression begins.
+        stop: Fraction of training after which every weight has its level.
+        start_step: The same in optimizer steps, instead of ``start``.
+        stop_step: The same in optimizer steps, instead of ``stop``.
+        every: Steps between choices.
+        include: Patterns of parameter names: see :func:`~fitsmall.compressors.select`.
+        exclude: Patterns of parameter names to leave out.
+        coder: Coder of the file, see :func:`~fitsmall.compressors.save`.
+
+    Attributes:
+        price: Loss that a bit was worth at the last choice.
+        bytes: Estimated size of the file at the last choice; at the end of the window its real one.
+
+    Example:
+        >>> from torch import nn
+        >>> from fitsmall.compressors.training import Plan
+        >>> print(Plan([SizeTarget(1 / 10)], nn.Linear(20, 10), horizon=1000))
+        Compression plan of 210 parameters
+          SizeTarget: a file of at most 84 bytes, of 840, straight-through, steps 50 to 850
+            acts on 100.0 %:
+              weight  200  95.2 %
+              bias     10   4.8 %
+    """
+
+    num_updates = 60
+    codebook_dtype = "bfloat16"
+    followed = frozenset({"size", "every"})
+
+    def __init__(
+        self,
+        size: float | str,
+        start: float = 0.05,
+        stop: float = 0.85,
+        start_step: int | None = None,
+        stop_step: int | None = None,
+        every: int | None = None,
+        include: str | Sequence[str] | None = "*",
+        exclude: str | Sequence[str] = (),
+        coder: str = "context",
+    ) -> None:
+        super().__init__(start, stop, start_step, stop_step, every, include, exclude)
+        self.size, self.coder = size, lookup("coder", coder, {name: name for name in CODER_NAMES})
+        _bytes(size, 1)  # checks it
+        self.statistics = Statistics(("squared_gradient",))
+        self.module = nn.Module()
+        self.masks: dict[str, Tensor] = {}
+        self.price: float | None = None
+        self.ratio, self.measure_at, self.bytes, self.dense = 1.0, 0.0, 0, 0
+        self.reset()
+
+    def describe(self) -> str:
+        return f"a file of at most {self.target:,} bytes, of {self.dense:,}"
+
+    def metrics(self) -> dict[str, float]:
+        return {"price": self.price, "target_bytes": float(self.target)} if self.price else {}
+
+    @property
+    def target(self) -> int:
+        """Most bytes of the file."""
+        return _bytes(self.size, self.dense)
+
+    def strength(self, progress: float) -> float:
+        return progress
+
+    # Selection, statistics.
+
+    def attach(self, module: nn.Module) -> None:
+        super().attach(module)
+        self.module = module
+        if not self.dense:
+            self.dense = sum(
+                tensor.nbytes for tensor in set(_tensors(module).values()) if not is_lazy(tensor)
+            )
+        self.statistics.attach(module, self.selection, self.parameters)
+
+    def begin(self, horizon: float) -> None:
+        self.statistics.begin()
+        if self.chosen_at is not None:
+            return
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in self.selection.chosen.items()}
+        tensors = self._file(zeros, without=self.selection.waiting)
+        # Running statistics have few digits only now, before the first step.
+        buffers = dict(self.module.named_buffers()).keys() & tensors.keys()
+        running = {name for name in buffers if tensors[name].is_floating_point()}
+        least = self._coded({name: t for name, t in tensors.items() if name not in running})
+        least += sum(tensors[name].nbytes for name in running)
+        if least >= self.target:
+            raise ValueError(
+                f"SizeTarget: a file of {self.target:,} bytes cannot be reached: with every "
+                f"selected weight at zero it takes {least:,}; ask for more, or act on more "
+                "parameters"
+            )
+
+    @property
+    def needs_gradients(self) -> bool:
+        return True
+
+    def observe(
+        self, name: str, weight: Tensor, gradient: Tensor | None, state: Mapping[str, Any]
+    ) -> None:
+        self.statistics.observe(name, weight, gradient, state)
+
+    def discard(self, names: Collection[str]) -> None:
+        self.statistics.discard(names)
+
+    def narrowed(self, names: Collection[str]) -> None:
+        self.statistics.drop(names)
+
+    def is_ready(self, name: str) -> bool:
+        return self.statistics.is_ready(name)
+
+    # Choice.
+
+    def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
+        ready = [name for name in weights if self.statistics.has_all(name)]
+        samples = [self._sample(name, weights[name]) for name in ready]
+        target, others = self._target_of(ready)
+        left = 1.0 - min(1.0, strength / _TIGHTENING)
+        first = others + _FIRST_BITS / 8 * sum(self.parameters[name].numel() for name in ready)
+        budget = target + max(0.0, first - target) * left**3
+
+        def bits(price: float) -> float:
+            return sum(share * cluster(w, f, price).bits for w, f, share in samples)
+
+        room = 8 * (budget - others) / self.ratio
+        self.price = price_within(bits, room, self.price)
+        if strength == 1:
+            found = self._within(target, weights, ready)
+        else:
+            found = self._cluster(weights, ready)
+            if strength >= self.measure_at:
+                self.bytes = self._size(found)
+                self.ratio = 8 * (self.bytes - others) / bits(self.price)
+                self.measure_at = strength + _BETWEEN
+        for name, mine in found.items():
+            self._take(name, weights[name], mine)
+        if strength == 1:
+            inform(self._table(found))
+
+    def _target_of(self, names: Sequence[str]) -> tuple[float, int]:
+        """Return the target of a file without those parameters that may still join, and how much of
+        it all others take that are not among ``names``.
+
+        Parameters that may join later have their share of the target, by their number.
+        """
+        late = self._late(names)
+        zeros = {name: torch.zeros_like(self.parameters[name]) for name in names}
+        others = self._coded(self._file(zeros, without=late))
+        mine = sum(self.parameters[name].numel() for name in names)
+        all_of_them = mine + sum(parameter.numel() for parameter in late.values())
+        target = others + (self.target - others) * mine / all_of_them
+        if others >= target:
+            raise ValueError(
+                f"SizeTarget: a file of {self.target:,} bytes cannot be reached: what is not "
+                f"compressed takes {others:,}; ask for more, or act on more parameters"
+            )
+        return target, others
+
+    def _late(self, names: Collection[str]) -> dict[str, nn.Parameter]:
+        """Return the parameters that are to be compressed, and cannot be yet."""
+        chosen = self.selection.chosen
+        missing = {name: parameter for name, parameter in chosen.items() if name not in names}
+        waiting = self.selection.waiting.items()
+        return missing | {name: parameter for name, parameter in waiting if not is_lazy(parameter)}
+
+    def _sample(self, name: str, weight: Tensor) -> tuple[Any, Any, float]:
+        """Return rows of a weight as a matrix, their curvatures, and how many they stand for."""
+        matrix, curvature = self._matrices(name, weight)
+        rows = slice(None, None, -(-matrix.size // _SAMPLE))
+        sample = np.ascontiguousarray(matrix[rows])
+        share = matrix.size / max(1, sample.size)
+        return sample, np.ascontiguousarray(curvature[rows]), share
+
+    def _matrices(self, name: str, weight: Tensor) -> tuple[Any, Any]:
+        """Return a weight and its curvature as matrices."""
+        wide = weight.float()
+        curvature = self.statistics.of(name, wide)["squared_gradient"].float().sqrt()
+        curvature = curvature + _DAMPING * curvature.mean() + torch.finfo(torch.float32).tiny
+        shape = matrix_shape(weight.shape)
+        return wide.reshape(shape).cpu().numpy(), curvature.reshape(shape).cpu().numpy()
+
+    def _cluster(
+        self, weights: Mapping[str, Tensor], names: Iterable[str]
+    ) -> dict[str, Clustering]:
+        assert self.price is not None
+        return {name: cluster(*self._matrices(name, weights[name]), self.price) for name in names}
+
+    def _size(self, found: Mapping[str, Clustering]) -> int:
+        """Return the size of the file, really coded."""
+        shapes = {name: self.parameters[name].shape for name in found}
+        decoded = {name: _decoded(mine).view(shapes[name]) for name, mine in found.items()}
+        return self._coded(self._file(decoded, without=self._late(found)))
+
+    def _within(
+        self, target: float, weights: Mapping[str, Tensor], names: Sequence[str]
+    ) -> dict[str, Clustering]:
+        """Return the clusterings at the price at which the file is just below a target."""
+        assert self.price is not None
+        low, high = 0.0, math.inf  # prices at which the file is too large, and small enough
+        best: dict[str, Clustering] = {}
+        step, price = 1.02, self.price
+        for _ in range(_TRIES):
+            found = self._cluster(weights, names)
+            size = self._size(found)
+            if size > target:
+                low = self.price
+            else:
+                high = self.price
+                if not best or size > self.bytes:
+                    self.bytes, best, price = size, found, self.price
+                if size >= _LEAST * target:
+                    break
+            if not low:
+                self.price = high / step
+            elif math.isinf(high):
+                self.price = low * step
+            else:
+                self.price = math.sqrt(low * high)
+            step **= 2
+        if not best:
+            raise ValueError(
+                f"SizeTarget: no price gives a file of {target:,.0f} bytes; the last one gives "
+                f"{size:,}: ask for more"
+            )
+        self.price = price
+        return best
+
+    def _take(self, name: str, weight: Tensor, found: Clustering) -> None:
+        """Fix the levels of a weight until the next choice."""
+        index = torch.from_numpy(found.index.ravel().astype(np.int16)).to(weight.device)
+        codebook = torch.from_numpy(found.codebook).to(weight.device, weight.dtype)
+        zero = found.zero
+        # The level 0 is no cluster.
+        index = torch.where(index == zero, ZERO, index - (index > zero).short())
+        codebook = codebook[torch.arange(len(codebook), device=weight.device) != zero]
+        self.share(name, index, codebook, weight.flatten())
+        self.masks[name] = self._mask(name)
+
+    def _mask(self, name: str) -> Tensor:
+        """Return this process's part of a mask: all bits set where a weight is not zero."""
+        kept = torch.zeros(local(self.parameters[name]).numel(), dtype=torch.bool)
+        kept = kept.to(self.parameters[name].device)
+        positions = self.clusterings[name]["positions"]
+        everywhere = len(positions) == 0 and len(self.clusterings[name]["index"]) > 0
+        kept[slice(None) if everywhere else positions.long()] = True
+        return -kept.view(local(self.parameters[name]).shape).to(torch.int8)
+
+    def _coded(self, tensors: Mapping[str, Tensor]) -> int:
+        return coded_size(tensors, self.coder)
+
+    def _file(
+        self, changed: Mapping[str, Tensor], without: Mapping[str, nn.Parameter]
+    ) -> dict[str, Tensor]:
+        """Return the module's state dict with other values of some parameters, also where they are
+        tied, and without some."""
+        values: dict[Tensor, Tensor] = {self.parameters[name]: t for name, t in changed.items()}
+        left_out = set(without.values())
+        return {
+            name: values[tensor] if tensor in values else whole(tensor.detach())
+            for name, tensor in _tensors(self.module).items()
+            if tensor not in left_out and not is_lazy(tensor)
+        }
+
+    def _table(self, found: Mapping[str, Clustering]) -> str:
+        """Return a table of what was chosen."""
+        rows = [("parameter", "weights", "kept %", "levels", "bytes", "loss")]
+        for name, mine in found.items():
+            kept, size = 100 * mine.kept / max(1, mine.index.size), exact(_decoded(mine)).bits() / 8
+            levels = len(mine.codebook)
+            numbers = (f"{mine.index.size:,}", f"{kept:.1f}", f"{levels}", f"{size:,.0f}")
+            rows.append((name, *numbers, f"{mine.loss:.2g}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if place else cell.ljust(width)
+                for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        head = f"SizeTarget: a file of {self.bytes:,} bytes, of at most {self.target:,}, at a price"
+        return "\n  ".join([f"{head} of {self.price:.3g} a bit", *lines])
+
+    # Projection.
+
+    def before_update(
+        self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], gradient_scale: float
+    ) -> None:
+        for name in self.masks.keys() & parameters.keys():
+            _mask_(local(parameters[name].detach()), self.masks[name])
+
+    def project_(self, name: str, weight: Tensor, strength: float) -> None:
+        if name in self.masks:
+            _mask_(weight, self.masks[name])
+            super().project_(name, weight, _pull(strength))
+
+    def project_average_(self, name: str, average: Tensor, strength: float) -> None:
+        _mask_(average, self.masks[name])
+        super().project_average_(name, average, _pull(strength))
+
+    # State.
+
+    def reset(self) -> None:
+        super().reset()
+        self._forget()
+        self.masks, self.dense = {}, 0
+        self.statistics.reset()
+
+    def _forget(self) -> None:
+        self.price, self.ratio, self.measure_at, self.bytes = None, 1.0, 0.0, 0
+
+    def choices(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in _STATE} if self.price else {}
+        return {**super().choices(), "target": own, **self.statistics.state_dict()}
+
+    def load_choices(self, choices: dict[str, Any], module: nn.Module) -> None:
+        super().load_choices(choices, module)
+        self._forget()
+        for name, value in choices["target"].items():
+            setattr(self, name, value)
+        self.masks = {name: self._mask(name) for name in self.clusterings}
+        self.statistics.load_state_dict(choices, dict(module.named_parameters()))
+
+
+def _pull(strength: float) -> float:
+    """Return how far weights are on their way to their levels."""
+    return max(0.0, (strength - _TIGHTENING) / (1 - _TIGHTENING))
+
+
+def _mask_(weight: Tensor, mask: Tensor) -> None:
+    # On the bits, since a product with 0 would make -0 of negative weights.
+    weight.view(INTEGERS[weight.dtype.itemsize]).bitwise_and_(mask)
+
+
+def _decoded(found: Clustering) -> Tensor:
+    """Return the matrix of a clustering, with levels as they are stored."""
+    codebook = torch.from_numpy(found.codebook).to(getattr(torch, SizeTarget.codebook_dtype))
+    return codebook.float()[torch.from_numpy(found.index).int()]
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    state: dict[str, Any] = module.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def _bytes(size: Any, dense: int) -> int:
+    """Return the bytes that a size means.
+
+    Raises:
+        ValueError: It is neither a fraction nor a number with a unit.
+
+    Example:
+        >>> _bytes(1 / 20, dense=1000), _bytes("1/20", dense=1000), _bytes("40 KB", dense=1)
+        (50, 50, 40000)
+    """
+    number = size
+    if isinstance(size, str):
+        found = re.fullmatch(r"\s*([\d.,_/]+?)\s*([A-Za-z]*)\s*", size)
+        try:
+            number = float(Fraction(re.sub("[,_]", "", found[1]))) if found else None
+        except (ValueError, ZeroDivisionError):
+            number = None
+        if found and number and found[2].upper() in _UNITS:
+            return int(number * _UNITS[found[2].upper()])
+        number = None if found and found[2] else number
+    if isinstance(number, int | float) and 0 < number < 1:
+        return int(number * dense)
+    hint = f": for bytes write '{number:g} B'" if number and number >= 1 else ""
+    raise ValueError(
+        "SizeTarget: a size is a fraction of the dense bytes, such as 1/20, or a number with a "
+        f"unit, such as '40 KB', and got {size!r}{hint}"
+    )

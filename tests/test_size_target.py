@@ -1,0 +1,202 @@
+"""A target for the size of the file: one price for all tensors, and the file at the end."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fitsmall.callbacks import Compress, CompressedCheckpoint, SizeTarget
+from fitsmall.compressors import save
+from fitsmall.compressors.choices.entropy_constrained import cluster, price_within
+from fitsmall.compressors.codes.exact import exact
+from fitsmall.compressors.training import Plan
+from training import Net, fit
+
+
+def matrix(seed: int = 0, shape: tuple[int, int] = (40, 60)) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_no_single_weight_is_better_off_with_another_level() -> None:
+    """Of a matrix of equal rows and columns, where only the levels' frequencies count."""
+    weight, price = matrix(shape=(1, 400)), 0.02
+    curvature = np.random.default_rng(1).uniform(0.5, 2.0, weight.shape).astype(np.float32)
+    found = cluster(weight, curvature, price)
+    counts = np.bincount(found.index.ravel(), minlength=len(found.codebook))
+    bits = -np.log2(counts / counts.sum()) + 16 / counts * (np.arange(len(counts)) != found.zero)
+    error = curvature[0, :, None] * (weight[0, :, None] - found.codebook) ** 2 / 2
+    best = (error + price * bits).argmin(1)
+    assert (best == found.index[0]).mean() > 0.97  # the last frequencies changed a little
+    assert found.loss == pytest.approx(error[np.arange(400), found.index[0]].sum(), rel=0.01)
+
+
+def test_a_dearer_bit_gives_fewer_bits_and_more_loss() -> None:
+    weight = matrix()
+    curves = [cluster(weight, np.ones_like(weight), 10.0**power) for power in range(-6, 1)]
+    for cheap, dear in itertools.pairwise(curves):
+        assert dear.bits < cheap.bits
+        assert dear.loss > cheap.loss
+        assert dear.kept <= cheap.kept
+    assert curves[0].kept > 2300
+    assert curves[-1].kept < 300
+
+
+def test_the_estimate_is_near_the_coder() -> None:
+    """Also where most rows and columns are nearly empty."""
+    scales = np.random.default_rng(1).exponential(size=(1, 784)) ** 2
+    weight = (matrix(shape=(300, 784)) * scales).astype(np.float32)
+    found = cluster(weight, np.ones_like(weight), 1.0)
+    coded = exact(torch.from_numpy(found.codebook[found.index]).bfloat16().float()).bits()
+    assert 0.01 < found.kept / weight.size < 0.2
+    assert found.bits == pytest.approx(coded, rel=0.1)
+
+
+def test_a_matrix_of_zeros_has_no_levels() -> None:
+    found = cluster(np.zeros((3, 4), np.float32), np.ones((3, 4), np.float32), 1e-9)
+    assert found.codebook.tolist() == [0.0]
+    assert found.kept == 0
+
+
+def test_no_price_is_enough() -> None:
+    with pytest.raises(ValueError, match="at least 7 bits are needed, and 5 given"):
+        price_within(lambda price: 7.0, 5.0)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(16, 24, batch_first=True), nn.Linear(24, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.lstm(inputs.view(-1, 4, 16))[0][:, -1])
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.second(self.first(inputs).relu()).relu())
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "perceptron": lambda: nn.Sequential(nn.Linear(64, 80), nn.ReLU(), nn.Linear(80, 4)),
+    "convolutions": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 16, 3),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, bias=False),
+        nn.Flatten(),
+        nn.Linear(512, 4),
+    ),
+    "recurrent": Recurrent,
+    "tied": Tied,
+}
+
+
+def train(net: nn.Module, *stages: SizeTarget, steps: int = 60) -> list[float]:
+    """Train on a function that the network can learn, and return the losses."""
+    torch.manual_seed(1)
+    inputs = torch.randn(256, 64)
+    labels = (inputs[:, :2].sign() @ torch.tensor([1.0, 2.0]) + 3).div(2).long()
+    plan, optimizer = Plan(stages, net), torch.optim.Adam(net.parameters(), 0.01)
+    plan.hook([optimizer])
+    plan.begin(steps)
+    losses = []
+    for _ in range(steps):
+        plan.open()
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(inputs), labels)
+        loss.backward()
+        plan.restore_(optimizer)
+        optimizer.step()
+        plan.advance()
+        losses.append(float(loss.detach()))
+    plan.finish()
+    return losses
+
+
+@pytest.mark.parametrize("size", [1 / 10, 1 / 25])
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS.keys())
+def test_the_file_is_just_below_its_target(
+    make: Callable[[], nn.Module], size: float, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net = make()
+    stage = SizeTarget(size)
+    losses = train(net, stage)
+    written = save(tmp_path / "net.fitsmall", net.state_dict())
+    assert 0.985 * stage.target < written <= stage.target
+    assert written == pytest.approx(stage.bytes, rel=0.01)
+    assert losses[-1] < losses[0]
+
+
+def test_zeros_stay_and_levels_are_few(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = NETWORKS["perceptron"]()
+    stage = SizeTarget("2 KB")
+    train(net, stage)
+    for name, parameter in net.named_parameters():
+        kept = parameter[parameter != 0]
+        assert kept.numel() < parameter.numel() or parameter.dim() == 1
+        assert kept.unique().numel() <= len(stage.clusterings[name]["codebook"])
+        assert torch.equal(kept.bfloat16().float(), kept)
+
+
+def test_a_target_beyond_reach_is_refused_before_the_first_step() -> None:
+    net = NETWORKS["convolutions"]()
+    with pytest.raises(ValueError, match="with every selected weight at zero it takes 2"):
+        train(net, SizeTarget("200 B"))
+
+
+def test_what_is_left_out_counts() -> None:
+    torch.manual_seed(0)
+    net = NETWORKS["perceptron"]()
+    with pytest.raises(ValueError, match=r"a file of 2,000 bytes cannot be reached: .* takes 20,"):
+        train(net, SizeTarget("2 KB", exclude="0.weight"))
+
+
+@pytest.mark.parametrize("size", [40, 1, 0, -0.1, "40", "a lot", "5 PB", "1/0", None])
+def test_sizes_without_a_meaning(size: object) -> None:
+    with pytest.raises(ValueError, match="SizeTarget: a size is a fraction of the dense bytes"):
+        SizeTarget(size)  # type: ignore[arg-type]
+
+
+def test_compress_writes_a_file_of_the_size(tmp_path: Path) -> None:
+    file = CompressedCheckpoint(tmp_path)
+    module = fit(tmp_path, Compress(size=1 / 8), file, module=Net())
+    assert file.path is not None
+    dense = sum(tensor.nbytes for tensor in module.state_dict().values())
+    assert 0.98 * dense / 8 < file.path.stat().st_size <= dense / 8
+
+
+def test_compress_narrows_first(tmp_path: Path) -> None:
+    compress = Compress(size="1.5 KB", flops=0.6, stop=0.8)
+    file = CompressedCheckpoint(tmp_path)
+    module = fit(tmp_path, compress, file, module=Net())
+    assert module.body[0].weight.shape[0] < 40
+    assert file.path is not None
+    assert 1450 < file.path.stat().st_size <= 1500
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ({}, "Compress has no target: give it size=1/20"),
+        ({"flops": 0.5, "latency": 0.5}, "two targets for the same units"),
+        ({"size": 0.1, "engine": "openvino"}, "engine='openvino' measures a latency"),
+        ({"size": 20}, "write '20 B'"),
+        ({"flops": 2}, "keep_flops"),
+    ],
+)
+def test_targets_that_make_no_sense(targets: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Compress(**targets)  # type: ignore[arg-type]
