@@ -1,12 +1,14 @@
-"""One target for the whole network: a size, a number of multiply-adds, or a latency."""
+"""One target for the whole network: a size, multiply-adds, a latency, or a metric to keep."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 
+from fitsmall.callbacks.accuracy_floor import AccuracyFloor
 from fitsmall.callbacks.checkpoint import CompressedCheckpoint
 from fitsmall.callbacks.driver import StageGroup
+from fitsmall.callbacks.monitored import MonitoredMetric
 from fitsmall.callbacks.stages import ChannelPruning, SizeTarget
 
 __all__ = ["Compress"]
@@ -23,11 +25,14 @@ class Compress(StageGroup):
         Trainer(callbacks=[Compress(size=1/20), CompressedCheckpoint()])
         Trainer(callbacks=[Compress(flops=0.5)])
         Trainer(callbacks=[Compress(size="40 KB", latency=0.7, engine="openvino")])
+        Trainer(callbacks=[Compress(max_drop=0.005, monitor="val/error")])
 
     A size is reached by :class:`~fitsmall.compressors.training.SizeTarget`: zeros, levels and bits
     of all parameters at one price of a byte. Multiply-adds and latencies are reached by
     :class:`~fitsmall.compressors.training.ChannelPruning`: channels, heads and hidden units leave.
     With both, units leave in the first half of the window, and the file is made small in the other.
+    With ``max_drop`` the size is the smallest one that keeps a metric of held-out data
+    (:mod:`~fitsmall.callbacks.accuracy_floor`).
 
     Args:
         size: Most bytes of the file: a fraction of those of the module's state dict, such as
@@ -36,12 +41,19 @@ class Compress(StageGroup):
         latency: Fraction of the time of a forward pass that is left, in (0, 1).
         engine: Engine that latency is measured in, see
             :class:`~fitsmall.compressors.training.ChannelPruning`; by default ``"torch"``.
+        max_drop: Largest difference of a metric from the dense network's, in the metric's units:
+            0.005 is half a percentage point of an error rate in [0, 1].
+        monitor: Name of the metric, which validations log.
+        mode: ``"min"`` if it is an error, the default, or ``"max"`` if it is an accuracy.
+        dense: The dense network's metric. By default it is the best one before ``start``, which is
+            right for a network that is trained already.
         start: Fraction of training after which compression begins.
         stop: Fraction of training at which the target is reached; the rest makes up for it.
         exclude: Patterns of names of parameters to leave as they are.
 
     Raises:
         ValueError: There is no target, or two that contradict each other.
+        MisconfigurationException: Of the metric more is usually better, and ``mode`` is missing.
 
     Example:
         >>> [type(stage).__name__ for stage in Compress(size="40 KB", flops=0.5).stages]
@@ -54,16 +66,26 @@ class Compress(StageGroup):
         flops: float | None = None,
         latency: float | None = None,
         engine: str | None = None,
+        max_drop: float | None = None,
+        monitor: str = "val/error",
+        mode: Literal["min", "max"] | None = None,
+        dense: float | None = None,
         start: float = 0.05,
         stop: float = 0.85,
         exclude: str | Sequence[str] = (),
     ) -> None:
         super().__init__()
-        if size is None and flops is None and latency is None:
+        if all(target is None for target in (size, flops, latency, max_drop)):
             raise ValueError(
-                "Compress has no target: give it size=1/20, flops=0.5 or latency=0.5, or two of "
-                "them"
+                "Compress has no target: give it size=1/20, flops=0.5, latency=0.5 or "
+                "max_drop=0.005"
             )
+        if size is not None and max_drop is not None:
+            raise ValueError(
+                "Compress: size and max_drop both say how small the file becomes: give one of them"
+            )
+        if dense is not None and max_drop is None:
+            raise ValueError("Compress: dense is what max_drop is compared with, and none is given")
         if flops is not None and latency is not None:
             raise ValueError(
                 "Compress: flops and latency are two targets for the same units: give one of them"
@@ -72,7 +94,9 @@ class Compress(StageGroup):
             raise ValueError(f"Compress: engine={engine!r} measures a latency, and none is given")
         self.stages = []
         if flops is not None or latency is not None:
-            middle = stop if size is None else start + _CHANNELS * (stop - start)
+            middle = (
+                stop if size is None and max_drop is None else start + _CHANNELS * (stop - start)
+            )
             measured: dict[str, Any] = {} if engine is None else {"engine": engine}
             self.stages.append(
                 ChannelPruning(
@@ -85,8 +109,12 @@ class Compress(StageGroup):
                 )
             )
             start = middle
-        if size is not None:
-            self.stages.append(SizeTarget(size, start=start, stop=stop, exclude=exclude))
+        self.floor: AccuracyFloor | None = None
+        if size is not None or max_drop is not None:
+            target = SizeTarget(size, start=start, stop=stop, exclude=exclude)
+            self.stages.append(target)
+            if max_drop is not None:
+                self.floor = AccuracyFloor(target, MonitoredMetric(monitor, mode), max_drop, dense)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -95,3 +123,37 @@ class Compress(StageGroup):
             if isinstance(each, SizeTarget) and coders:
                 each.coder = coders[0]
         super().setup(trainer, pl_module, stage)
+        if self.floor is not None and stage == "fit" and not trainer.global_step:
+            self.floor.reset()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.floor is not None:
+            self.floor.begin(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if self.floor is not None:
+            self.floor.end_window(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.floor is not None and trainer.state.fn == "fit":
+            self.floor.show_levels_()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.floor is not None and trainer.state.fn == "fit":
+            self.floor.show_floats_()
+            self.floor.judge(trainer, pl_module.device)
+
+    def on_exception(self, *args: Any) -> None:
+        if self.floor is not None:
+            self.floor.show_floats_()
+
+    def on_train_end(self, *args: Any) -> None:
+        if self.floor is not None:
+            self.floor.report()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.floor is None else self.floor.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.floor is not None and state_dict:
+            self.floor.load_state_dict(state_dict)

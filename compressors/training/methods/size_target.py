@@ -29,10 +29,12 @@ __all__ = ["SizeTarget"]
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 # What a checkpoint saves besides clusters and statistics.
-_STATE = ("price", "ratio", "measure_at", "bytes", "dense")
+_STATE = ("price", "ratio", "measure_at", "bytes", "dense", "aim")
 
 # Part of the window in which the price rises; in the rest weights move to their levels.
 _TIGHTENING = 0.65
+# How far weights are on their way to their levels where the size has no schedule.
+_FOLLOWING = 0.5
 # Bits of a weight that the file may take when the window begins.
 _FIRST_BITS = 8.0
 # Part of the mean curvature of a tensor that is added to that of each of its weights.
@@ -68,7 +70,9 @@ class SizeTarget(SharedValues):
 
     Args:
         size: Of the file: a fraction of the bytes of the module's state dict, such as ``1/20``; or
-            text with a unit, such as ``"40 KB"`` (40,000 bytes) or ``"40 KiB"``.
+            text with a unit, such as ``"40 KB"`` (40,000 bytes) or ``"40 KiB"``. With None
+            :attr:`aim` is followed, which somebody else moves, and the last choice before the end
+            of the window stays.
         start: Fraction of training after which compression begins.
         stop: Fraction of training after which every weight has its level.
         start_step: The same in optimizer steps, instead of ``start``.
@@ -79,6 +83,7 @@ class SizeTarget(SharedValues):
         coder: Coder of the file, see :func:`~fitsmall.compressors.save`.
 
     Attributes:
+        aim: Bytes that the next choice may take, where there is no ``size``.
         price: Loss that a bit was worth at the last choice.
         bytes: Estimated size of the file at the last choice; at the end of the window its real one.
 
@@ -99,7 +104,7 @@ class SizeTarget(SharedValues):
 
     def __init__(
         self,
-        size: float | str,
+        size: float | str | None,
         start: float = 0.05,
         stop: float = 0.85,
         start_step: int | None = None,
@@ -111,16 +116,18 @@ class SizeTarget(SharedValues):
     ) -> None:
         super().__init__(start, stop, start_step, stop_step, every, include, exclude)
         self.size, self.coder = size, lookup("coder", coder, {name: name for name in CODER_NAMES})
-        _bytes(size, 1)  # checks it
+        if size is not None:
+            _bytes(size, 1)  # checks it
         self.statistics = Statistics(("squared_gradient",))
         self.module = nn.Module()
         self.masks: dict[str, Tensor] = {}
         self.price: float | None = None
-        self.ratio, self.measure_at, self.bytes, self.dense = 1.0, 0.0, 0, 0
+        self.ratio, self.measure_at, self.bytes, self.dense, self.aim = 1.0, 0.0, 0, 0, 0
         self.reset()
 
     def describe(self) -> str:
-        return f"a file of at most {self.target:,} bytes, of {self.dense:,}"
+        most = "as few bytes as possible" if self.size is None else f"at most {self.target:,} bytes"
+        return f"a file of {most}, of {self.dense:,}"
 
     def metrics(self) -> dict[str, float]:
         return {"price": self.price, "target_bytes": float(self.target)} if self.price else {}
@@ -128,7 +135,7 @@ class SizeTarget(SharedValues):
     @property
     def target(self) -> int:
         """Most bytes of the file."""
-        return _bytes(self.size, self.dense)
+        return self.aim if self.size is None else _bytes(self.size, self.dense)
 
     def strength(self, progress: float) -> float:
         return progress
@@ -146,7 +153,7 @@ class SizeTarget(SharedValues):
 
     def begin(self, horizon: float) -> None:
         self.statistics.begin()
-        if self.chosen_at is not None:
+        if self.chosen_at is not None or self.size is None:
             return
         zeros = {name: torch.zeros_like(tensor) for name, tensor in self.selection.chosen.items()}
         tensors = self._file(zeros, without=self.selection.waiting)
@@ -183,10 +190,12 @@ class SizeTarget(SharedValues):
     # Choice.
 
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
+        if self.size is None and strength == 1:
+            return
         ready = [name for name in weights if self.statistics.has_all(name)]
         samples = [self._sample(name, weights[name]) for name in ready]
         target, others = self._target_of(ready)
-        left = 1.0 - min(1.0, strength / _TIGHTENING)
+        left = 1.0 - min(1.0, strength / _TIGHTENING) if self.size is not None else 0.0
         first = others + _FIRST_BITS / 8 * sum(self.parameters[name].numel() for name in ready)
         budget = target + max(0.0, first - target) * left**3
 
@@ -199,7 +208,7 @@ class SizeTarget(SharedValues):
             found = self._within(target, weights, ready)
         else:
             found = self._cluster(weights, ready)
-            if strength >= self.measure_at:
+            if strength >= self.measure_at or self.size is None:
                 self.bytes = self._size(found)
                 self.ratio = 8 * (self.bytes - others) / bits(self.price)
                 self.measure_at = strength + _BETWEEN
@@ -362,18 +371,24 @@ class SizeTarget(SharedValues):
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
         if name in self.masks:
             _mask_(weight, self.masks[name])
-            super().project_(name, weight, _pull(strength))
+            super().project_(name, weight, self._pull(strength))
 
     def project_average_(self, name: str, average: Tensor, strength: float) -> None:
         _mask_(average, self.masks[name])
-        super().project_average_(name, average, _pull(strength))
+        super().project_average_(name, average, self._pull(strength))
+
+    def _pull(self, strength: float) -> float:
+        """Return how far weights are on their way to their levels."""
+        if self.size is None:
+            return 1.0 if strength == 1 else _FOLLOWING
+        return max(0.0, (strength - _TIGHTENING) / (1 - _TIGHTENING))
 
     # State.
 
     def reset(self) -> None:
         super().reset()
         self._forget()
-        self.masks, self.dense = {}, 0
+        self.masks, self.dense, self.aim = {}, 0, 0
         self.statistics.reset()
 
     def _forget(self) -> None:
@@ -390,11 +405,6 @@ class SizeTarget(SharedValues):
             setattr(self, name, value)
         self.masks = {name: self._mask(name) for name in self.clusterings}
         self.statistics.load_state_dict(choices, dict(module.named_parameters()))
-
-
-def _pull(strength: float) -> float:
-    """Return how far weights are on their way to their levels."""
-    return max(0.0, (strength - _TIGHTENING) / (1 - _TIGHTENING))
 
 
 def _mask_(weight: Tensor, mask: Tensor) -> None:

@@ -1,0 +1,209 @@
+"""The smallest file that keeps a metric: sizes are tried in training, and taken back."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from fitsmall.callbacks.averaging import EMA
+from fitsmall.callbacks.driver import plan_of
+from fitsmall.callbacks.monitored import MonitoredMetric
+from fitsmall.compressors.training.messages import inform, warn
+from fitsmall.compressors.training.methods.size_target import SizeTarget
+from fitsmall.compressors.training.sharding import local
+
+__all__ = ["AccuracyFloor"]
+
+# The first size, as a fraction of the dense one; each that holds is followed by a smaller one.
+_FIRST, _SMALLER = 0.2, 0.75
+# Validations that a size gets before it has failed.
+_CHANCES = 2
+# A size that failed is tried again once one holds that is so near to it: training has gone on.
+_NEAR = 1.05
+
+
+class AccuracyFloor:
+    """Move the size that a stage aims at, so that a metric stays within a tolerance.
+
+    The metric of the dense network is its best value before the stage begins. From then on every
+    validation sees the weights at their levels, as the file would have them. If the metric is
+    within the tolerance, the network is remembered, and a smaller size is tried: three quarters of
+    it, or the geometric mean with the smallest size that has failed. If the metric is beyond the
+    tolerance twice in a row, the size has failed: the network goes back to the one that was
+    remembered, and the size lies between the two. At the end of the window the smallest one that
+    held is taken.
+
+    Args:
+        stage: Stage without a size of its own.
+        metric: Metric that validations log.
+        max_drop: Largest difference from the dense network's metric, in the metric's units.
+        dense: The dense network's metric, if it is known.
+    """
+
+    def __init__(
+        self, stage: SizeTarget, metric: MonitoredMetric, max_drop: float, dense: float | None
+    ) -> None:
+        if not (isinstance(max_drop, int | float) and max_drop >= 0):
+            raise ValueError(
+                "Compress: max_drop is a difference of at least 0, in units of the metric, got "
+                f"{max_drop!r}"
+            )
+        self.stage, self.metric, self.max_drop, self.given = stage, metric, max_drop, dense
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything of an earlier training."""
+        self.dense = math.inf if self.given is None else self.metric.loss(self.given)
+        self.failed = 0.0  # smallest size that failed lately, in bytes
+        self.chances = _CHANCES
+        self.good: dict[str, Any] = {}
+        self.last = math.nan
+        self._floats: dict[str, Tensor] = {}
+
+    @property
+    def limit(self) -> float:
+        """Largest loss that is within the tolerance."""
+        return self.dense + self.max_drop
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Check that the Trainer can keep a floor.
+
+        Raises:
+            MisconfigurationException: It cannot.
+        """
+        if any(isinstance(callback, EMA) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "Compress: max_drop looks at the weights that train, and EMA shows validations an "
+                "average: leave EMA out, or give a size"
+            )
+        if not trainer.enable_validation:
+            raise MisconfigurationException(
+                "Compress: max_drop needs validations: give fit a validation loader, and the "
+                "module a validation_step"
+            )
+        if not self.stage.aim:
+            self.stage.aim = int(_FIRST * self.stage.dense)
+
+    @torch.no_grad()
+    def show_levels_(self) -> None:
+        """Move the weights to their levels, for a validation."""
+        for name in self.stage.clusterings:
+            weight = local(self.stage.parameters[name])
+            self._floats[name] = weight.detach().clone()
+            self.stage.project_average_(name, weight, 1.0)
+
+    @torch.no_grad()
+    def show_floats_(self) -> None:
+        """Move the weights back."""
+        for name, floats in self._floats.items():
+            local(self.stage.parameters[name]).copy_(floats)
+        self._floats = {}
+
+    def judge(self, trainer: pl.Trainer, device: torch.device) -> None:
+        """Take note of a validation, and choose the next size.
+
+        Raises:
+            MisconfigurationException: The metric was not logged, or never before the stage began.
+        """
+        value = self.metric.validated(trainer)
+        plan, stage = plan_of(trainer), self.stage
+        if value is None or plan is None:
+            return
+        mean = trainer.strategy.reduce(torch.tensor(value, device=device))
+        loss = self.last = self.metric.loss(float(mean))
+        if not stage.clusterings:
+            if self.given is None:
+                self.dense = min(self.dense, loss)
+            self.good = {"bytes": stage.dense, "metric": value, **self._network({})}
+            return
+        if math.isinf(self.dense):
+            raise MisconfigurationException(
+                f"Compress: no validation before step {stage.window.first:,} tells what "
+                f"{self.metric.name} is without compression: validate earlier "
+                "(Trainer(val_check_interval=...)), begin later (start=...), or give dense=..."
+            )
+        if plan.clock.now >= stage.window.last:
+            return
+        size = stage.bytes
+        if loss <= self.limit:
+            self.good = {"bytes": size, "metric": value, **self._network(plan.latents())}
+            self.chances = _CHANCES
+            if self.failed < _NEAR * size and self.failed:
+                self.failed = 0.0
+            stage.aim = int(math.sqrt(size * self.failed) if self.failed else _SMALLER * size)
+        else:
+            self.chances -= 1
+            if self.chances:
+                return
+            self.failed, self.chances = float(size), _CHANCES
+            self.restore_(plan.latents())
+            stage.aim = int(math.sqrt(size * self.good.get("bytes", stage.dense)))
+        inform(
+            f"Compress: {size:,} bytes {'keep' if loss <= self.limit else 'do not keep'} "
+            f"{self.metric.name}, {value:.4g} against {self.metric.loss(self.dense):.4g}; next "
+            f"{stage.aim:,}"
+        )
+
+    def end_window(self, trainer: pl.Trainer) -> None:
+        """Go back to the smallest network that held, just before the window ends."""
+        plan = plan_of(trainer)
+        if plan is not None and plan.clock.now == self.stage.window.last - 1:
+            self.restore_(plan.latents())
+
+    def report(self) -> None:
+        """Tell what was reached, when training ends."""
+        value, dense = self.metric.loss(self.last), self.metric.loss(self.dense)
+        if not self.good.get("clusterings"):
+            warn(
+                f"Compress: no size kept {self.metric.name} within {self.max_drop:g} of "
+                f"{dense:.4g}: the network is not compressed; allow a larger max_drop, train "
+                "longer, or validate more often"
+            )
+        elif not self.last <= self.limit:
+            warn(
+                f"Compress: {self.metric.name} is {value:.4g} at the end, beyond {self.max_drop:g} "
+                f"of {dense:.4g}; it was {self.good['metric']:.4g} when the size was chosen"
+            )
+        else:
+            inform(
+                f"Compress: {self.good['bytes']:,} bytes at a {self.metric.name} of {value:.4g}, "
+                f"within {self.max_drop:g} of {dense:.4g}"
+            )
+
+    def _network(self, latents: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return a copy of the weights, of their latents, and of what was chosen for them."""
+        stage = self.stage
+        return {
+            "weights": {name: w.detach().clone() for name, w in stage.selection.chosen.items()},
+            "latents": {name: latent.clone() for name, latent in latents.items()},
+            "clusterings": {name: dict(mine) for name, mine in stage.clusterings.items()},
+            "masks": dict(stage.masks),
+        }
+
+    @torch.no_grad()
+    def restore_(self, latents: Mapping[str, Tensor]) -> None:
+        """Bring back the network that was remembered, if there is one."""
+        if not self.good:
+            return
+        for name, weight in self.good["weights"].items():
+            self.stage.selection.chosen[name].copy_(weight)
+        for name, latent in latents.items():
+            latent.copy_(self.good["latents"].get(name, self.good["weights"][name]))
+        self.stage.clusterings = {n: dict(mine) for n, mine in self.good["clusterings"].items()}
+        self.stage.masks = dict(self.good["masks"])
+        self.stage.bytes = self.good["bytes"]
+
+    _SAVED = ("dense", "failed", "chances", "good", "last")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint saves; the network that was remembered among it."""
+        return {name: getattr(self, name) for name in self._SAVED}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the state that :meth:`state_dict` returned."""
+        for name in self._SAVED:
+            setattr(self, name, state[name])
