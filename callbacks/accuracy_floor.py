@@ -12,6 +12,7 @@ from torch import Tensor
 from fitsmall.callbacks.averaging import EMA
 from fitsmall.callbacks.driver import plan_of
 from fitsmall.callbacks.monitored import MonitoredMetric
+from fitsmall.callbacks.outcomes import Outcome
 from fitsmall.compressors.training.messages import inform, warn
 from fitsmall.compressors.training.methods.size_target import SizeTarget
 from fitsmall.compressors.training.sharding import local
@@ -173,6 +174,13 @@ class AccuracyFloor:
                 f"Compress: {self.good['bytes']:,} bytes at a {self.metric.name} of {value:.4g}, "
                 f"within {self.max_drop:g} of {dense:.4g}"
             )
+
+    def outcome(self) -> Outcome:
+        """Return what became of the metric, after training."""
+        value, dense = self.metric.loss(self.last), self.metric.loss(self.dense)
+        met = self.last <= self.limit and bool(self.good.get("clusterings"))
+        wanted = f"within {self.max_drop:g} of {dense:.4g}"
+        return Outcome(self.metric.name, wanted, f"{value:.4g}", met)
 
     def _network(self, latents: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return a copy of the weights, of their latents, and of what was chosen for them."""

@@ -9,12 +9,15 @@ from fitsmall.callbacks.accuracy_floor import AccuracyFloor
 from fitsmall.callbacks.checkpoint import CompressedCheckpoint
 from fitsmall.callbacks.driver import StageGroup
 from fitsmall.callbacks.monitored import MonitoredMetric
+from fitsmall.callbacks.outcomes import Outcome
 from fitsmall.callbacks.stages import ChannelPruning, SizeTarget
 
 __all__ = ["Compress"]
 
 # Part of the window in which channels leave, where the file has a target as well.
 _CHANNELS = 0.5
+# Latency varies from one measurement to the next.
+_LATENCY_TOLERANCE = 0.05
 
 
 class Compress(StageGroup):
@@ -115,6 +118,29 @@ class Compress(StageGroup):
             self.stages.append(target)
             if max_drop is not None:
                 self.floor = AccuracyFloor(target, MonitoredMetric(monitor, mode), max_drop, dense)
+
+    def outcome(self, size: int) -> list[Outcome]:
+        """Return what became of each target, after training.
+
+        Args:
+            size: Bytes of the file.
+        """
+        outcomes = []
+        for stage in self.stages:
+            if isinstance(stage, ChannelPruning):
+                for name, most in (("flops", stage.keep_flops), ("latency", stage.keep_latency)):
+                    if most is not None:
+                        left, slack = stage.left[name], _LATENCY_TOLERANCE * (name == "latency")
+                        met = left <= most * (1 + slack)
+                        outcomes.append(Outcome(name, f"at most {most:g}", f"{left:.3f}", met))
+            elif isinstance(stage, SizeTarget):
+                free = stage.size is None
+                most_bytes = "the fewest bytes" if free else f"at most {stage.target:,} bytes"
+                met = free or size <= stage.target
+                outcomes.append(Outcome("file", most_bytes, f"{size:,} bytes", met))
+        if self.floor is not None:
+            outcomes.append(self.floor.outcome())
+        return outcomes
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]

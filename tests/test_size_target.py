@@ -3,10 +3,13 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from fitsmall.callbacks import Compress, CompressedCheckpoint, SizeTarget
@@ -14,7 +17,7 @@ from fitsmall.compressors import save
 from fitsmall.compressors.choices.entropy_constrained import cluster, price_within
 from fitsmall.compressors.codes.exact import exact
 from fitsmall.compressors.training import Plan
-from training import Net, fit
+from training import Net, fit, loader, trainer, validation
 
 
 def matrix(seed: int = 0, shape: tuple[int, int] = (40, 60)) -> np.ndarray:
@@ -164,7 +167,7 @@ def test_what_is_left_out_counts() -> None:
         train(net, SizeTarget("2 KB", exclude="0.weight"))
 
 
-@pytest.mark.parametrize("size", [40, 1, 0, -0.1, "40", "a lot", "5 PB", "1/0", None])
+@pytest.mark.parametrize("size", [40, 1, 0, -0.1, "40", "a lot", "5 PB", "1/0"])
 def test_sizes_without_a_meaning(size: object) -> None:
     with pytest.raises(ValueError, match="SizeTarget: a size is a fraction of the dense bytes"):
         SizeTarget(size)  # type: ignore[arg-type]
@@ -192,6 +195,9 @@ def test_compress_narrows_first(tmp_path: Path) -> None:
     [
         ({}, "Compress has no target: give it size=1/20"),
         ({"flops": 0.5, "latency": 0.5}, "two targets for the same units"),
+        ({"size": 0.1, "max_drop": 0.1}, "both say how small the file becomes"),
+        ({"max_drop": -1}, "max_drop is a difference of at least 0"),
+        ({"size": 0.1, "dense": 0.2}, "dense is what max_drop is compared with"),
         ({"size": 0.1, "engine": "openvino"}, "engine='openvino' measures a latency"),
         ({"size": 20}, "write '20 B'"),
         ({"flops": 2}, "keep_flops"),
@@ -200,3 +206,66 @@ def test_compress_narrows_first(tmp_path: Path) -> None:
 def test_targets_that_make_no_sense(targets: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Compress(**targets)  # type: ignore[arg-type]
+
+
+class Validated(Net):
+    """A network whose metric the test decides."""
+
+    def __init__(self, errors: Callable[[int], float]) -> None:
+        super().__init__()
+        self.errors = errors
+        self.seen: list[int] = []
+        self.path = Path()
+
+    def validation_step(self, batch: list[Tensor], _: int) -> None:
+        size = len(self.body[0].weight[self.body[0].weight != 0].unique())
+        self.seen.append(size)
+        self.log("val/error", self.errors(size))
+
+
+def floor_run(
+    tmp_path: Path, errors: Callable[[int], float], **settings: Any
+) -> tuple[Validated, Compress]:
+    pl.seed_everything(0)
+    compress = Compress(max_drop=0.01, **{"start": 0.1, "stop": 0.8} | settings)
+    module, file = Validated(errors), CompressedCheckpoint(tmp_path)
+    runner = trainer(tmp_path, compress, file, max_epochs=30, num_sanity_val_steps=0)
+    runner.fit(module, loader(), validation())
+    assert file.path is not None
+    module.path = file.path
+    return module, compress
+
+
+def test_validations_see_levels_and_training_goes_on_with_floats(tmp_path: Path) -> None:
+    module, compress = floor_run(tmp_path, lambda levels: 0.1)
+    assert module.seen[0] > 1000
+    assert all(levels < 255 for levels in module.seen[3:])
+    assert module.path.stat().st_size < 2500  # nothing held it up
+    assert compress.outcome(2000)[-1].met
+
+
+def test_a_size_that_loses_the_metric_is_taken_back(tmp_path: Path) -> None:
+    """With fewer than eight levels the error is worse."""
+    module, compress = floor_run(tmp_path, lambda levels: 0.1 if levels >= 8 else 0.2)
+    assert min(module.seen) < 8
+    assert module.seen[-1] >= 8
+    floor = compress.floor
+    assert floor.good["bytes"] == pytest.approx(module.path.stat().st_size, rel=0.02)
+    assert all(row.met for row in compress.outcome(module.path.stat().st_size))
+
+
+def test_a_network_that_loses_at_once_stays_dense(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no size kept val/error within 0.01 of 0.1"):
+        module, compress = floor_run(tmp_path, lambda levels: 0.1 if levels > 300 else 0.9)
+    assert module.seen[-1] > 1000
+    assert not compress.floor.outcome().met
+
+
+def test_the_dense_metric_has_to_be_known(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="no validation before step"):
+        floor_run(tmp_path, lambda levels: 0.1, start=0.0)
+
+
+def test_an_accuracy_needs_a_mode() -> None:
+    with pytest.raises(MisconfigurationException, match="more is usually better"):
+        Compress(max_drop=0.01, monitor="val/acc")

@@ -208,11 +208,11 @@ def price_within(bits: Callable[[float], float], budget: float, near: float | No
     """
     low = high = near or 1e-6
     while bits(high) > budget:
-        low, high = high, 8 * high
+        low, high = high, 2 * high
         if high > 1e30:
             raise ValueError(f"at least {bits(high):,.0f} bits are needed, and {budget:,.0f} given")
     while low == high or bits(low) <= budget:
-        low, high = low / 8, low
+        low, high = low / 2, low
         if low < 1e-40:
             return high
     while high > 1.02 * low:

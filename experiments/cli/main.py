@@ -42,11 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     wants_traceback = bool(os.environ.get("HYDRA_FULL_ERROR"))
-    if words[:1] in (["train"], ["complete"]):
+    if words[:1] in (["train"], ["compress"], ["complete"]):
         _import_from_working_directory()
     try:
         if words[:1] == ["train"]:
             _train(words[1:])
+        elif words[:1] == ["compress"]:
+            _compress(words[1:])
         elif words == ["complete"]:  # asked by the shell
             (commands,) = (a for a in _parser()._actions if a.choices)
             complete(list(commands.choices or ()))
@@ -79,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     # Only for the list of commands: Hydra reads the words after `train`.
     commands.add_parser("train", help="train and compress a network, or a sweep of networks")
+    commands.add_parser("compress", help="compress a trained network to a target")
     new = commands.add_parser("new", help="start a project with your own network and data")
     new.add_argument("folder", type=Path, metavar="PROJECT", help="folder to create")
     new.set_defaults(run=_new)
@@ -206,6 +209,19 @@ def _train(overrides: list[str]) -> None:
         train()
     finally:
         os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _compress(words: list[str]) -> None:
+    """Fine-tune a trained network to a target; end with status 1 if the target was missed."""
+    from fitsmall.experiments.cli.compress import HELP, folder_of, missed, training_words
+
+    if not words or {"-h", "--help"} & {*words}:
+        print(HELP)
+        return
+    overrides = training_words(words)
+    _train(overrides)
+    if missed(folder_of(overrides)):
+        sys.exit(1)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -347,7 +363,7 @@ def _one_line(error: Exception, words: list[str]) -> str:
     if is_vague and error.__cause__:
         return " ".join(str(error.__cause__).split())
     message = str(error).partition("Config search path")[0]
-    if words[:1] == ["train"] and (hint := suggest(message, words[1:])):
+    if words[:1] in (["train"], ["compress"]) and (hint := suggest(message, words[1:])):
         own = message.partition("To append")[0].partition("Available options")[0]
         message = own.strip().rstrip(".") + hint
     return " ".join(message.split())

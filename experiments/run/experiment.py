@@ -21,10 +21,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
-from fitsmall.callbacks import CompressedCheckpoint
+from fitsmall.callbacks import Compress, CompressedCheckpoint
+from fitsmall.callbacks.outcomes import targets_table
 from fitsmall.compressors import Report, restore
 from fitsmall.experiments.run.fingerprint import fingerprint
 from fitsmall.experiments.run.folder import write_json
+from fitsmall.experiments.run.initial_weights import load_weights
 from fitsmall.experiments.run.loggers import finish_wandb, log_configuration, log_result
 from fitsmall.experiments.run.metric_format import describe_metric, format_metric
 from fitsmall.experiments.run.picture import draw_run
@@ -114,6 +116,10 @@ def _train_and_measure(
     }
     if checkpoint.report is not None:  # rank zero
         result |= _sizes(checkpoint.report)
+        for compress in (c for c in callbacks if isinstance(c, Compress)):
+            outcome = compress.outcome(checkpoint.report.total)
+            result["targets_met"] = all(row.met for row in outcome)
+            print(f"\n{targets_table(outcome)}")
         write_json(folder / "result.json", result)
         _remove_resume_checkpoints(folder)
         marks = {"compressed": (result["bytes"], error)}
@@ -196,10 +202,28 @@ def fit(
     else:
         resume = None
         if config.init is not None:
-            restore(model, config.init)
+            load_weights(model, config.init)
+            _measure_dense(config, model, data, callbacks)
     log_configuration(loggers, config)
     trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
     return trainer, timer.time_elapsed()
+
+
+def _measure_dense(
+    config: DictConfig, model: pl.LightningModule, data: Any, callbacks: list[pl.Callback]
+) -> None:
+    """Tell callbacks that keep a metric what it is before training."""
+    floors = [c.floor for c in callbacks if isinstance(c, Compress) and c.floor is not None]
+    if all(floor.given is not None for floor in floors):
+        return
+    plain = instantiate(config.trainer, _partial_=True)(
+        callbacks=[], logger=False, enable_checkpointing=False
+    )
+    loaders = plain.validate(model, datamodule=data, verbose=False)
+    metrics = {name: value for loader in loaders for name, value in loader.items()}
+    for floor in floors:
+        floor.given = metrics.get(floor.metric.name, floor.given)
+        floor.reset()
 
 
 def _reload_curve(loggers: list[Any], step: int) -> None:

@@ -33,6 +33,8 @@ _STATE = ("price", "ratio", "measure_at", "bytes", "dense", "aim")
 
 # Part of the window in which the price rises; in the rest weights move to their levels.
 _TIGHTENING = 0.65
+# Where the size has no schedule, it is at least so many times what is not compressed.
+_NEAREST = 1.1
 # How far weights are on their way to their levels where the size has no schedule.
 _FOLLOWING = 0.5
 # Bits of a weight that the file may take when the window begins.
@@ -229,6 +231,8 @@ class SizeTarget(SharedValues):
         mine = sum(self.parameters[name].numel() for name in names)
         all_of_them = mine + sum(parameter.numel() for parameter in late.values())
         target = others + (self.target - others) * mine / all_of_them
+        if self.size is None:
+            target = max(target, _NEAREST * others)
         if others >= target:
             raise ValueError(
                 f"SizeTarget: a file of {self.target:,} bytes cannot be reached: what is not "

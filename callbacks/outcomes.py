@@ -1,0 +1,41 @@
+"""Targets, and what training made of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Outcome", "targets_table"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A target, and what training made of it.
+
+    Args:
+        target: What it is about.
+        wanted: Text of what was asked for.
+        reached: Text of what is there.
+        met: Whether that is enough.
+    """
+
+    target: str
+    wanted: str
+    reached: str
+    met: bool
+
+
+def targets_table(outcomes: Sequence[Outcome]) -> str:
+    """Return a table of targets.
+
+    Example:
+        >>> print(targets_table([Outcome("file", "at most 400 bytes", "398 bytes", True)]))
+        target  wanted             reached    met
+        file    at most 400 bytes  398 bytes  yes
+    """
+    rows = [("target", "wanted", "reached", "met")]
+    rows += [(o.target, o.wanted, o.reached, "yes" if o.met else "no") for o in outcomes]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
+    return "\n".join(row.rstrip() for row in padded)

@@ -1,0 +1,81 @@
+"""The command ``fitsmall compress``: a trained network, and a target for it."""
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["HELP", "folder_of", "missed", "training_words"]
+
+_TARGETS = ("size", "flops", "latency", "engine", "max_drop", "monitor", "mode", "dense")
+
+HELP = """usage: fitsmall compress CHECKPOINT TARGET ... [SETTING ...]
+
+Fine-tune a trained network until it meets a target, and write the compressed file.
+
+CHECKPOINT is a checkpoint of Lightning or a state dict (.ckpt, .pt), safetensors, or a
+.fitsmall file.
+
+Targets
+  size=1/20           the file is at most a twentieth of the dense bytes; or size='40 KB'
+  max_drop=0.005      the smallest file that loses at most half a point of monitor=val/error
+  flops=0.5           half of the multiply-adds
+  latency=0.5         half of the time of a forward pass, in engine=openvino
+
+Settings are those of `fitsmall train`: which network and data, the learning rate, the epochs.
+
+Examples
+  fitsmall compress model.ckpt --config-dir configs experiment=mine size=1/20
+  fitsmall compress dense.fitsmall data=mnist model=lenet300 max_drop=0.002 trainer.max_epochs=9
+
+The exit status is 1 if a target was missed."""
+
+
+def training_words(words: Sequence[str]) -> list[str]:
+    """Return the words of ``fitsmall train`` that compress a checkpoint.
+
+    Args:
+        words: The checkpoint, targets, and settings of ``fitsmall train``.
+
+    Raises:
+        ValueError: The first word is no checkpoint, or there is no target.
+
+    Example:
+        >>> training_words(["a.ckpt", "size=1/20", "hydra.run.dir=b"])[3:]
+        ["callbacks.compress.size='1/20'", 'hydra.run.dir=b']
+    """
+    checkpoint, *others = words
+    if "=" in checkpoint or checkpoint.startswith("-"):
+        raise ValueError(
+            f"fitsmall compress takes a checkpoint first, as in fitsmall compress model.ckpt "
+            f"size=1/20, and got {checkpoint}"
+        )
+    named = {name: word for word in others if (name := word.partition("=")[0]) in _TARGETS}
+    if not {"size", "flops", "latency", "max_drop"} & named.keys():
+        raise ValueError(
+            "fitsmall compress has no target: name one, such as size=1/20 or max_drop=0.005"
+        )
+    mapped = [_setting(word) if word in named.values() else word for word in others]
+    if not any(word.startswith("hydra.run.dir=") for word in others):
+        mapped.append(f"hydra.run.dir=runs/compress_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+    quoted = str(Path(checkpoint).resolve()).replace("'", r"\'")
+    return [f"init='{quoted}'", "callbacks=[compress]", "reference=false", *mapped]
+
+
+def folder_of(overrides: Sequence[str]) -> Path:
+    """Return the folder of the run that these words train."""
+    word = next(word for word in overrides if word.startswith("hydra.run.dir="))
+    return Path(word.partition("=")[2].strip("'\""))
+
+
+def missed(folder: Path) -> bool:
+    """Return whether a finished run missed a target."""
+    result = json.loads((folder / "result.json").read_text())
+    return not result["targets_met"]
+
+
+def _setting(word: str) -> str:
+    name, _, value = word.partition("=")
+    is_number = re.fullmatch(r"[\d.]+", value)
+    return f"callbacks.compress.{name}={value if is_number else repr(value)}"
