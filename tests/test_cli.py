@@ -50,7 +50,11 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
             "add checkpoint to callbacks@observers",
         ),
         (["train", "trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
-        (["train", "init=nowhere.fitsmall", *QUICK], "nowhere.fitsmall"),
+        (["train", "init=nowhere.fitsmall", *QUICK], "nowhere.fitsmall is no file"),
+        (["compress", "size=1/20"], "takes a checkpoint first"),
+        (["compress", "a.ckpt", "trainer.max_epochs=3"], "has no target: name one"),
+        (["compress", "nowhere.ckpt", "size=1/20", *QUICK], "nowhere.ckpt is no file"),
+        (["compress", "nowhere.ckpt", "size=40", *QUICK], "for bytes write '40 B'"),
         (["train", "-m", "hydra/sweeper=search"], "nothing to search: give an interval"),
         (
             ["train", "-m", "experiment=search_compression", "hydra/sweeper=grids"],
@@ -79,7 +83,7 @@ def test_mistakes_get_one_line(
         "hydra/hydra_logging=none",
     ]
     with pytest.raises(SystemExit) as exit:
-        main(words + quiet * (words[0] == "train"))
+        main(words + quiet * (words[0] in ("train", "compress")))
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -96,10 +100,29 @@ def test_help_helps(capsys: pytest.CaptureFixture[str]) -> None:
     below = capsys.readouterr().out
     for part in (
         "experiment=deep_compression",
-        "callbacks: channels, checkpoint, ema, guard, learn, monitor",
+        "callbacks: channels, checkpoint, compress, ema, guard, learn",
         "data: cifar10, digits, mnist",
     ):
         assert part in below
+
+
+def test_a_trained_network_is_compressed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, first, second = (tmp_path / name for name in ("dense", "first", "second"))
+    quick = [*QUICK, "trainer.max_epochs=4", "reference=false"]
+    main(["train", "callbacks=[]", *quick, f"hydra.run.dir={dense}"])
+    main(["compress", f"{dense}/model.fitsmall", "size=1/25", *quick, f"hydra.run.dir={first}"])
+    assert 8000 < (first / "model.fitsmall").stat().st_size <= 202440 // 25
+    assert "at most 8,097 bytes" in capsys.readouterr().out
+    # A dense network that was perfect cannot be kept up with.
+    main(["decompress", f"{dense}/model.fitsmall", "-o", f"{tmp_path}/dense.safetensors"])
+    words = ["max_drop=0", "dense=0", *quick, "+trainer.val_check_interval=6"]
+    with pytest.raises(SystemExit) as exit:
+        main(["compress", f"{tmp_path}/dense.safetensors", *words, f"hydra.run.dir={second}"])
+    assert exit.value.code == 1
+    assert not json.loads((second / "result.json").read_text())["targets_met"]
+    assert "within 0 of 0" in capsys.readouterr().out
 
 
 def test_a_users_own_configuration_and_module(tmp_path: Path) -> None:
