@@ -21,7 +21,8 @@ class CompressionMonitor(pl.Callback):
     """A callback that logs the estimated size of the file, sparsity, clusters, bits and more.
 
     ====================================  =======================================================
-    ``compression/bytes``                 size of the file that the weights would make now
+    ``compression/bytes``                 size of the file that the weights would make now, with
+                                          ``SizeTarget`` at the levels that were chosen last
     ``compression/ratio``                 bytes of the plain state dict over that
     ``compression/sparsity``              fraction of zeros in the weights that stages act on
     ``compression/distance``              ``||u - w|| / ||u||``: latent against projected weights
@@ -31,6 +32,8 @@ class CompressionMonitor(pl.Callback):
     ``compression/rank/<parameter>``      its rank, while ranks are learned
     ``compression/flops``                 multiply-adds that the ranks leave, as a fraction
     ``compression/size``                  parameters that the ranks leave, as a fraction
+    ``compression/price``                 loss that a bit is worth, with ``SizeTarget``
+    ``compression/target_bytes``          size of the file that it aims at
     ====================================  =======================================================
 
     They go to the Trainer's logger and to ``trainer.callback_metrics``, so that ``ModelCheckpoint``

@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fitsmall.compressors.training import GradualPruning, Plan
+from fitsmall.compressors.training import GradualPruning, Plan, Stage
 from fitsmall.experiments.data.sources import mnist
 from fitsmall.experiments.data.text import StandardLibrary
 from fitsmall.experiments.models.networks import MLP, LeNet5
 
-__all__ = ["NETWORKS", "PAIRS", "main", "train"]
+__all__ = ["NETWORKS", "PAIRS", "Batch", "Task", "main", "train"]
 
 STEPS = 300
 SPARSITIES = (0.5, 0.8, 0.9)
@@ -127,15 +127,14 @@ def _loss(net: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def train(
-    task: Task, data: tuple[Batch, Batch], seed: int, sparsity: float, pair: tuple[str, str] | None
-) -> float:
-    """Train, pruned or dense, and return the held-out loss in nats."""
+    task: Task, data: tuple[Batch, Batch], seed: int, stages: Sequence[Stage]
+) -> tuple[nn.Module, float]:
+    """Train with these stages, and return the network and its held-out loss in nats."""
     torch.manual_seed(seed)
     net = task.make()
     (inputs, targets), held_out = data
     optimizer = torch.optim.Adam(net.parameters(), lr=task.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    stages = [GradualPruning(sparsity, *pair, every=10)] if pair else []
     plan = Plan(stages, net)
     plan.hook([optimizer])
     plan.begin(STEPS)
@@ -154,7 +153,7 @@ def train(
         losses = [
             _loss(net, x, y) for x, y in zip(*(part.split(200) for part in held_out), strict=True)
         ]
-    return float(torch.stack(losses).mean())
+    return net, float(torch.stack(losses).mean())
 
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
@@ -209,8 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     continue
                 start = time.perf_counter()
                 criterion, _, allocation = pair.partition("/")
-                chosen = (criterion, allocation) if allocation else None
-                loss = train(task, data, seed, sparsity, chosen)
+                pruning = [GradualPruning(sparsity, criterion, allocation, every=10)]
+                _, loss = train(task, data, seed, pruning if allocation else [])
                 cell = {"network": network, "seed": seed, "sparsity": sparsity, "pair": pair}
                 found = {**cell, "loss": loss}
                 results.append(found)

@@ -21,7 +21,7 @@ from fitsmall.compressors.file.writer import coded_size
 from fitsmall.compressors.naming import lookup
 from fitsmall.compressors.training.messages import inform
 from fitsmall.compressors.training.methods.shared_values import ZERO, SharedValues
-from fitsmall.compressors.training.sharding import local, whole
+from fitsmall.compressors.training.sharding import local, of_first, whole
 from fitsmall.compressors.training.statistics import Statistics
 
 __all__ = ["SizeTarget"]
@@ -132,7 +132,11 @@ class SizeTarget(SharedValues):
         return f"a file of {most}, of {self.dense:,}"
 
     def metrics(self) -> dict[str, float]:
-        return {"price": self.price, "target_bytes": float(self.target)} if self.price else {}
+        if not self.price or not self.bytes:
+            return {}
+        # Of the file that the chosen levels would make, whether weights have reached them or not.
+        sizes = {"bytes": float(self.bytes), "ratio": self.dense / self.bytes}
+        return {"price": self.price, "target_bytes": float(self.target), **sizes}
 
     @property
     def target(self) -> int:
@@ -330,7 +334,8 @@ class SizeTarget(SharedValues):
         return -kept.view(local(self.parameters[name]).shape).to(torch.int8)
 
     def _coded(self, tensors: Mapping[str, Tensor]) -> int:
-        return coded_size(tensors, self.coder)
+        """Return the bytes of a file, the same on every process: buffers may differ."""
+        return of_first(coded_size(tensors, self.coder))
 
     def _file(
         self, changed: Mapping[str, Tensor], without: Mapping[str, nn.Parameter]
