@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from fitsmall.callbacks.averaging import EMA
@@ -15,6 +16,7 @@ from fitsmall.callbacks.monitored import MonitoredMetric
 from fitsmall.callbacks.outcomes import Outcome
 from fitsmall.compressors.training.messages import inform, warn
 from fitsmall.compressors.training.methods.size_target import SizeTarget
+from fitsmall.compressors.training.plan import Plan
 from fitsmall.compressors.training.sharding import local
 
 __all__ = ["AccuracyFloor"]
@@ -86,8 +88,27 @@ class AccuracyFloor:
                 "Compress: max_drop needs validations: give fit a validation loader, and the "
                 "module a validation_step"
             )
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise MisconfigurationException(
+                "Compress: max_drop remembers whole networks, and this training shards them: give "
+                "a size, or use one device or DDP"
+            )
         if not self.stage.aim:
             self.stage.aim = int(_FIRST * self.stage.dense)
+        first = self.stage.window.first
+        batches = trainer.val_check_batch  # None if the time decides
+        if math.isinf(self.dense) and not self.stage.clock.steps and batches is not None:
+            epochs = (trainer.check_val_every_n_epoch or 1) - 1
+            batches += epochs * trainer.num_training_batches if epochs else 0
+            if first < batches / trainer.accumulate_grad_batches < math.inf:
+                raise self._unknown(first)
+
+    def _unknown(self, first: int) -> MisconfigurationException:
+        return MisconfigurationException(
+            f"Compress: no validation before step {first:,} tells what {self.metric.name} is "
+            "without compression: validate earlier (Trainer(val_check_interval=...)), begin later "
+            "(start=...), or give dense=..."
+        )
 
     @torch.no_grad()
     def show_levels_(self) -> None:
@@ -95,7 +116,7 @@ class AccuracyFloor:
         for name in self.stage.clusterings:
             weight = local(self.stage.parameters[name])
             self._floats[name] = weight.detach().clone()
-            self.stage.project_average_(name, weight, 1.0)
+            weight.copy_(self.stage.levels(name))
 
     @torch.no_grad()
     def show_floats_(self) -> None:
@@ -116,24 +137,20 @@ class AccuracyFloor:
             return
         mean = trainer.strategy.reduce(torch.tensor(value, device=device))
         loss = self.last = self.metric.loss(float(mean))
-        if not stage.clusterings:
+        if plan.clock.now <= stage.window.first:
             if self.given is None:
                 self.dense = min(self.dense, loss)
-            self.good = {"bytes": stage.dense, "metric": value, **self._network({})}
+            self.good = self._network(plan, stage.dense, value)
             return
         if math.isinf(self.dense):
-            raise MisconfigurationException(
-                f"Compress: no validation before step {stage.window.first:,} tells what "
-                f"{self.metric.name} is without compression: validate earlier "
-                "(Trainer(val_check_interval=...)), begin later (start=...), or give dense=..."
-            )
-        if plan.clock.now >= stage.window.last:
+            raise self._unknown(stage.window.first)
+        if plan.clock.now >= stage.window.last or not stage.clusterings:
             return
         size = stage.bytes
         if loss <= self.limit:
-            self.good = {"bytes": size, "metric": value, **self._network(plan.latents())}
+            self.good = self._network(plan, size, value)
             self.chances = _CHANCES
-            if self.failed < _NEAR * size and self.failed:
+            if size < _NEAR * self.failed:
                 self.failed = 0.0
             stage.aim = int(math.sqrt(size * self.failed) if self.failed else _SMALLER * size)
         else:
@@ -141,7 +158,7 @@ class AccuracyFloor:
             if self.chances:
                 return
             self.failed, self.chances = float(size), _CHANCES
-            self.restore_(plan.latents())
+            self.restore_(plan)
             stage.aim = int(math.sqrt(size * self.good.get("bytes", stage.dense)))
         inform(
             f"Compress: {size:,} bytes {'keep' if loss <= self.limit else 'do not keep'} "
@@ -153,16 +170,22 @@ class AccuracyFloor:
         """Go back to the smallest network that held, just before the window ends."""
         plan = plan_of(trainer)
         if plan is not None and plan.clock.now == self.stage.window.last - 1:
-            self.restore_(plan.latents())
+            self.restore_(plan)
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the window has ended, with a size that held."""
+        ended = self.stage.clock.now >= self.stage.window.last
+        return ended and bool(self.good.get("clusterings"))
 
     def report(self) -> None:
         """Tell what was reached, when training ends."""
         value, dense = self.metric.loss(self.last), self.metric.loss(self.dense)
-        if not self.good.get("clusterings"):
+        if not self.compressed:
             warn(
                 f"Compress: no size kept {self.metric.name} within {self.max_drop:g} of "
-                f"{dense:.4g}: the network is not compressed; allow a larger max_drop, train "
-                "longer, or validate more often"
+                f"{dense:.4g} until training ended: allow a larger max_drop, train longer, or "
+                "validate more often"
             )
         elif not self.last <= self.limit:
             warn(
@@ -171,41 +194,57 @@ class AccuracyFloor:
             )
         else:
             inform(
-                f"Compress: {self.good['bytes']:,} bytes at a {self.metric.name} of {value:.4g}, "
+                f"Compress: {self.stage.bytes:,} bytes at a {self.metric.name} of {value:.4g}, "
                 f"within {self.max_drop:g} of {dense:.4g}"
             )
 
     def outcome(self) -> Outcome:
         """Return what became of the metric, after training."""
         value, dense = self.metric.loss(self.last), self.metric.loss(self.dense)
-        met = self.last <= self.limit and bool(self.good.get("clusterings"))
         wanted = f"within {self.max_drop:g} of {dense:.4g}"
+        met = self.last <= self.limit and self.compressed
         return Outcome(self.metric.name, wanted, f"{value:.4g}", met)
 
-    def _network(self, latents: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return a copy of the weights, of their latents, and of what was chosen for them."""
+    # The network that was remembered. The optimizer's averages are not part of it.
+
+    def _network(self, plan: Plan, size: int, value: float) -> dict[str, Any]:
+        """Return a copy of the network, of its latents, and of what was chosen for it."""
         stage = self.stage
+        state = plan.module.state_dict()
         return {
-            "weights": {name: w.detach().clone() for name, w in stage.selection.chosen.items()},
-            "latents": {name: latent.clone() for name, latent in latents.items()},
+            "bytes": size,
+            "metric": value,
+            "tensors": {name: t.clone() for name, t in state.items() if isinstance(t, Tensor)},
+            "latents": {name: latent.clone() for name, latent in plan.latents().items()},
             "clusterings": {name: dict(mine) for name, mine in stage.clusterings.items()},
             "masks": dict(stage.masks),
         }
 
     @torch.no_grad()
-    def restore_(self, latents: Mapping[str, Tensor]) -> None:
-        """Bring back the network that was remembered, if there is one."""
-        if not self.good:
-            return
-        for name, weight in self.good["weights"].items():
-            self.stage.selection.chosen[name].copy_(weight)
-        for name, latent in latents.items():
-            latent.copy_(self.good["latents"].get(name, self.good["weights"][name]))
-        self.stage.clusterings = {n: dict(mine) for n, mine in self.good["clusterings"].items()}
-        self.stage.masks = dict(self.good["masks"])
-        self.stage.bytes = self.good["bytes"]
+    def restore_(self, plan: Plan) -> None:
+        """Bring back the network that was remembered, if it still fits.
 
-    _SAVED = ("dense", "failed", "chances", "good", "last")
+        A network that has become narrower since then stays as it is, and so do parameters that
+        joined training later.
+        """
+        good, state = self.good, plan.module.state_dict()
+        if any(good["tensors"][n].shape != state[n].shape for n in good.get("tensors", {})):
+            self.good = good = {}
+        if not good:
+            return
+        for name, tensor in good["tensors"].items():
+            state[name].copy_(tensor)
+        for name, latent in plan.latents().items():
+            latent.copy_(good["latents"].get(name, state[name]))
+        stage = self.stage
+        stage.clusterings = {
+            name: {key: tensor.to(state[name].device) for key, tensor in mine.items()}
+            for name, mine in good["clusterings"].items()
+        }
+        stage.masks = {name: mask.to(state[name].device) for name, mask in good["masks"].items()}
+        stage.bytes = good["bytes"]
+
+    _SAVED = ("given", "dense", "failed", "chances", "good", "last")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint saves; the network that was remembered among it."""

@@ -6,8 +6,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 
 from fitsmall.callbacks.accuracy_floor import AccuracyFloor
-from fitsmall.callbacks.checkpoint import CompressedCheckpoint
-from fitsmall.callbacks.driver import StageGroup
+from fitsmall.callbacks.driver import StageCallback, StageGroup, plan_of
 from fitsmall.callbacks.monitored import MonitoredMetric
 from fitsmall.callbacks.outcomes import Outcome
 from fitsmall.callbacks.stages import ChannelPruning, SizeTarget
@@ -113,6 +112,7 @@ class Compress(StageGroup):
             )
             start = middle
         self.floor: AccuracyFloor | None = None
+        self._fitting = True
         if size is not None or max_drop is not None:
             target = SizeTarget(size, start=start, stop=stop, exclude=exclude)
             self.stages.append(target)
@@ -136,20 +136,20 @@ class Compress(StageGroup):
             elif isinstance(stage, SizeTarget):
                 free = stage.size is None
                 most_bytes = "the fewest bytes" if free else f"at most {stage.target:,} bytes"
-                met = free or size <= stage.target
+                met = stage.clock.now >= stage.window.last and (free or size <= stage.target)
                 outcomes.append(Outcome("file", most_bytes, f"{size:,} bytes", met))
         if self.floor is not None:
             outcomes.append(self.floor.outcome())
         return outcomes
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        coders = [each.coder for each in callbacks if isinstance(each, CompressedCheckpoint)]
-        for each in self.stages:
-            if isinstance(each, SizeTarget) and coders:
-                each.coder = coders[0]
         super().setup(trainer, pl_module, stage)
-        if self.floor is not None and stage == "fit" and not trainer.global_step:
+        for each in self.stages:
+            if isinstance(each, StageCallback):
+                each.setup(trainer, pl_module, stage)
+        self._fitting = stage == "fit"
+        # An earlier fit of the same module goes on.
+        if self.floor is not None and self._fitting and plan_of(trainer) is None:
             self.floor.reset()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -181,5 +181,5 @@ class Compress(StageGroup):
         return {} if self.floor is None else self.floor.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.floor is not None and state_dict:
+        if self.floor is not None and state_dict and self._fitting:
             self.floor.load_state_dict(state_dict)

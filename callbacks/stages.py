@@ -1,5 +1,8 @@
 """The stages of compression as callbacks of a Trainer, with the same arguments."""
 
+import lightning.pytorch as pl
+
+from fitsmall.callbacks.checkpoint import CompressedCheckpoint
 from fitsmall.callbacks.driver import StageCallback
 from fitsmall.compressors import training
 
@@ -40,3 +43,10 @@ class LearningCompression(StageCallback, training.LearningCompression):
 
 class SizeTarget(StageCallback, training.SizeTarget):
     __doc__ = training.SizeTarget.__doc__
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # The size is that of the file which the Trainer's callback writes.
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, CompressedCheckpoint):
+                self.coder = callback.coder
+        super().setup(trainer, pl_module, stage)

@@ -16,6 +16,7 @@ from fitsmall.callbacks import Compress, CompressedCheckpoint, SizeTarget
 from fitsmall.compressors import save
 from fitsmall.compressors.choices.entropy_constrained import cluster, price_within
 from fitsmall.compressors.codes.exact import exact
+from fitsmall.compressors.file.writer import coded_size
 from fitsmall.compressors.training import Plan
 from training import Net, fit, loader, trainer, validation
 
@@ -216,6 +217,7 @@ class Validated(Net):
         self.errors = errors
         self.seen: list[int] = []
         self.path = Path()
+        self.checked = 0
 
     def validation_step(self, batch: list[Tensor], _: int) -> None:
         size = len(self.body[0].weight[self.body[0].weight != 0].unique())
@@ -269,3 +271,89 @@ def test_the_dense_metric_has_to_be_known(tmp_path: Path) -> None:
 def test_an_accuracy_needs_a_mode() -> None:
     with pytest.raises(MisconfigurationException, match="more is usually better"):
         Compress(max_drop=0.01, monitor="val/acc")
+
+
+def test_a_validation_sees_the_levels_that_the_file_has(tmp_path: Path) -> None:
+    class Seen(Validated):
+        def on_validation_epoch_start(self) -> None:
+            target = compress.floor.stage if compress.floor is not None else None
+            assert target is not None
+            for name, mine in target.clusterings.items():
+                weight = self.get_parameter(name)
+                levels = mine["codebook"].bfloat16().float()
+                assert torch.isin(weight[weight != 0], levels).all()
+                self.checked += 1
+
+    pl.seed_everything(0)
+    module = Seen(lambda levels: 0.1)
+    compress = Compress(max_drop=0.01, start=0.2, stop=0.6)
+    runner = trainer(tmp_path, compress, max_epochs=10, num_sanity_val_steps=0)
+    runner.fit(module, loader(), validation())
+    assert module.checked > 20
+    final = {name: p.detach().clone() for name, p in module.named_parameters()}
+    assert compress.floor is not None
+    compress.floor.show_levels_()
+    assert all(torch.equal(final[name], p) for name, p in module.named_parameters())
+
+
+def test_units_that_leave_before_a_size_fails(tmp_path: Path) -> None:
+    """What was remembered is wider, and cannot come back."""
+    with pytest.warns(UserWarning, match="no size kept val/error"):
+        module, compress = floor_run(
+            tmp_path, lambda levels: 0.1 if levels > 300 else 0.9, flops=0.5
+        )
+    assert module.body[0].weight.shape[0] < 40
+    assert not compress.outcome(1000)[-1].met
+
+
+def test_a_training_that_stops_early_has_not_met_its_target(tmp_path: Path) -> None:
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            trainer.should_stop = True
+
+    compress, file = Compress(size="2 KB"), CompressedCheckpoint(tmp_path)
+    runner = trainer(tmp_path, compress, file, Stop(), max_epochs=10)
+    with pytest.warns(UserWarning, match="has not reached its full strength"):
+        runner.fit(Net(), loader())
+    assert not compress.outcome(1000)[0].met
+
+
+def test_sizes_that_cannot_be_met_exactly() -> None:
+    """More than a tensor has levels for; and fewer bytes than prices tell apart."""
+    for size in (0.5, "700 B", "620 B"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 4))
+        stage = SizeTarget(size)
+        train(net, stage)
+        assert coded_size(net.state_dict()) <= stage.target
+
+
+def test_frozen_weights_count(tmp_path: Path) -> None:
+    """As they are; and where they are more than the whole size, a warning tells."""
+    file = CompressedCheckpoint(tmp_path)
+    module = Net()
+    module.head.requires_grad_(False)
+    fit(tmp_path, SizeTarget("3 KB"), file, module=module)
+    assert file.path is not None
+    assert 2900 < file.path.stat().st_size <= 3000
+    module = Net()
+    module.body.requires_grad_(False)
+    with pytest.warns(UserWarning, match="larger than 2,000 bytes, since body"):
+        fit(tmp_path, SizeTarget("2 KB"), module=module)
+
+
+def test_the_size_is_that_of_the_files_coder(tmp_path: Path) -> None:
+    for method in (SizeTarget("2.5 KB"), Compress(size="2.5 KB")):
+        file = CompressedCheckpoint(tmp_path, coder="huffman")
+        fit(tmp_path, method, file)
+        assert file.path is not None
+        assert 2400 < file.path.stat().st_size <= 2500
+
+
+def test_another_module_has_another_dense_metric(tmp_path: Path) -> None:
+    compress = Compress(max_drop=0.01, start=0.2, stop=0.8)
+    runner = trainer(tmp_path, compress, max_epochs=10, num_sanity_val_steps=0)
+    runner.fit(Validated(lambda levels: 0.1), loader(), validation())
+    runner.fit_loop.max_epochs = 20
+    runner.fit(Validated(lambda levels: 0.5), loader(), validation())
+    assert compress.outcome(1)[-1].wanted == "within 0.01 of 0.5"

@@ -207,13 +207,14 @@ def price_within(bits: Callable[[float], float], budget: float, near: float | No
         5.0
     """
     low = high = near or 1e-6
+    factor = 2.0 if near else 16.0
     while bits(high) > budget:
-        low, high = high, 2 * high
+        low, high = high, factor * high
         if high > 1e30:
             raise ValueError(f"at least {bits(high):,.0f} bits are needed, and {budget:,.0f} given")
     while low == high or bits(low) <= budget:
-        low, high = low / 2, low
-        if low < 1e-40:
+        low, high = low / factor, low
+        if low < 1e-100:
             return high
     while high > 1.02 * low:
         middle = math.sqrt(low * high)

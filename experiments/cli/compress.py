@@ -8,7 +8,23 @@ from pathlib import Path
 
 __all__ = ["HELP", "folder_of", "missed", "training_words"]
 
-_TARGETS = ("size", "flops", "latency", "engine", "max_drop", "monitor", "mode", "dense")
+# Settings of Compress, which need no prefix.
+_SETTINGS = (
+    *("size", "flops", "latency", "engine", "max_drop", "monitor", "mode", "dense"),
+    *("start", "stop", "exclude"),
+)
+# Words of Hydra after which there is no single run to look at.
+_FLAGS = (
+    "-m",
+    "--multirun",
+    "-c",
+    "--cfg",
+    "-p",
+    "--package",
+    "--info",
+    "--hydra-help",
+    "--resolve",
+)
 
 HELP = """usage: fitsmall compress CHECKPOINT TARGET ... [SETTING ...]
 
@@ -51,14 +67,19 @@ def training_words(words: Sequence[str]) -> list[str]:
             f"fitsmall compress takes a checkpoint first, as in fitsmall compress model.ckpt "
             f"size=1/20, and got {checkpoint}"
         )
-    named = {name: word for word in others if (name := word.partition("=")[0]) in _TARGETS}
+    named = {name: word for word in others if (name := word.partition("=")[0]) in _SETTINGS}
     if not {"size", "flops", "latency", "max_drop"} & named.keys():
         raise ValueError(
             "fitsmall compress has no target: name one, such as size=1/20 or max_drop=0.005"
         )
+    if flags := [word for word in others if word.partition("=")[0] in _FLAGS]:
+        raise ValueError(
+            f"fitsmall compress makes one run, and {flags[0]} asks for something else: use "
+            "fitsmall train init=CHECKPOINT 'callbacks=[compress]' callbacks.compress.size=1/20"
+        )
     mapped = [_setting(word) if word in named.values() else word for word in others]
     if not any(word.startswith("hydra.run.dir=") for word in others):
-        mapped.append(f"hydra.run.dir=runs/compress_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+        mapped.insert(0, f"hydra.run.dir=runs/compress_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     quoted = str(Path(checkpoint).resolve()).replace("'", r"\'")
     return [f"init='{quoted}'", "callbacks=[compress]", "reference=false", *mapped]
 
@@ -77,5 +98,7 @@ def missed(folder: Path) -> bool:
 
 def _setting(word: str) -> str:
     name, _, value = word.partition("=")
-    is_number = re.fullmatch(r"[\d.]+", value)
-    return f"callbacks.compress.{name}={value if is_number else repr(value)}"
+    quoted = value
+    if name == "size" or not re.fullmatch(r"[\w.+-]*|\[.*\]", value):  # 1/20, or 40 KB
+        quoted = repr(value)
+    return f"callbacks.compress.{name}={quoted}"

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -43,6 +44,8 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"{file} holds more than tensors and numbers, or is damaged: save it again with "
                 "torch.save(module.state_dict(), ...)"
             ) from error
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"{file} holds a {type(saved).__name__}, and no state dict")
         state = saved.get("state_dict", saved)
     else:
         restore(module, file)

@@ -22,6 +22,7 @@ from fitsmall.callbacks import (
     GradualPruning,
     QuantizationAwareTraining,
     RankLearning,
+    SizeTarget,
     WeightSharing,
     stages_of,
 )
@@ -51,6 +52,7 @@ METHODS: Mapping[str, Callable[[], list[pl.Callback]]] = {
     "weights of 4 bits": lambda: [QuantizationAwareTraining(4, None, start=0.3, stop=0.9)],
     "prune + quantize": lambda: [_pruning(), _quantization()],
     "ranks": lambda: [RankLearning(price=0.2, stop=0.6)],
+    "size": lambda: [SizeTarget(1 / 10, stop=0.6)],
     "channels": lambda: [ChannelPruning(keep_size=0.9, round_to=8, stop=0.6)],
     "EMA": lambda: [_pruning(), EMA(decay=0.5)],
     "bf16-mixed": lambda: [_pruning(), _quantization()],

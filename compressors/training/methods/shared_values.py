@@ -57,17 +57,15 @@ class SharedValues(Stage):
         """
         dtype = precision(index.device)
         counts = torch.zeros(len(codebook), dtype=torch.int64, device=index.device)
-        totals = torch.zeros(len(codebook), dtype=dtype, device=index.device)
-        for start in range(0, len(index), _BLOCK):
-            block = index[start : start + _BLOCK]
+        for block in index.split(_BLOCK):
             counts += torch.bincount(block.long() - ZERO, minlength=1 + len(codebook))[1:]
-            if weight is not None:
-                members = block != ZERO
-                latents = weight[start : start + _BLOCK][members].to(dtype)
-                totals += torch.bincount(block[members].long(), latents, len(codebook))
-        rest = codebook.to(dtype) - totals / counts.clamp_min(1)
         if weight is None:
             rest = torch.where(counts > 0, 0, codebook).to(dtype)
+        else:
+            positions = (index != ZERO).nonzero().squeeze(1)
+            members = index[positions].to(torch.uint8 if len(codebook) < 256 else torch.int16)
+            totals = sums(weight[positions], positions[:0], members, len(codebook))
+            rest = codebook.to(dtype) - totals / counts.clamp_min(1)
         self.clusterings[name] = {
             **self._layout(name, index),
             "rest": rest,

@@ -18,8 +18,9 @@ from fitsmall.compressors.codes.dtypes import INTEGERS
 from fitsmall.compressors.codes.exact import exact
 from fitsmall.compressors.file.schema import CODER_NAMES
 from fitsmall.compressors.file.writer import coded_size
-from fitsmall.compressors.naming import lookup
+from fitsmall.compressors.naming import abridged, grouped, lookup
 from fitsmall.compressors.training.messages import inform
+from fitsmall.compressors.training.methods.centroids import move_
 from fitsmall.compressors.training.methods.shared_values import ZERO, SharedValues
 from fitsmall.compressors.training.sharding import local, of_first, whole
 from fitsmall.compressors.training.statistics import Statistics
@@ -27,6 +28,8 @@ from fitsmall.compressors.training.statistics import Statistics
 __all__ = ["SizeTarget"]
 
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+_NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 
 # What a checkpoint saves besides clusters and statistics.
 _STATE = ("price", "ratio", "measure_at", "bytes", "dense", "aim")
@@ -62,10 +65,10 @@ class SizeTarget(SharedValues):
     with the curvature that Adam assumes, damped by its mean over the tensor
     (:mod:`~fitsmall.compressors.choices.entropy_constrained`). The price follows a budget of bytes
     that falls to the target within the first 65 % of the window, steeply at first:
-    ``size + (8 bits a weight - size) (1 - t)^3``. Zeros are zero at once, and stay so. In the rest
-    of the window the others move to their levels, ``w = u + s (c - u)`` with ``s`` from 0 to 1. At
-    its end the price is corrected until the file, really coded, takes 99.3 to 100 % of the target;
-    after that only the values of the levels are trained.
+    ``size + (8 bits a weight - size) (1 - t)^3``. Zeros are zero at once, and hardly
+    ever return. In the rest of the window the others move to their levels, ``w = u + s (c - u)``
+    with ``s`` from 0 to 1. At its end the price is corrected until the file, really coded, takes
+    99.3 to 100 % of the target; after that only the values of the levels are trained.
 
     Biases and norms are weights as all others. What no optimizer trains, such as running
     statistics, stays as it is and counts.
@@ -123,6 +126,7 @@ class SizeTarget(SharedValues):
         self.statistics = Statistics(("squared_gradient",))
         self.module = nn.Module()
         self.masks: dict[str, Tensor] = {}
+        self.left_out: dict[str, nn.Parameter] = {}
         self.price: float | None = None
         self.ratio, self.measure_at, self.bytes, self.dense, self.aim = 1.0, 0.0, 0, 0, 0
         self.reset()
@@ -151,10 +155,9 @@ class SizeTarget(SharedValues):
     def attach(self, module: nn.Module) -> None:
         super().attach(module)
         self.module = module
-        if not self.dense:
-            self.dense = sum(
-                tensor.nbytes for tensor in set(_tensors(module).values()) if not is_lazy(tensor)
-            )
+        tensors = set(_tensors(module).values())
+        if not self.dense and not any(map(is_lazy, tensors)):
+            self.dense = sum(tensor.nbytes for tensor in tensors)
         self.statistics.attach(module, self.selection, self.parameters)
 
     def begin(self, horizon: float) -> None:
@@ -162,7 +165,8 @@ class SizeTarget(SharedValues):
         if self.chosen_at is not None or self.size is None:
             return
         zeros = {name: torch.zeros_like(tensor) for name, tensor in self.selection.chosen.items()}
-        tensors = self._file(zeros, without=self.selection.waiting)
+        self.left_out = dict(self.selection.waiting)
+        tensors = self._file(zeros)
         # Running statistics have few digits only now, before the first step.
         buffers = dict(self.module.named_buffers()).keys() & tensors.keys()
         running = {name for name in buffers if tensors[name].is_floating_point()}
@@ -216,7 +220,8 @@ class SizeTarget(SharedValues):
             found = self._cluster(weights, ready)
             if strength >= self.measure_at or self.size is None:
                 self.bytes = self._size(found)
-                self.ratio = 8 * (self.bytes - others) / bits(self.price)
+                if self.bytes > others:
+                    self.ratio = 8 * (self.bytes - others) / bits(self.price)
                 self.measure_at = strength + _BETWEEN
         for name, mine in found.items():
             self._take(name, weights[name], mine)
@@ -224,17 +229,24 @@ class SizeTarget(SharedValues):
             inform(self._table(found))
 
     def _target_of(self, names: Sequence[str]) -> tuple[float, int]:
-        """Return the target of a file without those parameters that may still join, and how much of
-        it all others take that are not among ``names``.
+        """Return the target of a file of what counts, and how many bytes of it all others take that
+        are not among ``names``.
 
-        Parameters that may join later have their share of the target, by their number.
+        Parameters that are to be compressed and cannot be yet, such as frozen ones, count as they
+        are. If they are too large for that, they are left out of the file, and the others have
+        their share of the target, by their number.
         """
         late = self._late(names)
         zeros = {name: torch.zeros_like(self.parameters[name]) for name in names}
-        others = self._coded(self._file(zeros, without=late))
-        mine = sum(self.parameters[name].numel() for name in names)
-        all_of_them = mine + sum(parameter.numel() for parameter in late.values())
-        target = others + (self.target - others) * mine / all_of_them
+        self.left_out = {}
+        others = self._coded(self._file(zeros))
+        target = float(self.target)
+        if others >= target and late:
+            self.left_out = late
+            others = self._coded(self._file(zeros))
+            mine = sum(self.parameters[name].numel() for name in names)
+            share = mine / (mine + sum(parameter.numel() for parameter in late.values()))
+            target = others + (target - others) * share
         if self.size is None:
             target = max(target, _NEAREST * others)
         if others >= target:
@@ -277,7 +289,7 @@ class SizeTarget(SharedValues):
         """Return the size of the file, really coded."""
         shapes = {name: self.parameters[name].shape for name in found}
         decoded = {name: _decoded(mine).view(shapes[name]) for name, mine in found.items()}
-        return self._coded(self._file(decoded, without=self._late(found)))
+        return self._coded(self._file(decoded))
 
     def _within(
         self, target: float, weights: Mapping[str, Tensor], names: Sequence[str]
@@ -286,7 +298,7 @@ class SizeTarget(SharedValues):
         assert self.price is not None
         low, high = 0.0, math.inf  # prices at which the file is too large, and small enough
         best: dict[str, Clustering] = {}
-        step, price = 1.02, self.price
+        step, price, before = 1.02, self.price, 0
         for _ in range(_TRIES):
             found = self._cluster(weights, names)
             size = self._size(found)
@@ -296,15 +308,15 @@ class SizeTarget(SharedValues):
                 high = self.price
                 if not best or size > self.bytes:
                     self.bytes, best, price = size, found, self.price
-                if size >= _LEAST * target:
+                # The file may be as large as it becomes: a tensor has no more levels.
+                if size >= _LEAST * target or (not low and abs(size - before) < 0.001 * size):
                     break
-            if not low:
-                self.price = high / step
-            elif math.isinf(high):
-                self.price = low * step
-            else:
+            before = size
+            if low and not math.isinf(high):
                 self.price = math.sqrt(low * high)
-            step **= 2
+            else:
+                self.price *= step if low else 1 / step
+                step = min(step**2, 64.0)
         if not best:
             raise ValueError(
                 f"SizeTarget: no price gives a file of {target:,.0f} bytes; the last one gives "
@@ -337,13 +349,11 @@ class SizeTarget(SharedValues):
         """Return the bytes of a file, the same on every process: buffers may differ."""
         return of_first(coded_size(tensors, self.coder))
 
-    def _file(
-        self, changed: Mapping[str, Tensor], without: Mapping[str, nn.Parameter]
-    ) -> dict[str, Tensor]:
+    def _file(self, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the module's state dict with other values of some parameters, also where they are
-        tied, and without some."""
+        tied, and without those that are left out."""
         values: dict[Tensor, Tensor] = {self.parameters[name]: t for name, t in changed.items()}
-        left_out = set(without.values())
+        left_out = set(self.left_out.values())
         return {
             name: values[tensor] if tensor in values else whole(tensor.detach())
             for name, tensor in _tensors(self.module).items()
@@ -369,7 +379,25 @@ class SizeTarget(SharedValues):
         head = f"SizeTarget: a file of {self.bytes:,} bytes, of at most {self.target:,}, at a price"
         return "\n  ".join([f"{head} of {self.price:.3g} a bit", *lines])
 
+    def finish(self) -> list[str]:
+        warnings = super().finish()
+        if self.left_out and self.chosen_at is not None:
+            names = abridged([pattern for pattern, _ in grouped(self.left_out)])
+            warnings.append(
+                f"SizeTarget: the file is larger than {self.target:,} bytes, since {names} took no "
+                "part in training: make them trainable, or ask for more"
+            )
+        return warnings
+
     # Projection.
+
+    def levels(self, name: str) -> Tensor:
+        """Return this process's part of a weight at the levels that were chosen for it."""
+        weight = torch.zeros_like(local(self.parameters[name].detach())).contiguous()
+        mine = self.clusterings[name]
+        codebook = mine["codebook"].to(getattr(torch, self.codebook_dtype)).to(weight.dtype)
+        move_(weight.view(-1), mine["positions"], mine["index"], codebook, 1.0)
+        return weight
 
     def before_update(
         self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], gradient_scale: float
@@ -397,7 +425,7 @@ class SizeTarget(SharedValues):
     def reset(self) -> None:
         super().reset()
         self._forget()
-        self.masks, self.dense, self.aim = {}, 0, 0
+        self.masks, self.left_out, self.dense, self.aim = {}, {}, 0, 0
         self.statistics.reset()
 
     def _forget(self) -> None:
@@ -444,9 +472,9 @@ def _bytes(size: Any, dense: int) -> int:
     """
     number = size
     if isinstance(size, str):
-        found = re.fullmatch(r"\s*([\d.,_/]+?)\s*([A-Za-z]*)\s*", size)
+        found = re.fullmatch(rf"\s*({_NUMBER}(?:/{_NUMBER})?)\s*([A-Za-z]*)\s*", size)
         try:
-            number = float(Fraction(re.sub("[,_]", "", found[1]))) if found else None
+            number = float(Fraction(found[1].replace(",", ""))) if found else None
         except (ValueError, ZeroDivisionError):
             number = None
         if found and number and found[2].upper() in _UNITS:
