@@ -117,6 +117,7 @@ def test_there_is_a_tutorial_for_each_kind_of_use() -> None:
     assert [page.stem for page in TUTORIALS] == [
         "callbacks",
         "channels",
+        "compress",
         "curves",
         "sweeps",
     ]

@@ -32,7 +32,7 @@ def suggest(message: str, overrides: list[str]) -> str:
         >>> suggest("Could not override 'trainer.max_epoch'.", ["trainer.max_epoch=3"])
         ': did you mean trainer.max_epochs?'
         >>> suggest("Could not load 'callbacks/prun'.", ["callbacks=[prun]"])
-        ': did you mean callbacks=[prune]? There are channels, checkpoint, ema, guard, learn, ...'
+        ': did you mean callbacks=[prune]? There are channels, checkpoint, compress, ema, ...'
     """
     if match := _UNKNOWN_OPTION.search(message):
         return _suggest_option(*match.groups())

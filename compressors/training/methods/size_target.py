@@ -164,7 +164,7 @@ class SizeTarget(SharedValues):
         self.statistics.begin()
         if self.chosen_at is not None or self.size is None:
             return
-        zeros = {name: torch.zeros_like(tensor) for name, tensor in self.selection.chosen.items()}
+        zeros = self._zeros(self.selection.chosen)
         self.left_out = dict(self.selection.waiting)
         tensors = self._file(zeros)
         # Running statistics have few digits only now, before the first step.
@@ -237,7 +237,7 @@ class SizeTarget(SharedValues):
         their share of the target, by their number.
         """
         late = self._late(names)
-        zeros = {name: torch.zeros_like(self.parameters[name]) for name in names}
+        zeros = self._zeros(names)
         self.left_out = {}
         others = self._coded(self._file(zeros))
         target = float(self.target)
@@ -344,6 +344,11 @@ class SizeTarget(SharedValues):
         everywhere = len(positions) == 0 and len(self.clusterings[name]["index"]) > 0
         kept[slice(None) if everywhere else positions.long()] = True
         return -kept.view(local(self.parameters[name]).shape).to(torch.int8)
+
+    def _zeros(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return zeros in the place of whole parameters."""
+        weights = {name: self.parameters[name] for name in names}
+        return {name: torch.zeros(w.shape, dtype=w.dtype) for name, w in weights.items()}
 
     def _coded(self, tensors: Mapping[str, Tensor]) -> int:
         """Return the bytes of a file, the same on every process: buffers may differ."""
