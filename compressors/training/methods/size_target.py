@@ -309,7 +309,8 @@ class SizeTarget(SharedValues):
                 if not best or size > self.bytes:
                     self.bytes, best, price = size, found, self.price
                 # The file may be as large as it becomes: a tensor has no more levels.
-                if size >= _LEAST * target or (not low and abs(size - before) < 0.001 * size):
+                full = not low and step > 2 and size - before < 0.001 * size
+                if size >= _LEAST * target or full:
                     break
             before = size
             if low and not math.isinf(high):
