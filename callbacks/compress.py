@@ -30,7 +30,7 @@ class Compress(StageGroup):
         Trainer(callbacks=[Compress(max_drop=0.005, monitor="val/error")])
 
     A size is reached by :class:`~fitsmall.compressors.training.SizeTarget`: zeros, levels and bits
-    of all parameters at one price of a byte. Multiply-adds and latencies are reached by
+    of all parameters at one price of a bit. Multiply-adds and latencies are reached by
     :class:`~fitsmall.compressors.training.ChannelPruning`: channels, heads and hidden units leave.
     With both, units leave in the first half of the window, and the file is made small in the other.
     With ``max_drop`` the size is the smallest one that keeps a metric of held-out data

@@ -297,7 +297,7 @@ def test_a_validation_sees_the_levels_that_the_file_has(tmp_path: Path) -> None:
 
 
 def test_units_that_leave_before_a_size_fails(tmp_path: Path) -> None:
-    """What was remembered is wider, and cannot come back."""
+    """The network that was remembered is wider, and cannot come back."""
     with pytest.warns(UserWarning, match="no size kept val/error"):
         module, compress = floor_run(
             tmp_path, lambda levels: 0.1 if levels > 300 else 0.9, flops=0.5

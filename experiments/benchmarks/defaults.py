@@ -208,8 +208,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     continue
                 start = time.perf_counter()
                 criterion, _, allocation = pair.partition("/")
-                pruning = [GradualPruning(sparsity, criterion, allocation, every=10)]
-                _, loss = train(task, data, seed, pruning if allocation else [])
+                stages = []
+                if allocation:
+                    stages = [GradualPruning(sparsity, criterion, allocation, every=10)]
+                _, loss = train(task, data, seed, stages)
                 cell = {"network": network, "seed": seed, "sparsity": sparsity, "pair": pair}
                 found = {**cell, "loss": loss}
                 results.append(found)

@@ -31,7 +31,7 @@ _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "
 
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
 
-# What a checkpoint saves besides clusters and statistics.
+# Attributes that a checkpoint saves, in addition to clusters and statistics.
 _STATE = ("price", "ratio", "measure_at", "bytes", "dense", "aim")
 
 # Part of the window in which the price rises; in the rest weights move to their levels.
