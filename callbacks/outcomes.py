@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fitsmall.compressors.text_table import aligned
+
 __all__ = ["Outcome", "targets_table"]
 
 
@@ -33,9 +35,4 @@ def targets_table(outcomes: Sequence[Outcome]) -> str:
     """
     rows = [("target", "wanted", "reached", "met")]
     rows += [(o.target, o.wanted, o.reached, "yes" if o.met else "no") for o in outcomes]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
-    return "\n".join(row.rstrip() for row in padded)
+    return "\n".join(aligned(rows, left=4))

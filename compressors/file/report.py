@@ -13,6 +13,7 @@ from fitsmall.compressors.file.reader import Payload, entries, payloads
 from fitsmall.compressors.naming import printable
 from fitsmall.compressors.surgery.kinds import changes
 from fitsmall.compressors.surgery.protocol import Changed, TensorSpec
+from fitsmall.compressors.text_table import aligned
 
 __all__ = ["Report", "TensorReport", "inspect"]
 
@@ -160,14 +161,7 @@ class Report:
                 f"{100 * self.total / max(1, self.bytes_dense):.2f}",
             )
         )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column == 0 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
+        lines = aligned(rows)
         rule = "-" * len(lines[0])
         lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
         name = printable(self.path.name)

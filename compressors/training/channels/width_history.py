@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from fitsmall.compressors.text_table import aligned
+
 __all__ = ["WidthHistory"]
 
 # Rows of the table.
@@ -69,10 +71,6 @@ class WidthHistory:
         ]
         whole, more = len(self.counts) - len(rows), len(rows) - _ROWS
         rows = [("units of", "before", "now", "kept"), *rows[:_ROWS]]
-        sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  " + "  ".join([row[0].ljust(sizes[0]), *map(str.rjust, row[1:], sizes[1:])])
-            for row in rows
-        ]
+        lines = [f"  {line}" for line in aligned(rows)]
         lines += [f"  and {more} more"] * (more > 0) + [f"  {whole} more keep all"] * (whole > 0)
         return "\n".join(lines)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fitsmall.compressors.choices.bitwidths import WIDTHS, assign, rounding_costs
+from fitsmall.compressors.text_table import aligned
 from fitsmall.compressors.training.sharding import gather, shard
 
 __all__ = ["BitwidthSearch"]
@@ -149,14 +150,6 @@ class BitwidthSearch:
                     f"{-(-self.sizes[name][bits] // 8):,}",
                 )
             )
-        columns = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(size) if cell is row[0] else cell.rjust(size)
-                for cell, size in zip(row, columns, strict=True)
-            )
-            for row in rows
-        ]
         total = sum(costs[name][bits] for name, bits in width.items())
         head = f"widths of weights, within {self}: cost {total:.3g}"
         for bits in reversed(WIDTHS):
@@ -165,7 +158,7 @@ class BitwidthSearch:
                 uniform = sum(costs[name][even[name]] for name in even)
                 head += f", and {uniform:.3g} with {bits} bits everywhere"
                 break
-        return "\n  ".join([head, *lines])
+        return "\n  ".join([head, *aligned(rows)])
 
     def state(self) -> dict[str, Any]:
         """Return gradients, costs and choices, for a checkpoint."""
