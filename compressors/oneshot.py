@@ -13,11 +13,13 @@ from torch.nn.parameter import is_lazy
 
 from fitsmall.compressors.codes.code import Code
 from fitsmall.compressors.file.reader import entries, load
+from fitsmall.compressors.file.sizes import bytes_of
 from fitsmall.compressors.naming import abridged, grouped
 from fitsmall.compressors.projections.projection import Projection
 from fitsmall.compressors.repair.batches import batches_of
 from fitsmall.compressors.repair.layers import repair
 from fitsmall.compressors.select import FROZEN, Selection, match, select
+from fitsmall.compressors.sized import compress_to
 from fitsmall.compressors.surgery.kinds import surgeries
 from fitsmall.compressors.surgery.legacy import with_marks
 from fitsmall.compressors.surgery.protocol import Layout, Surgery, TensorSpec, layout_of
@@ -33,17 +35,20 @@ LOGGER = logging.getLogger("fitsmall")
 
 def compress(
     module: nn.Module,
-    plan: Projection | Mapping[str, Projection],
+    plan: Projection | Mapping[str, Projection] | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
     data: Iterable[Any] | None = None,
     activation_bits: int | None = None,
+    size: float | str | None = None,
+    coder: str = "context",
 ) -> dict[str, Code]:
     """Compress a trained module in place without training, and return the codes of its weights.
 
     ::
 
         compress(net, TopK(0.7) | KMeans(16), data=loader)
+        compress(net, size=1/10, data=loader)
         save("net.fitsmall", net.state_dict())
 
     Without data, each weight is projected: next to it comes a module of other outputs. With data,
@@ -54,20 +59,28 @@ def compress(
     projected, and a warning names them. It takes two forward passes for each layer and some hundred
     for the whole, and no labels. Frozen parameters stay as they are.
 
+    With a size instead of a plan, one price of a bit decides about zeros and levels of all
+    parameters, biases and norms included (:mod:`~fitsmall.compressors.repair.priced`), and the
+    price is found by which the file, really coded, takes 99 to 100 % of the size. Running
+    statistics are rounded to bfloat16.
+
     Args:
         module: Module whose weights are replaced by their projection.
         plan: One projection for all selected parameters, or projections by pattern of parameter
             names. The last pattern that matches counts; parameters without one stay as they are.
-        include: See :func:`~fitsmall.compressors.select`.
+        include: See :func:`~fitsmall.compressors.select`. With a size the default is everything.
         exclude: See :func:`~fitsmall.compressors.select`.
         data: Batches like those of training: tensors, tuples or lists whose first entry is the
             input, or dictionaries of arguments. The first 1,024 examples are used.
         activation_bits: Bits of the inputs of the layers, 2 to 8, or None to leave them as they
             are: post-training quantization, with ranges calibrated on the data.
+        size: Most bytes of the file, instead of a plan: a fraction of those of the module's state
+            dict, such as ``1/20``, or text with a unit, such as ``"40 KB"``.
+        coder: Coder of the file, see :func:`~fitsmall.compressors.save`.
 
     Raises:
         ValueError: A pattern matches nothing, a weight or its inputs hold NaN, the module cannot
-            take the data, or inputs are to be rounded without data.
+            take the data, inputs are to be rounded without data, or the size cannot be reached.
         TypeError: The plan is neither a projection nor a mapping, the data are no batches, or the
             module cannot be copied.
 
@@ -78,24 +91,18 @@ def compress(
         >>> int(net.weight.count_nonzero()), list(codes)
         (5, ['weight'])
     """
+    if size is not None:
+        return _compress_to(module, plan, include, exclude, data, activation_bits, size, coder)
     by_pattern = {"*": plan} if isinstance(plan, Projection) else plan
     if not isinstance(by_pattern, Mapping) or not all(
         isinstance(each, Projection) for each in by_pattern.values()
     ):
         raise TypeError(
-            "compress takes a Projection, such as TopK(0.9), or a mapping from patterns to "
-            f"projections, and got {plan!r}"
+            "compress takes a Projection, such as TopK(0.9), a mapping from patterns to "
+            f"projections, or a size=1/20, and got {plan!r}"
         )
     selection = select(module, include, exclude)
-    # Without training, frozen parameters stay frozen: they are left out.
-    chosen = Selection(selection.chosen, selection.skipped).checked().chosen
-    if frozen := [name for name, reason in selection.skipped.items() if reason == FROZEN]:
-        patterns = abridged([pattern for pattern, _ in grouped(frozen)])
-        warnings.warn(
-            f"compress: {patterns} are frozen and stay as they are: make them trainable with "
-            "requires_grad_(True), or name them in exclude=[...]",
-            stacklevel=2,
-        )
+    chosen = _without_frozen(selection)
     projections = {
         name: projection.along(selection.forms[name])
         for name, projection in match(by_pattern, list(chosen)).items()
@@ -126,6 +133,45 @@ def compress(
         for name, code in codes.items():
             chosen[name].copy_(code.decode())
     return codes
+
+
+def _compress_to(
+    module: nn.Module,
+    plan: object,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str],
+    data: Iterable[Any] | None,
+    activation_bits: int | None,
+    size: float | str,
+    coder: str,
+) -> dict[str, Code]:
+    """Compress a module until its file has a size."""
+    if plan is not None or activation_bits is not None:
+        other = "a plan" if plan is not None else "activation_bits"
+        raise ValueError(f"compress: a size finds bits and zeros by itself: leave out {other}")
+    if data is None:
+        raise ValueError(
+            "compress: size needs data=..., some hundred inputs, to find what a weight is worth"
+        )
+    selection = select(module, "*" if include is None else include, exclude)
+    chosen = _without_frozen(selection)
+    dense = sum(tensor.nbytes for tensor in _tensors_of(module).values())
+    most = bytes_of(size, dense, "compress")
+    batches = batches_of(data, next(iter(chosen.values())).device)
+    return compress_to(module, chosen, selection.forms, batches, most, coder)
+
+
+def _without_frozen(selection: Selection) -> Mapping[str, nn.Parameter]:
+    """Return the selected parameters, and warn of frozen ones, which stay as they are."""
+    chosen = Selection(selection.chosen, selection.skipped).checked().chosen
+    if frozen := [name for name, reason in selection.skipped.items() if reason == FROZEN]:
+        patterns = abridged([pattern for pattern, _ in grouped(frozen)])
+        warnings.warn(
+            f"compress: {patterns} are frozen and stay as they are: make them trainable with "
+            "requires_grad_(True), or name them in exclude=[...]",
+            stacklevel=3,
+        )
+    return chosen
 
 
 def _warn_of_projected(reasons: Mapping[str, str]) -> None:

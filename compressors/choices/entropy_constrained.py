@@ -21,12 +21,13 @@ with the frequencies :math:`p` of non-zero weights, and :math:`q_a` of each leve
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Clustering", "cluster", "price_within"]
+__all__ = ["Clustering", "Rates", "cheapest", "cluster", "price_within"]
 
 # Lloyd's iterations; later ones change hardly any bit.
 _ROUNDS = 4
@@ -35,9 +36,60 @@ _MOST_LEVELS, _NEAR = 255, 3
 # Bits of a level in the codebook, and pseudo-observations of the frequency in a row or a column.
 _LEVEL_BITS, _PRIOR = 16.0, 4.0
 _LARGEST = 0.99  # probability of a non-zero weight
+# Search for a price: its bounds, its longest first step, and the fall of its logarithm after which
+# bits that do not rise never will.
+_LOWEST, _HIGHEST, _LONGEST, _FULL = 1e-100, 1e30, 64.0, 2.0
 
 
 Matrix = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bits of the weights of a matrix, as a coder that knows these frequencies needs them.
+
+    Args:
+        log_kept: Logarithm of the frequency of non-zero weights.
+        levels: Bits of each level among the non-zero ones; 0 for the level 0.
+        rows: What each row adds to the logarithm.
+        columns: What each column adds to it.
+    """
+
+    log_kept: float
+    levels: NDArray[np.float64]
+    rows: NDArray[np.float64]
+    columns: NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls,
+        counts: NDArray[np.float64],
+        zero: int,
+        in_rows: NDArray[np.float64],
+        in_columns: NDArray[np.float64],
+    ) -> "Rates":
+        """Return them from the counts of levels, and of non-zero weights in rows and columns."""
+        kept = counts.sum() - counts[zero]
+        levels = -np.log2(counts.clip(1) / max(kept, 1)) + _LEVEL_BITS / counts.clip(1)
+        levels[zero] = 0.0
+        frequency = (kept + 0.5) / (counts.sum() + 1)
+
+        def excess(found: NDArray[np.float64], length: int) -> NDArray[np.float64]:
+            if found.size == 1 or length == 1:
+                return np.zeros(found.size)
+            mine = (found + _PRIOR * frequency) / (length + _PRIOR)
+            excess: NDArray[np.float64] = np.log(mine / frequency)
+            return excess
+
+        rows, columns = excess(in_rows, in_columns.size), excess(in_columns, in_rows.size)
+        return cls(math.log(frequency), levels, rows, columns)
+
+    @property
+    def positions(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Bits that tell of each weight that it is zero, and bits that tell that it is not."""
+        log_kept = self.log_kept + self.rows[:, None] + self.columns
+        kept = np.exp(log_kept).clip(max=_LARGEST)
+        return -np.log2(1 - kept), -np.log2(kept)
 
 
 @dataclass(frozen=True)
@@ -49,12 +101,14 @@ class Clustering:
         index: Level of each weight, of the matrix's shape.
         bits: Estimated bits of all indexes and of the codebook.
         loss: Estimated rise of the loss, ``sum F (w - c)^2 / 2``.
+        rates: Bits of each weight and level.
     """
 
     codebook: NDArray[np.float64]
     index: NDArray[np.int16]
     bits: float
     loss: float
+    rates: Rates
 
     @property
     def zero(self) -> int:
@@ -95,7 +149,7 @@ def cluster(weight: Matrix, curvature: Matrix, price: float) -> Clustering:
     codebook = step * np.arange(-half, half + 1, dtype=np.float64)
     index = np.empty(weight.shape, np.int16)
     # Before anything is known of the frequencies, each weight takes the nearest level.
-    bits = _Bits(0.0, np.zeros(codebook.size), np.zeros(rows), np.zeros(columns))
+    rates = Rates(0.0, np.zeros(codebook.size), np.zeros(rows), np.zeros(columns))
     for number in range(_ROUNDS):
         zero = int(np.flatnonzero(codebook == 0)[0])
         tallies = _assign(
@@ -104,10 +158,10 @@ def cluster(weight: Matrix, curvature: Matrix, price: float) -> Clustering:
             codebook,
             zero,
             price if number else 0.0,
-            bits.log_kept,
-            bits.levels,
-            bits.rows,
-            bits.columns,
+            rates.log_kept,
+            rates.levels,
+            rates.rows,
+            rates.columns,
             index,
         )
         counts, sums, weights, in_rows, in_columns, position_bits, loss = tallies
@@ -116,45 +170,33 @@ def cluster(weight: Matrix, curvature: Matrix, price: float) -> Clustering:
         used = (counts > 0) | (np.arange(counts.size) == zero)
         ranks = (np.cumsum(used) - 1).astype(np.int16)
         codebook, counts = means[used], counts[used]
-        bits = _Bits.of(counts, int(ranks[zero]), in_rows, in_columns)
+        rates = Rates.of(counts, int(ranks[zero]), in_rows, in_columns)
     index = ranks[index]
-    total = float(position_bits + (counts * bits.levels).sum())
-    return Clustering(codebook, index, total, float(loss))
+    total = float(position_bits + (counts * rates.levels).sum())
+    return Clustering(codebook, index, total, float(loss), rates)
 
 
-@dataclass(frozen=True)
-class _Bits:
-    """Logarithm of the probability that a weight is not zero, and what a level, a row and a column
-    add: bits for the level, and a logarithm for the others."""
+@numba.njit(cache=True, nogil=True)
+def cheapest(w, f, codebook, zero, price, levels, on, off):  # type: ignore[no-untyped-def]
+    """Return the level of least loss and bits for a weight ``w`` of curvature ``f``.
 
-    log_kept: float
-    levels: NDArray[np.float64]
-    rows: NDArray[np.float64]
-    columns: NDArray[np.float64]
-
-    @classmethod
-    def of(
-        cls,
-        counts: NDArray[np.float64],
-        zero: int,
-        in_rows: NDArray[np.float64],
-        in_columns: NDArray[np.float64],
-    ) -> "_Bits":
-        """Return them from the counts of levels, and of non-zero weights in rows and columns."""
-        kept = counts.sum() - counts[zero]
-        levels = -np.log2(counts.clip(1) / max(kept, 1)) + _LEVEL_BITS / counts.clip(1)
-        levels[zero] = 0.0
-        frequency = (kept + 0.5) / (counts.sum() + 1)
-
-        def excess(found: NDArray[np.float64], length: int) -> NDArray[np.float64]:
-            if found.size == 1 or length == 1:
-                return np.zeros(found.size)
-            mine = (found + _PRIOR * frequency) / (length + _PRIOR)
-            excess: NDArray[np.float64] = np.log(mine / frequency)
-            return excess
-
-        rows, columns = excess(in_rows, in_columns.size), excess(in_columns, in_rows.size)
-        return cls(math.log(frequency), levels, rows, columns)
+    Args:
+        w: The weight.
+        f: Its curvature.
+        codebook: Ascending levels.
+        zero: Index of the level 0.
+        price: Loss that a bit is worth.
+        levels: Bits of each level among the non-zero ones.
+        on: Bits that tell that the weight is not zero.
+        off: Bits that tell that it is.
+    """
+    best, least = zero, 0.5 * f * w * w + price * off
+    above = np.searchsorted(codebook, w)
+    for level in range(max(0, above - _NEAR), min(codebook.size, above + _NEAR)):
+        cost = 0.5 * f * (w - codebook[level]) ** 2 + price * (on + levels[level])
+        if level != zero and cost < least:
+            best, least = level, cost
+    return best
 
 
 @numba.njit(cache=True, nogil=True)
@@ -173,12 +215,7 @@ def _assign(weight, curvature, codebook, zero, price, kept, levels, rows, column
             w, f = weight[i, j], curvature[i, j]
             probability = min(np.exp(kept + rows[i] + columns[j]), _LARGEST)
             on, off = -np.log2(probability), -np.log2(1 - probability)
-            best, least = zero, 0.5 * f * w * w + price * off
-            above = np.searchsorted(codebook, w)
-            for level in range(max(0, above - _NEAR), min(codebook.size, above + _NEAR)):
-                cost = 0.5 * f * (w - codebook[level]) ** 2 + price * (on + levels[level])
-                if level != zero and cost < least:
-                    best, least = level, cost
+            best = cheapest(w, f, codebook, zero, price, levels, on, off)
             index[i, j] = best
             counts[best] += 1
             sums[best] += f * w
@@ -191,32 +228,61 @@ def _assign(weight, curvature, codebook, zero, price, kept, levels, rows, column
     return counts, sums, weights, in_rows, in_columns, position_bits, loss
 
 
-def price_within(bits: Callable[[float], float], budget: float, near: float | None = None) -> float:
-    """Return the least price at which something costs at most a budget of bits, to 2 %.
+def price_within(
+    bits: Callable[[float], float],
+    budget: float,
+    near: float | None = None,
+    tolerance: float = 0.02,
+    tries: int = 64,
+) -> float:
+    """Return a price at which something costs at most a budget of bits, and nearly all of it.
+
+    Bits are about a power of the price, so that the search goes by their logarithms. It ends early
+    where bits no longer rise, since a tensor has no more levels.
 
     Args:
         bits: Bits at a price; they fall as the price rises.
         budget: Most bits.
         near: A price to begin the search at.
+        tolerance: Fraction of the budget that may be left.
+        tries: Number of prices that are tried, but for those that find one within the budget.
 
     Raises:
         ValueError: No price is high enough.
 
     Example:
-        >>> round(price_within(lambda price: 100 / price, budget=20), 1)
-        5.0
+        >>> round(price_within(lambda price: 100 / price, budget=20), 2)
+        5.05
     """
-    low = high = near or 1e-6
-    factor = 2.0 if near else 16.0
-    while bits(high) > budget:
-        low, high = high, factor * high
-        if high > 1e30:
-            raise ValueError(f"at least {bits(high):,.0f} bits are needed, and {budget:,.0f} given")
-    while low == high or bits(low) <= budget:
-        low, high = low / factor, low
-        if low < 1e-100:
-            return high
-    while high > 1.02 * low:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if bits(middle) <= budget else (middle, high)
-    return high
+    price, aim = near or 1e-6, math.log((1 - tolerance / 2) * budget)
+    # Logarithms of a price and its bits: the highest price of too many bits, the lowest of few
+    # enough, and the one of the most bits within the budget.
+    low: tuple[float, float] | None = None
+    high: tuple[float, float] | None = None
+    best: tuple[float, float] | None = None
+    for number in count(1):
+        cost = bits(price)
+        here = math.log(price), math.log(max(cost, 1e-9))
+        if cost > budget:
+            low = here
+            if price > _HIGHEST:
+                raise ValueError(f"at least {cost:,.0f} bits are needed, and {budget:,.0f} given")
+        else:
+            high, best = here, max(best or here, here, key=lambda pair: pair[1])
+            full = low is None and here[0] < best[0] - _FULL
+            if cost >= (1 - tolerance) * budget or full:
+                break
+        if best is not None and (number >= tries or price < _LOWEST):
+            break
+        if low is None or high is None:
+            # About the inverse of the square root; longer steps if that is not enough.
+            step = 2 * (here[1] - aim)
+            longest = math.log(_LONGEST if near is None else 2.0) * number
+            price *= math.exp(math.copysign(min(max(abs(step), 0.02 * 1.5**number), longest), step))
+        else:
+            if abs(high[0] - low[0]) < tolerance / 100:
+                break
+            part = (low[1] - aim) / (low[1] - high[1])
+            price = math.exp(low[0] + min(max(part, 0.2), 0.8) * (high[0] - low[0]))
+    assert best is not None
+    return math.exp(best[0])

@@ -104,7 +104,7 @@ class Codebook(Levels):
 
     codebook: Tensor
 
-    def nearest(self, values: Tensor, column: int) -> Tensor:
+    def best(self, values: Tensor, column: int, curvature: Tensor) -> Tensor:
         return self.codebook[assign(values.contiguous(), self.codebook)]
 
 

@@ -14,7 +14,7 @@ __all__ = ["Levels"]
 
 
 class Levels:
-    """Any value. A subclass allows fewer, and says which is the nearest."""
+    """Any value. A subclass allows fewer, and says which one a weight takes."""
 
     @property
     def any_value(self) -> bool:
@@ -29,11 +29,13 @@ class Levels:
         """
         return self
 
-    def nearest(self, values: Tensor, column: int) -> Tensor:
-        """Return the level nearest to each of the values of one column.
+    def best(self, values: Tensor, column: int, curvature: Tensor) -> Tensor:
+        """Return the level of each of the values of one column: the nearest, or, where levels have
+        a price, the one of least error and price.
 
         Args:
             values: Values of the weights ``[..., column]``.
             column: Number of the column.
+            curvature: Second derivative of the error by each of them, of the same shape.
         """
         return values

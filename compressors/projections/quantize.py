@@ -246,7 +246,7 @@ class Grid(Levels):
     def rearranged(self, change: Callable[[Tensor], Tensor]) -> Self:
         return replace(self, scales=change(self.scales))
 
-    def nearest(self, values: Tensor, column: int) -> Tensor:
+    def best(self, values: Tensor, column: int, curvature: Tensor) -> Tensor:
         return _grid(values, self.scales[..., column], *bounds(self.bits))
 
 

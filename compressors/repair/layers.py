@@ -9,7 +9,7 @@ its input. At the end, what is not pruned and on no grid is tuned for the output
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,7 @@ from fitsmall.compressors.surgery.quantizers import (
 from fitsmall.compressors.torch_internals import evaluating
 from fitsmall.compressors.weights import BIAS_OR_NORM, Matrices, no_weight, twin_of
 
-__all__ = ["repair"]
+__all__ = ["repair", "tune_shared"]
 
 # Reasons why a weight is not fitted.
 _UNSEEN = "no product of it with data was seen"
@@ -48,6 +48,7 @@ def repair(
     forms: Mapping[str, Matrices],
     batches: list[Batch],
     activation_bits: int | None,
+    tuned: bool = True,
 ) -> tuple[dict[str, Code], dict[str, str]]:
     """Compress weights of a module in place, fitted to data.
 
@@ -60,6 +61,7 @@ def repair(
         forms: Dimensions of each of them.
         batches: See :func:`batches_of`.
         activation_bits: Bits of the inputs of these weights' layers, or None.
+        tuned: Whether codebooks, biases and norms are tuned together at the end.
 
     Returns:
         Codes by name, and the reason for each one that could not be fitted to data.
@@ -73,6 +75,8 @@ def repair(
     try:
         with evaluating(module):
             work.run()
+            if tuned:
+                work.tune()
         for layer in work.attached:
             layer.get_submodule(QUANTIZER).train(layer.training)
     except BaseException:
@@ -127,7 +131,13 @@ class _Repair:
                 statistics = Statistics()
                 self._feed(tensor, use.calls, statistics)
                 statistics.write_(tensor, use.variance)
-        self._tune()
+
+    def tune(self) -> None:
+        """Tune codebooks, biases and norms."""
+        shared = {name: self.weights[name] for name, code in self.codes.items() if _codebook(code)}
+        tune_shared(self.module, self.original, self.weights, shared, self.batches)
+        for name in shared:
+            self._project(name)
 
     def _project(self, name: str) -> None:
         """Project a weight as it is."""
@@ -169,20 +179,6 @@ class _Repair:
             after = form.split(weight.double())
             mean = before.reshape(shape) @ then[..., None] - after.reshape(shape) @ now[..., None]
             bias += mean.flatten().to(bias.dtype)
-
-    def _tune(self) -> None:
-        """Tune what is neither pruned nor on a grid: codebooks, biases and norms."""
-        parameters = dict(self.module.named_parameters())
-        free = {
-            name: parameter
-            for name, parameter in parameters.items()
-            if parameter.requires_grad and no_weight(self.module, name) == BIAS_OR_NORM
-            if name not in self.weights and parameter.is_floating_point() and parameter.numel()
-        }
-        shared = {name: self.weights[name] for name, code in self.codes.items() if _codebook(code)}
-        tune(self.module, self.original, free, shared, self.batches)
-        for name in shared:
-            self._project(name)
 
     def _round_inputs(self, name: str, moments: Moments) -> None:
         """Round the inputs of a weight's layer from now on, in the range that does it best."""
@@ -268,6 +264,31 @@ class _Repair:
                         batch.call(self.original)
                 with suppress(_Reached), Watch(before):
                     batch.call(self.module)
+
+
+def tune_shared(
+    module: nn.Module,
+    original: nn.Module,
+    weights: Collection[str],
+    shared: Mapping[str, nn.Parameter],
+    batches: list[Batch],
+) -> None:
+    """Tune what is neither pruned nor on a grid: codebooks, and biases and norms.
+
+    Args:
+        module: The compressed module, in evaluation mode.
+        original: The module before compression, in evaluation mode.
+        weights: Names of compressed parameters.
+        shared: Those with a codebook.
+        batches: Data.
+    """
+    free = {
+        name: parameter
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and no_weight(module, name) == BIAS_OR_NORM
+        if name not in weights and parameter.is_floating_point() and parameter.numel()
+    }
+    tune(module, original, free, shared, batches)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -11,7 +11,8 @@ from ``p`` for logits. With the second moment of a layer's inputs this is the Kr
 curvature of the outputs (Martens and Grosse, 2015). No labels are needed.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from fitsmall.compressors.repair.batches import Batch, compared
 from fitsmall.compressors.repair.inputs import EMBEDDINGS, MATRIX_PRODUCTS, Watch
 
-__all__ = ["output_metrics"]
+__all__ = ["output_metrics", "squared_gradients"]
 
 # Outputs of a layer up to which the whole matrix is kept; of more, its diagonal.
 _LARGEST = 1024
@@ -79,20 +80,58 @@ def output_metrics(
         output.register_hook(add)
 
     chosen = set(weights)
+    for _ in _backward_passes(module, batches, Watch(before, after)):
+        pass
+    return products, reads
+
+
+def squared_gradients(module: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Return the diagonal of the curvature of the outputs by each parameter, a sum over examples.
+
+    It is found in gradients of whole batches: with random ``z`` for each example, products of two
+    examples vanish on average.
+
+    Args:
+        module: Module in evaluation mode. Afterwards its parameters ask for gradients, and have
+            none.
+        batches: Data.
+
+    Returns:
+        Tensors by name; parameters on which no output depends by a derivative are missing.
+
+    Example:
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> found = squared_gradients(net, [Batch((torch.tensor([[1.0, 3.0]]),), {})])["weight"]
+        >>> found / found[0, 0]
+        tensor([[1., 9.]])
+    """
+    found: dict[str, Tensor] = {}
+    for _ in _backward_passes(module, batches, nullcontext()):
+        for name, parameter in module.named_parameters():
+            if parameter.grad is not None:
+                squares = parameter.grad.to_dense().float().square()
+                found[name] = found[name] + squares if name in found else squares
+    return found
+
+
+def _backward_passes(
+    module: nn.Module, batches: Sequence[Batch], watch: AbstractContextManager[Any]
+) -> Iterator[None]:
+    """Yield after the backward pass of each batch, from random ``z`` at the outputs."""
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     # The kernels of cuDNN for recurrent layers have no backward pass in evaluation mode.
     with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
         for batch in batches:
-            with Watch(before, after):
+            with watch:
                 outputs = batch.call(module)
             found = [pair for pair in compared(module, batch, outputs) if pair[0].requires_grad]
             if found:
                 drawn = [_drawn(output.detach(), logits, generator) for output, logits in found]
                 torch.autograd.backward([output for output, _ in found], drawn)
+            yield
             module.zero_grad(set_to_none=True)
-    return products, reads
 
 
 def _drawn(output: Tensor, logits: int | None, generator: torch.Generator) -> Tensor:

@@ -114,7 +114,7 @@ def fit(
     levels = projection.levels(whole(v).to(weight.dtype), importance)
     assert levels is not None  # as for the weight itself
     if not levels.any_value and mask.any():
-        v = _round(v, h, mask, levels.rearranged(matrices))
+        v = _round(v, h, squares[..., None], mask, levels.rearranged(matrices))
     return whole(v).to(weight.dtype)
 
 
@@ -187,12 +187,14 @@ def _least_squares(w: Tensor, h: Tensor, g: Tensor | None, mask: Tensor) -> Tens
     return v
 
 
-def _round(w: Tensor, h: Tensor, mask: Tensor, levels: Levels) -> Tensor:
+def _round(w: Tensor, h: Tensor, units: Tensor, mask: Tensor, levels: Levels) -> Tensor:
     """Return survivors ``w`` rounded to levels: in one pass of optimal brain surgeon, then sweeps.
+
+    ``units`` are the weights of the outputs' squared errors, of shape ``(groups, k, 1)``.
 
     Errors are those from ``w``, row by row: it is the least-squares solution, so that others add up
     to nothing. The pass moves later columns as if none of them were pruned. Rows for which it is
-    worse than rounding to the nearest level, as those of few survivors, start from that.
+    worse than rounding each weight alone, as those of few survivors, start from that.
     """
     order = h.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True)  # the costly columns first
     columns = order.tolist()
@@ -201,8 +203,11 @@ def _round(w: Tensor, h: Tensor, mask: Tensor, levels: Levels) -> Tensor:
     # the inverse over the columns from j on. Rows of its Cholesky factor hold these fractions.
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     later = (-factor / factor.diagonal(dim1=1, dim2=2)[..., None]).triu(1)
-    passed = _rounded_in_turn(w, w, later, mask, levels, columns)
-    each = [levels.nearest(w[..., k], column) for k, column in enumerate(columns)]
+    # The curvature of a column whose later ones are free, and that of one whose others are fixed.
+    free = units / factor.diagonal(dim1=1, dim2=2)[:, None].square()
+    fixed = units * h.diagonal(dim1=1, dim2=2)[:, None]
+    passed = _rounded_in_turn(w, w, later, free, mask, levels, columns)
+    each = [levels.best(w[..., k], column, fixed[..., k]) for k, column in enumerate(columns)]
     nearest = torch.stack(each, -1) * mask
     better = _errors(w - passed, h) < _errors(w - nearest, h)
     v = torch.where(better, passed, nearest)
@@ -211,7 +216,7 @@ def _round(w: Tensor, h: Tensor, mask: Tensor, levels: Levels) -> Tensor:
     others = h / diagonal - torch.eye(len(columns), dtype=h.dtype, device=h.device)
     for _ in range(_SWEEPS):
         targets = v + (w - v) @ h / diagonal
-        v = _rounded_in_turn(targets, v, others, mask, levels, columns)
+        v = _rounded_in_turn(targets, v, others, fixed, mask, levels, columns)
     return v[..., order.argsort()]
 
 
@@ -219,17 +224,19 @@ def _rounded_in_turn(
     targets: Tensor,
     before: Tensor,
     coupling: Tensor,
+    curvature: Tensor,
     mask: Tensor,
     levels: Levels,
     columns: list[int],
 ) -> Tensor:
-    """Round columns one after another, each to the levels nearest to its target ``t``.
+    """Round columns one after another, each to the best levels for its target ``t``.
 
     Args:
         targets: Targets of the columns.
         before: Columns before; where they are the targets themselves, also these move.
         coupling: Matrix ``C``: a change ``d`` of column ``j`` moves the targets of the others,
             ``t_k <- t_k - d C_jk``.
+        curvature: Second derivative of the error by each weight.
         mask: Weights that survive.
         levels: Levels of the weight.
         columns: Number of each column in the weight.
@@ -241,7 +248,7 @@ def _rounded_in_turn(
         changes = []
         for j in range(block.start, block.stop):
             t = targets[..., j].contiguous()
-            rounded[..., j] = levels.nearest(t, columns[j]) * mask[..., j]
+            rounded[..., j] = levels.best(t, columns[j], curvature[..., j]) * mask[..., j]
             changes.append(rounded[..., j] - (t if alone else before[..., j]))
             targets[..., block] -= changes[-1][..., None] * coupling[:, None, j, block]
         # All other columns in one product.
