@@ -1,9 +1,6 @@
 """A target for the size of the file: zeros, levels and bits of all tensors at one price."""
 
-import math
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -12,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from fitsmall.compressors.choices.clusterings import clusterings_table, decoded
 from fitsmall.compressors.choices.entropy_constrained import Clustering, cluster, price_within
 from fitsmall.compressors.codes.code import matrix_shape
 from fitsmall.compressors.codes.dtypes import INTEGERS
-from fitsmall.compressors.codes.exact import exact
 from fitsmall.compressors.file.schema import CODER_NAMES
+from fitsmall.compressors.file.sizes import bytes_of
 from fitsmall.compressors.file.writer import coded_size
 from fitsmall.compressors.naming import abridged, grouped, lookup
 from fitsmall.compressors.training.messages import inform
@@ -27,15 +25,13 @@ from fitsmall.compressors.training.statistics import Statistics
 
 __all__ = ["SizeTarget"]
 
-_UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-_NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
-
 # Attributes that a checkpoint saves, in addition to clusters and statistics.
 _STATE = ("price", "ratio", "measure_at", "bytes", "dense", "aim")
 
 # Part of the window in which the price rises; in the rest weights move to their levels.
 _TIGHTENING = 0.65
+# Choices while weights move to their levels, for each one before.
+_OFTENER = 4
 # Where the size has no schedule, it is at least so many times what is not compressed.
 _NEAREST = 1.1
 # How far weights are on their way to their levels where the size has no schedule.
@@ -48,8 +44,8 @@ _DAMPING = 1.0
 _SAMPLE = 2**16
 # Strength between two measurements of the file.
 _BETWEEN = 0.05
-# The file takes at least this part of the target, and the price is tried so often for it.
-_LEAST, _TRIES = 0.993, 16
+# Part of the target that the file may leave, and the number of prices that are tried for it.
+_TOLERANCE, _TRIES = 0.007, 16
 
 
 class SizeTarget(SharedValues):
@@ -122,7 +118,7 @@ class SizeTarget(SharedValues):
         super().__init__(start, stop, start_step, stop_step, every, include, exclude)
         self.size, self.coder = size, lookup("coder", coder, {name: name for name in CODER_NAMES})
         if size is not None:
-            _bytes(size, 1)  # checks it
+            bytes_of(size, 1, "SizeTarget")  # checks it
         self.statistics = Statistics(("squared_gradient",))
         self.module = nn.Module()
         self.masks: dict[str, Tensor] = {}
@@ -145,10 +141,17 @@ class SizeTarget(SharedValues):
     @property
     def target(self) -> int:
         """Most bytes of the file."""
-        return self.aim if self.size is None else _bytes(self.size, self.dense)
+        return self.aim if self.size is None else bytes_of(self.size, self.dense, "SizeTarget")
 
     def strength(self, progress: float) -> float:
         return progress
+
+    @property
+    def steps_between(self) -> int:
+        # Latents that follow their levels move apart until the next choice.
+        steps, (first, last) = super().steps_between, self.window
+        following = self.clock.now >= first + _TIGHTENING * (last - first)
+        return max(1, steps // _OFTENER) if following and self.every is None else steps
 
     # Selection, statistics.
 
@@ -217,7 +220,7 @@ class SizeTarget(SharedValues):
         if strength == 1:
             found = self._within(target, weights, ready)
         else:
-            found = self._cluster(weights, ready)
+            found = self._cluster(weights, ready, self.price)
             if strength >= self.measure_at or self.size is None:
                 self.bytes = self._size(found)
                 if self.bytes > others:
@@ -280,50 +283,37 @@ class SizeTarget(SharedValues):
         return wide.reshape(shape).cpu().numpy(), curvature.reshape(shape).cpu().numpy()
 
     def _cluster(
-        self, weights: Mapping[str, Tensor], names: Iterable[str]
+        self, weights: Mapping[str, Tensor], names: Iterable[str], price: float
     ) -> dict[str, Clustering]:
-        assert self.price is not None
-        return {name: cluster(*self._matrices(name, weights[name]), self.price) for name in names}
+        return {name: cluster(*self._matrices(name, weights[name]), price) for name in names}
 
     def _size(self, found: Mapping[str, Clustering]) -> int:
         """Return the size of the file, really coded."""
         shapes = {name: self.parameters[name].shape for name in found}
-        decoded = {name: _decoded(mine).view(shapes[name]) for name, mine in found.items()}
-        return self._coded(self._file(decoded))
+        weights = {name: decoded(mine).view(shapes[name]) for name, mine in found.items()}
+        return self._coded(self._file(weights))
 
     def _within(
         self, target: float, weights: Mapping[str, Tensor], names: Sequence[str]
     ) -> dict[str, Clustering]:
         """Return the clusterings at the price at which the file is just below a target."""
-        assert self.price is not None
-        low, high = 0.0, math.inf  # prices at which the file is too large, and small enough
         best: dict[str, Clustering] = {}
-        step, price, before = 1.02, self.price, 0
-        for _ in range(_TRIES):
-            found = self._cluster(weights, names)
+        self.bytes = 0
+
+        def size(price: float) -> int:
+            nonlocal best
+            found = self._cluster(weights, names, price)
             size = self._size(found)
-            if size > target:
-                low = self.price
-            else:
-                high = self.price
-                if not best or size > self.bytes:
-                    self.bytes, best, price = size, found, self.price
-                # The file may be as large as it becomes: a tensor has no more levels.
-                full = not low and step > 2 and size - before < 0.001 * size
-                if size >= _LEAST * target or full:
-                    break
-            before = size
-            if low and not math.isinf(high):
-                self.price = math.sqrt(low * high)
-            else:
-                self.price *= step if low else 1 / step
-                step = min(step**2, 64.0)
-        if not best:
+            if self.bytes < size <= target:
+                self.bytes, best = size, found
+            return size
+
+        try:
+            self.price = price_within(size, target, self.price, _TOLERANCE, _TRIES)
+        except ValueError as error:
             raise ValueError(
-                f"SizeTarget: no price gives a file of {target:,.0f} bytes; the last one gives "
-                f"{size:,}: ask for more"
-            )
-        self.price = price
+                f"SizeTarget: no price gives a file of {target:,.0f} bytes: ask for more"
+            ) from error
         return best
 
     def _take(self, name: str, weight: Tensor, found: Clustering) -> None:
@@ -368,22 +358,8 @@ class SizeTarget(SharedValues):
 
     def _table(self, found: Mapping[str, Clustering]) -> str:
         """Return a table of what was chosen."""
-        rows = [("parameter", "weights", "kept %", "levels", "bytes", "loss")]
-        for name, mine in found.items():
-            kept, size = 100 * mine.kept / max(1, mine.index.size), exact(_decoded(mine)).bits() / 8
-            levels = len(mine.codebook)
-            numbers = (f"{mine.index.size:,}", f"{kept:.1f}", f"{levels}", f"{size:,.0f}")
-            rows.append((name, *numbers, f"{mine.loss:.2g}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if place else cell.ljust(width)
-                for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
         head = f"SizeTarget: a file of {self.bytes:,} bytes, of at most {self.target:,}, at a price"
-        return "\n  ".join([f"{head} of {self.price:.3g} a bit", *lines])
+        return "\n  ".join([f"{head} of {self.price:.3g} a bit", *clusterings_table(found)])
 
     def finish(self) -> list[str]:
         warnings = super().finish()
@@ -455,41 +431,6 @@ def _mask_(weight: Tensor, mask: Tensor) -> None:
     weight.view(INTEGERS[weight.dtype.itemsize]).bitwise_and_(mask)
 
 
-def _decoded(found: Clustering) -> Tensor:
-    """Return the matrix of a clustering, with levels as they are stored."""
-    codebook = torch.from_numpy(found.codebook).to(getattr(torch, SizeTarget.codebook_dtype))
-    return codebook.float()[torch.from_numpy(found.index).int()]
-
-
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Any] = module.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-
-
-def _bytes(size: Any, dense: int) -> int:
-    """Return the bytes that a size means.
-
-    Raises:
-        ValueError: It is neither a fraction nor a number with a unit.
-
-    Example:
-        >>> _bytes(1 / 20, dense=1000), _bytes("1/20", dense=1000), _bytes("40 KB", dense=1)
-        (50, 50, 40000)
-    """
-    number = size
-    if isinstance(size, str):
-        found = re.fullmatch(rf"\s*({_NUMBER}(?:/{_NUMBER})?)\s*([A-Za-z]*)\s*", size)
-        try:
-            number = float(Fraction(found[1].replace(",", ""))) if found else None
-        except (ValueError, ZeroDivisionError):
-            number = None
-        if found and number and found[2].upper() in _UNITS:
-            return int(number * _UNITS[found[2].upper()])
-        number = None if found and found[2] else number
-    if isinstance(number, int | float) and 0 < number < 1:
-        return int(number * dense)
-    hint = f": for bytes write '{number:g} B'" if number and number >= 1 else ""
-    raise ValueError(
-        "SizeTarget: a size is a fraction of the dense bytes, such as 1/20, or a number with a "
-        f"unit, such as '40 KB', and got {size!r}{hint}"
-    )
