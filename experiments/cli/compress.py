@@ -1,4 +1,4 @@
-"""The command ``fitsmall compress``: a trained network, and a target for it."""
+"""The commands ``fitsmall compress`` and ``fitsmall suggest``: words of Hydra for a checkpoint."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["HELP", "folder_of", "missed", "training_words"]
+__all__ = ["HELP", "SUGGEST_HELP", "folder_of", "missed", "suggest_words", "training_words"]
 
 # Settings of Compress, which need no prefix.
 _SETTINGS = (
@@ -48,6 +48,18 @@ Examples
 The exit status is 1 if a target was missed."""
 
 
+SUGGEST_HELP = """usage: fitsmall suggest CHECKPOINT [SETTING ...]
+
+Show what a trained network loses at several sizes, and which of its layers are sensitive. Nothing
+is trained. A picture and a CSV are in the folder that the last line names.
+
+CHECKPOINT is a checkpoint of Lightning or a state dict (.ckpt, .pt), safetensors, or a
+.fitsmall file. Settings are those of `fitsmall train`: which network and data.
+
+Example
+  fitsmall suggest dense.fitsmall data=mnist model=lenet300"""
+
+
 def training_words(words: Sequence[str]) -> list[str]:
     """Return the words of ``fitsmall train`` that compress a checkpoint.
 
@@ -61,12 +73,7 @@ def training_words(words: Sequence[str]) -> list[str]:
         >>> training_words(["a.ckpt", "size=1/20", "hydra.run.dir=b"])[3:]
         ["callbacks.compress.size='1/20'", 'hydra.run.dir=b']
     """
-    checkpoint, *others = words
-    if "=" in checkpoint or checkpoint.startswith("-"):
-        raise ValueError(
-            f"fitsmall compress takes a checkpoint first, as in fitsmall compress model.ckpt "
-            f"size=1/20, and got {checkpoint}"
-        )
+    checkpoint, others = _checkpoint("compress", words, " size=1/20")
     named = {name: word for word in others if (name := word.partition("=")[0]) in _SETTINGS}
     if not {"size", "flops", "latency", "max_drop"} & named.keys():
         raise ValueError(
@@ -78,10 +85,25 @@ def training_words(words: Sequence[str]) -> list[str]:
             "fitsmall train init=CHECKPOINT 'callbacks=[compress]' callbacks.compress.size=1/20"
         )
     mapped = [_setting(word) if word in named.values() else word for word in others]
-    if not any(word.startswith("hydra.run.dir=") for word in others):
-        mapped.insert(0, f"hydra.run.dir=runs/compress_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
-    quoted = str(Path(checkpoint).resolve()).replace("'", r"\'")
-    return [f"init='{quoted}'", "callbacks=[compress]", "reference=false", *mapped]
+    chosen = ["callbacks=[compress]", "reference=false"]
+    return [checkpoint, *chosen, *_folder("compress", mapped)]
+
+
+def suggest_words(words: Sequence[str]) -> list[str]:
+    """Return the words of Hydra that look at a checkpoint.
+
+    Args:
+        words: The checkpoint, and settings of ``fitsmall train``.
+
+    Raises:
+        ValueError: The first word is no checkpoint.
+
+    Example:
+        >>> suggest_words(["a.ckpt", "hydra.run.dir=b"])[1:]
+        ['callbacks=[]', 'hydra.run.dir=b']
+    """
+    checkpoint, others = _checkpoint("suggest", words)
+    return [checkpoint, "callbacks=[]", *_folder("suggest", others)]
 
 
 def folder_of(overrides: Sequence[str]) -> Path:
@@ -94,6 +116,25 @@ def missed(folder: Path) -> bool:
     """Return whether a finished run missed a target."""
     result = json.loads((folder / "result.json").read_text())
     return not result["targets_met"]
+
+
+def _checkpoint(command: str, words: Sequence[str], more: str = "") -> tuple[str, list[str]]:
+    """Return the setting that loads a checkpoint, and the words after it."""
+    checkpoint, *others = words
+    if "=" in checkpoint or checkpoint.startswith("-"):
+        raise ValueError(
+            f"fitsmall {command} takes a checkpoint first, as in fitsmall {command} model.ckpt"
+            f"{more}, and got {checkpoint}"
+        )
+    quoted = str(Path(checkpoint).resolve()).replace("'", r"\'")
+    return f"init='{quoted}'", others
+
+
+def _folder(command: str, words: Sequence[str]) -> list[str]:
+    """Return words that name the folder of the run."""
+    if any(word.startswith("hydra.run.dir=") for word in words):
+        return [*words]
+    return [f"hydra.run.dir=runs/{command}_{time.strftime('%Y-%m-%d_%H-%M-%S')}", *words]
 
 
 def _setting(word: str) -> str:

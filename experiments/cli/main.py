@@ -16,6 +16,8 @@ from fitsmall.experiments.cli.completion import SCRIPTS, complete
 from fitsmall.experiments.cli.suggestions import suggest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
     from torch.nn import Module
 
@@ -42,13 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     wants_traceback = bool(os.environ.get("HYDRA_FULL_ERROR"))
-    if words[:1] in (["train"], ["compress"], ["complete"]):
+    if words[:1] in (["train"], ["compress"], ["suggest"], ["complete"]):
         _import_from_working_directory()
     try:
         if words[:1] == ["train"]:
             _train(words[1:])
         elif words[:1] == ["compress"]:
             _compress(words[1:])
+        elif words[:1] == ["suggest"]:
+            _suggest(words[1:])
         elif words == ["complete"]:  # asked by the shell
             (commands,) = (a for a in _parser()._actions if a.choices)
             complete(list(commands.choices or ()))
@@ -79,9 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         prog="fitsmall", title="commands", required=True, metavar=f"{'COMMAND':12}"
     )
-    # Only for the list of commands: Hydra reads the words after `train`.
+    # Only for the list of commands: Hydra reads the words after these.
     commands.add_parser("train", help="train and compress a network, or a sweep of networks")
     commands.add_parser("compress", help="compress a trained network to a target")
+    commands.add_parser("suggest", help="show what a trained network loses at several sizes")
     new = commands.add_parser("new", help="start a project with your own network and data")
     new.add_argument("folder", type=Path, metavar="PROJECT", help="folder to create")
     new.set_defaults(run=_new)
@@ -201,12 +206,17 @@ def _train(overrides: list[str]) -> None:
     # Hydra finds plugins by itself, but not those of an editable installation.
     for sweeper in (Grids, Search):
         Plugins.instance().register(sweeper)
+    _run_job(train, overrides)
+
+
+def _run_job(job: "Callable[[], object]", overrides: list[str]) -> None:
+    """Run a job whose configuration Hydra makes of these words."""
     sys.argv = [sys.argv[0], *overrides]
     # With it Hydra raises errors; without, it prints a report of its own and exits.
     before = os.environ.get("HYDRA_FULL_ERROR", "")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        train()
+        job()
     finally:
         os.environ["HYDRA_FULL_ERROR"] = before
 
@@ -222,6 +232,18 @@ def _compress(words: list[str]) -> None:
     _train(overrides)
     if missed(folder_of(overrides)):
         sys.exit(1)
+
+
+def _suggest(words: list[str]) -> None:
+    from fitsmall.experiments.cli.compress import SUGGEST_HELP, suggest_words
+
+    if not words or {"-h", "--help"} & {*words}:
+        print(SUGGEST_HELP)
+        return
+    overrides = suggest_words(words)
+    from fitsmall.experiments.run.suggest import main as suggest_sizes
+
+    _run_job(suggest_sizes, overrides)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -363,7 +385,8 @@ def _one_line(error: Exception, words: list[str]) -> str:
     if is_vague and error.__cause__:
         return " ".join(str(error.__cause__).split())
     message = str(error).partition("Config search path")[0]
-    if words[:1] in (["train"], ["compress"]) and (hint := suggest(message, words[1:])):
+    takes_settings = words[:1] in (["train"], ["compress"], ["suggest"])
+    if takes_settings and (hint := suggest(message, words[1:])):
         own = message.partition("To append")[0].partition("Available options")[0]
         message = own.strip().rstrip(".") + hint
     return " ".join(message.split())
