@@ -66,6 +66,7 @@ class AccuracyFloor:
         self.good: dict[str, Any] = {}
         self.last = math.nan
         self._floats: dict[str, Tensor] = {}
+        self._told = False
 
     @property
     def limit(self) -> float:
@@ -110,6 +111,24 @@ class AccuracyFloor:
             "(start=...), or give dense=..."
         )
 
+    def _check_examples(self, examples: int) -> None:
+        """Warn if held-out data are too few to see the tolerance.
+
+        A rate ``p`` of ``n`` examples has the standard error ``sqrt(p (1 - p) / n)``.
+        """
+        rate = self.metric.loss(self.dense)
+        variance = rate * (1 - rate)
+        if variance <= 0 or not examples or not self.max_drop:  # no rate of an error or an accuracy
+            return
+        needed = round(variance / self.max_drop**2)
+        if examples < needed:
+            warn(
+                f"Compress: {self.metric.name} of {rate:.4g} on {examples:,} examples has a "
+                f"standard error of {math.sqrt(variance / examples):.2g}, and max_drop is "
+                f"{self.max_drop:g}: chance may decide; validate on {needed:,} or more, or allow a "
+                "larger max_drop"
+            )
+
     @torch.no_grad()
     def show_levels_(self) -> None:
         """Move the weights to their levels, for a validation."""
@@ -144,6 +163,9 @@ class AccuracyFloor:
             return
         if math.isinf(self.dense):
             raise self._unknown(stage.window.first)
+        if not self._told:
+            self._told = True
+            self._check_examples(_examples(trainer))
         if plan.clock.now >= stage.window.last or not stage.clusterings:
             return
         size = stage.bytes
@@ -254,3 +276,19 @@ class AccuracyFloor:
         """Take over the state that :meth:`state_dict` returned."""
         for name in self._SAVED:
             setattr(self, name, state[name])
+
+
+def _examples(trainer: pl.Trainer) -> int:
+    """Return the number of examples that a validation sees; 0 if the loaders do not tell."""
+    loaders = trainer.val_dataloaders
+    examples = 0.0
+    for loader, batches in zip(
+        loaders if isinstance(loaders, list | tuple) else [loaders],
+        trainer.num_val_batches,
+        strict=False,
+    ):
+        try:
+            examples += min(len(loader.dataset), batches * (loader.batch_size or 1))
+        except (AttributeError, TypeError):
+            return 0
+    return int(examples)

@@ -1,5 +1,6 @@
 """The command ``fitsmall``: help, mistakes, completion, and a new project."""
 
+import csv
 import json
 import re
 import shlex
@@ -52,6 +53,8 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         (["train", "trainer.max_epoch=3"], "did you mean trainer.max_epochs?"),
         (["train", "init=nowhere.fitsmall", *QUICK], "nowhere.fitsmall is no file"),
         (["compress", "size=1/20"], "takes a checkpoint first"),
+        (["suggest", "model=perceptron"], "takes a checkpoint first"),
+        (["suggest", "nowhere.ckpt", *QUICK], "nowhere.ckpt is no file"),
         (["compress", "a.ckpt", "trainer.max_epochs=3"], "has no target: name one"),
         (["compress", "nowhere.ckpt", "size=1/20", *QUICK], "nowhere.ckpt is no file"),
         (["compress", "nowhere.ckpt", "size=40", *QUICK], "for bytes write '40 B'"),
@@ -112,6 +115,15 @@ def test_a_trained_network_is_compressed(
     dense, first, second = (tmp_path / name for name in ("dense", "first", "second"))
     quick = [*QUICK, "trainer.max_epochs=4", "reference=false"]
     main(["train", "callbacks=[]", *quick, f"hydra.run.dir={dense}"])
+    main(["suggest", f"{dense}/model.fitsmall", *QUICK, f"hydra.run.dir={tmp_path}/guide"])
+    shown = capsys.readouterr().out
+    with open(tmp_path / "guide" / "trade_off.csv", newline="") as file:
+        offers = list(csv.DictReader(file))
+    assert [float(offer["ratio"]) for offer in offers] == [4, 6, 8, 10, 15, 20, 30, 40, 60, 80]
+    losses = [float(offer["rise"]) for offer in offers]
+    assert losses == sorted(losses)
+    assert all(f"{int(offer['bytes']):,}" in shown for offer in offers)
+    assert (tmp_path / "guide" / "trade_off.png").is_file()
     main(["compress", f"{dense}/model.fitsmall", "size=1/25", *quick, f"hydra.run.dir={first}"])
     assert 8000 < (first / "model.fitsmall").stat().st_size <= 202440 // 25
     assert "at most 8,097 bytes" in capsys.readouterr().out

@@ -357,3 +357,17 @@ def test_another_module_has_another_dense_metric(tmp_path: Path) -> None:
     runner.fit_loop.max_epochs = 20
     runner.fit(Validated(lambda levels: 0.5), loader(), validation())
     assert compress.outcome(1)[-1].wanted == "within 0.01 of 0.5"
+
+
+def test_held_out_data_that_are_too_few(tmp_path: Path) -> None:
+    """An error of 10 % on 360 examples has a standard error of 1.6 points."""
+    with pytest.warns(UserWarning, match="standard error of 0.016.* validate on 900 or more"):
+        floor_run(tmp_path, lambda levels: 0.1)
+
+
+def test_a_size_that_is_met_already() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 4))
+    train(net, SizeTarget(1 / 10))
+    with pytest.warns(UserWarning, match="nothing has to become smaller; ask for less"):
+        train(net, SizeTarget(1 / 5))

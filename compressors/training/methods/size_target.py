@@ -17,7 +17,7 @@ from fitsmall.compressors.file.schema import CODER_NAMES
 from fitsmall.compressors.file.sizes import bytes_of
 from fitsmall.compressors.file.writer import coded_size
 from fitsmall.compressors.naming import abridged, grouped, lookup
-from fitsmall.compressors.training.messages import inform
+from fitsmall.compressors.training.messages import inform, warn
 from fitsmall.compressors.training.methods.centroids import move_
 from fitsmall.compressors.training.methods.shared_values import ZERO, SharedValues
 from fitsmall.compressors.training.sharding import local, of_first, whole
@@ -180,6 +180,12 @@ class SizeTarget(SharedValues):
                 f"SizeTarget: a file of {self.target:,} bytes cannot be reached: with every "
                 f"selected weight at zero it takes {least:,}; ask for more, or act on more "
                 "parameters"
+            )
+        now = self._coded(self._file({}))
+        if now <= self.target:
+            warn(
+                f"SizeTarget: the file takes {now:,} bytes before training, and may take "
+                f"{self.target:,}: nothing has to become smaller; ask for less"
             )
 
     @property
