@@ -32,6 +32,7 @@ from fitsmall.compressors import (
 from fitsmall.compressors.codes.dtypes import FLOATS
 from fitsmall.compressors.projections.cluster import BINS, assign, linear
 from fitsmall.compressors.projections.prune import support
+from fitsmall.compressors.repair.priced import Priced
 
 Feasible = Callable[[Code], bool]
 SHAPES = [(0,), (1,), (7,), (16, 9), (4, 3, 5, 5)]
@@ -114,6 +115,7 @@ CASES: dict[type[Projection], list[Case]] = {
         Case(Quantize(4, axis=1), on_a_grid(4, lambda shape: (1, shape[1], 1, 1)), KERNELS),
         Case(Quantize(16), half_precision),
     ],
+    Priced: [Case(Priced(price=0.01, curvature=100.0), half_precision)],
     Truncate: [
         *(Case(Truncate(rank), of_rank(rank), MATRICES, "rounding") for rank in (1, 4)),
         Case(Truncate(energy=0.7), lambda code: isinstance(code, Factors), MATRICES, "no"),

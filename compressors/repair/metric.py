@@ -102,7 +102,7 @@ def squared_gradients(module: nn.Module, batches: Sequence[Batch]) -> dict[str, 
     Example:
         >>> net = nn.Linear(2, 1, bias=False)
         >>> found = squared_gradients(net, [Batch((torch.tensor([[1.0, 3.0]]),), {})])["weight"]
-        >>> found / found[0, 0]
+        >>> (found / found[0, 0]).round()
         tensor([[1., 9.]])
     """
     found: dict[str, Tensor] = {}

@@ -49,7 +49,13 @@ class Priced(Projection):
     curvature: float
 
     def encode(self, weight: Tensor) -> Code:
-        """The code of a weight that was fitted; its levels are rounded."""
+        """The code of a weight that was fitted; its levels are rounded.
+
+        Raises:
+            ValueError: A weight is not finite.
+        """
+        if not weight.isfinite().all():
+            raise ValueError("weights are not finite: training has diverged")
         return exact(weight.detach().to(CODEBOOK_DTYPE).to(weight.dtype))
 
     def support(self, weight: Tensor) -> Tensor:

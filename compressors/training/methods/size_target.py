@@ -46,6 +46,8 @@ _SAMPLE = 2**16
 _BETWEEN = 0.05
 # Part of the target that the file may leave, and the number of prices that are tried for it.
 _TOLERANCE, _TRIES = 0.007, 16
+# Part of it that the other coders leave: values train on, levels meet, and tables grow.
+_SPARE = 0.01
 
 
 class SizeTarget(SharedValues):
@@ -305,6 +307,7 @@ class SizeTarget(SharedValues):
         """Return the clusterings at the price at which the file is just below a target."""
         best: dict[str, Clustering] = {}
         self.bytes = 0
+        target *= 1 - _SPARE * (self.coder != "context")
 
         def size(price: float) -> int:
             nonlocal best
