@@ -9,12 +9,13 @@ from fitsmall.callbacks.accuracy_floor import AccuracyFloor
 from fitsmall.callbacks.driver import StageCallback, StageGroup, plan_of
 from fitsmall.callbacks.monitored import MonitoredMetric
 from fitsmall.callbacks.outcomes import Outcome
-from fitsmall.callbacks.stages import ChannelPruning, SizeTarget
+from fitsmall.callbacks.stages import ChannelPruning, RankLearning, SizeTarget
+from fitsmall.compressors.naming import lookup
 
 __all__ = ["Compress"]
 
-# Part of the window in which channels leave, where the file has a target as well.
-_CHANNELS = 0.5
+# Part of the window in which layers become smaller, where the file has a target as well.
+_LAYERS = 0.5
 # Latency varies from one measurement to the next.
 _LATENCY_TOLERANCE = 0.05
 
@@ -31,8 +32,9 @@ class Compress(StageGroup):
 
     A size is reached by :class:`~fitsmall.compressors.training.SizeTarget`: zeros, levels and bits
     of all parameters at one price of a bit. Multiply-adds and latencies are reached by
-    :class:`~fitsmall.compressors.training.ChannelPruning`: channels, heads and hidden units leave.
-    With both, units leave in the first half of the window, and the file is made small in the other.
+    :class:`~fitsmall.compressors.training.ChannelPruning`: channels, heads and hidden units leave;
+    multiply-adds also by :class:`~fitsmall.compressors.training.RankLearning`: layers become two.
+    With both, layers become smaller in the first half of the window, and the file in the other.
     With ``max_drop`` the size is the smallest one that keeps a metric of held-out data
     (:mod:`~fitsmall.callbacks.accuracy_floor`).
 
@@ -47,6 +49,9 @@ class Compress(StageGroup):
             0.005 is half a percentage point of an error rate in [0, 1].
         monitor: Name of the metric, which validations log.
         mode: ``"min"`` if it is an error, the default, or ``"max"`` if it is an accuracy.
+        methods: Methods that may be used: for a size or ``max_drop`` ``"quantize"`` alone, or
+            ``"prune"`` as well, the default; for multiply-adds ``"channels"``, the default, or
+            ``"ranks"``; for a latency ``"channels"``.
         dense: The dense network's metric. By default it is the best one before ``start``, which is
             right for a network that is trained already.
         start: Fraction of training after which compression begins.
@@ -54,12 +59,15 @@ class Compress(StageGroup):
         exclude: Patterns of names of parameters to leave as they are.
 
     Raises:
-        ValueError: There is no target, or two that contradict each other.
+        ValueError: There is no target, or two that contradict each other; or the methods are not
+            those of the targets.
         MisconfigurationException: Of the metric more is usually better, and ``mode`` is missing.
 
     Example:
         >>> [type(stage).__name__ for stage in Compress(size="40 KB", flops=0.5).stages]
         ['ChannelPruning', 'SizeTarget']
+        >>> Compress(flops=0.5, methods="ranks").stages[0].keep_flops
+        0.5
     """
 
     def __init__(
@@ -69,6 +77,7 @@ class Compress(StageGroup):
         latency: float | None = None,
         engine: str | None = None,
         max_drop: float | None = None,
+        methods: str | Sequence[str] | None = None,
         monitor: str = "val/error",
         mode: Literal["min", "max"] | None = None,
         dense: float | None = None,
@@ -94,27 +103,24 @@ class Compress(StageGroup):
             )
         if engine is not None and latency is None:
             raise ValueError(f"Compress: engine={engine!r} measures a latency, and none is given")
+        small, narrow = size is not None or max_drop is not None, flops is not None
+        chosen = _methods(methods, small, narrow, latency is not None)
+        middle = start + _LAYERS * (stop - start) if small else stop
+        window: dict[str, Any] = {"start": start, "stop": middle, "exclude": exclude}
         self.stages = []
-        if flops is not None or latency is not None:
-            middle = (
-                stop if size is None and max_drop is None else start + _CHANNELS * (stop - start)
-            )
+        if "ranks" in chosen:
+            self.stages.append(RankLearning(keep_flops=flops, **window))
+        elif "channels" in chosen:
             measured: dict[str, Any] = {} if engine is None else {"engine": engine}
             self.stages.append(
-                ChannelPruning(
-                    keep_flops=flops,
-                    keep_latency=latency,
-                    start=start,
-                    stop=middle,
-                    exclude=exclude,
-                    **measured,
-                )
+                ChannelPruning(keep_flops=flops, keep_latency=latency, **measured, **window)
             )
-            start = middle
         self.floor: AccuracyFloor | None = None
         self._fitting = True
-        if size is not None or max_drop is not None:
-            target = SizeTarget(size, start=start, stop=stop, exclude=exclude)
+        if small:
+            begin = middle if self.stages else start
+            zeros = "prune" in chosen
+            target = SizeTarget(size, start=begin, stop=stop, exclude=exclude, zeros=zeros)
             self.stages.append(target)
             if max_drop is not None:
                 self.floor = AccuracyFloor(target, MonitoredMetric(monitor, mode), max_drop, dense)
@@ -127,8 +133,9 @@ class Compress(StageGroup):
         """
         outcomes = []
         for stage in self.stages:
-            if isinstance(stage, ChannelPruning):
-                for name, most in (("flops", stage.keep_flops), ("latency", stage.keep_latency)):
+            if isinstance(stage, ChannelPruning | RankLearning):
+                latency = getattr(stage, "keep_latency", None)
+                for name, most in (("flops", stage.keep_flops), ("latency", latency)):
                     if most is not None:
                         left, slack = stage.left[name], _LATENCY_TOLERANCE * (name == "latency")
                         met = left <= most * (1 + slack)
@@ -183,3 +190,35 @@ class Compress(StageGroup):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.floor is not None and state_dict and self._fitting:
             self.floor.load_state_dict(state_dict)
+
+
+def _methods(
+    methods: str | Sequence[str] | None, small: bool, narrow: bool, fast: bool
+) -> Sequence[str]:
+    """Return the methods for a smaller file, fewer multiply-adds or a lower latency.
+
+    Raises:
+        ValueError: The targets need others.
+    """
+    serves = {"quantize": small, "prune": small, "channels": narrow or fast, "ranks": narrow}
+    if methods is None:
+        return [name for name, wanted in serves.items() if wanted and name != "ranks"]
+    chosen = [methods] if isinstance(methods, str) else list(methods)
+    for name in chosen:
+        if not lookup("method", name, serves):
+            targets = {"channels": "flops or latency", "ranks": "flops"}
+            raise ValueError(
+                f"Compress: methods has {name!r}, which serves {targets.get(name, 'a size')}, and "
+                "none is given"
+            )
+    if small and "quantize" not in chosen:
+        raise ValueError(
+            "Compress: a file becomes small by zeros and few levels together: add 'quantize' to "
+            "methods; for zeros alone use GradualPruning"
+        )
+    if (narrow or fast) and len({"channels", "ranks"} & {*chosen}) != 1:
+        raise ValueError(
+            "Compress: flops and latency need one of 'channels' and 'ranks' in methods, and "
+            f"methods is {chosen}"
+        )
+    return chosen

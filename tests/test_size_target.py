@@ -17,6 +17,7 @@ from fitsmall.compressors import save
 from fitsmall.compressors.choices.entropy_constrained import cluster, price_within
 from fitsmall.compressors.codes.exact import exact
 from fitsmall.compressors.file.writer import coded_size
+from fitsmall.compressors.surgery.factors import Factored
 from fitsmall.compressors.training import Plan
 from training import Net, fit, loader, trainer, validation
 
@@ -182,13 +183,24 @@ def test_compress_writes_a_file_of_the_size(tmp_path: Path) -> None:
     assert 0.98 * dense / 8 < file.path.stat().st_size <= dense / 8
 
 
-def test_compress_narrows_first(tmp_path: Path) -> None:
-    compress = Compress(size="1.5 KB", flops=0.6, stop=0.8)
+@pytest.mark.parametrize("methods", [None, ["ranks", "prune", "quantize"]])
+def test_layers_become_smaller_first(tmp_path: Path, methods: list[str] | None) -> None:
+    compress = Compress(size="1.5 KB", flops=0.6, methods=methods, stop=0.8)
     file = CompressedCheckpoint(tmp_path)
     module = fit(tmp_path, compress, file, module=Net())
-    assert module.body[0].weight.shape[0] < 40
+    assert isinstance(module.body[0], nn.Linear if methods is None else Factored)
+    assert sum(weight.numel() for weight in module.parameters()) < 0.7 * 3090
     assert file.path is not None
     assert 1450 < file.path.stat().st_size <= 1500
+    assert [row.met for row in compress.outcome(file.path.stat().st_size)] == [True, True]
+
+
+def test_levels_without_zeros(tmp_path: Path) -> None:
+    compress, file = Compress(size="1.5 KB", methods="quantize"), CompressedCheckpoint(tmp_path)
+    module = fit(tmp_path, compress, file, module=Net())
+    assert file.path is not None
+    assert 1450 < file.path.stat().st_size <= 1500
+    assert module.body[0].weight.count_nonzero() == 2560
 
 
 @pytest.mark.parametrize(
@@ -201,6 +213,11 @@ def test_compress_narrows_first(tmp_path: Path) -> None:
         ({"size": 0.1, "dense": 0.2}, "dense is what max_drop is compared with"),
         ({"size": 0.1, "engine": "openvino"}, "engine='openvino' measures a latency"),
         ({"size": 20}, "write '20 B'"),
+        ({"size": 0.1, "methods": "prune"}, "add 'quantize'"),
+        ({"size": 0.1, "methods": ["quantise"]}, "did you mean quantize"),
+        ({"size": 0.1, "methods": ["quantize", "ranks"]}, "'ranks', which serves flops"),
+        ({"latency": 0.5, "methods": "ranks"}, "'ranks', which serves flops"),
+        ({"flops": 0.5, "methods": ["channels", "ranks"]}, "one of 'channels' and 'ranks'"),
         ({"flops": 2}, "keep_flops"),
     ],
 )

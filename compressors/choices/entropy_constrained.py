@@ -121,7 +121,7 @@ class Clustering:
         return int(np.count_nonzero(self.index != self.zero))
 
 
-def cluster(weight: Matrix, curvature: Matrix, price: float) -> Clustering:
+def cluster(weight: Matrix, curvature: Matrix, price: float, zeros: bool = True) -> Clustering:
     r"""Return the levels of least loss and bits at a price of a bit, a local optimum.
 
     The first levels are an even grid, whose step is the best one for a high rate: an error of
@@ -131,6 +131,7 @@ def cluster(weight: Matrix, curvature: Matrix, price: float) -> Clustering:
         weight: Matrix of weights; a row for each output.
         curvature: Second derivative of the loss for each weight, positive, of the same shape.
         price: Loss that a bit is worth; positive.
+        zeros: Whether weights may become zero, where there are other levels.
 
     Example:
         >>> weight = np.array([[1.0, 1.1, 0.1, 0.0], [-0.9, 1.0, 0.0, 0.1]], np.float32)
@@ -139,13 +140,15 @@ def cluster(weight: Matrix, curvature: Matrix, price: float) -> Clustering:
         (array([-0.9 ,  0.  ,  1.03]), [[2, 2, 1, 1], [0, 2, 1, 1]])
         >>> cluster(weight, np.ones_like(weight), price=1.0).kept
         0
+        >>> cluster(weight, np.ones_like(weight), price=1.0, zeros=False).kept
+        8
     """
     rows, columns = weight.shape
     square = np.square(weight, dtype=np.float64)
     top = float(np.abs(weight).max()) if weight.size else 0.0
     mean = float((curvature * square).sum() / square.sum()) if top else 1.0
     step = max(math.sqrt(12 * price / (mean * math.log(2))), 2 * top / (_MOST_LEVELS - 1))
-    half = round(top / step) if top else 0
+    half = max(round(top / step), int(not zeros)) if top else 0
     codebook = step * np.arange(-half, half + 1, dtype=np.float64)
     index = np.empty(weight.shape, np.int16)
     # Before anything is known of the frequencies, each weight takes the nearest level.
@@ -162,6 +165,7 @@ def cluster(weight: Matrix, curvature: Matrix, price: float) -> Clustering:
             rates.levels,
             rates.rows,
             rates.columns,
+            zeros,
             index,
         )
         counts, sums, weights, in_rows, in_columns, position_bits, loss = tallies
@@ -188,9 +192,9 @@ def cheapest(w, f, codebook, zero, price, levels, on, off):  # type: ignore[no-u
         price: Loss that a bit is worth.
         levels: Bits of each level among the non-zero ones.
         on: Bits that tell that the weight is not zero.
-        off: Bits that tell that it is.
+        off: Bits that tell that it is; infinite if it must not be.
     """
-    best, least = zero, 0.5 * f * w * w + price * off
+    best, least = zero, 0.5 * f * w * w + price * off if off < np.inf else np.inf
     above = np.searchsorted(codebook, w)
     for level in range(max(0, above - _NEAR), min(codebook.size, above + _NEAR)):
         cost = 0.5 * f * (w - codebook[level]) ** 2 + price * (on + levels[level])
@@ -200,7 +204,7 @@ def cheapest(w, f, codebook, zero, price, levels, on, off):  # type: ignore[no-u
 
 
 @numba.njit(cache=True, nogil=True)
-def _assign(weight, curvature, codebook, zero, price, kept, levels, rows, columns, index):  # type: ignore[no-untyped-def]
+def _assign(weight, curvature, codebook, zero, price, kept, levels, rows, columns, zeros, index):  # type: ignore[no-untyped-def]
     """Write the best level of each weight into ``index``, and return tallies of them.
 
     Returns:
@@ -214,7 +218,7 @@ def _assign(weight, curvature, codebook, zero, price, kept, levels, rows, column
         for j in range(weight.shape[1]):
             w, f = weight[i, j], curvature[i, j]
             probability = min(np.exp(kept + rows[i] + columns[j]), _LARGEST)
-            on, off = -np.log2(probability), -np.log2(1 - probability)
+            on, off = -np.log2(probability), -np.log2(1 - probability) if zeros else np.inf
             best = cheapest(w, f, codebook, zero, price, levels, on, off)
             index[i, j] = best
             counts[best] += 1

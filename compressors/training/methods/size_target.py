@@ -84,6 +84,7 @@ class SizeTarget(SharedValues):
         include: Patterns of parameter names: see :func:`~fitsmall.compressors.select`.
         exclude: Patterns of parameter names to leave out.
         coder: Coder of the file, see :func:`~fitsmall.compressors.save`.
+        zeros: Whether weights may become zero.
 
     Attributes:
         aim: Bytes that the next choice may take, where there is no ``size``.
@@ -103,7 +104,7 @@ class SizeTarget(SharedValues):
 
     num_updates = 60
     codebook_dtype = "bfloat16"
-    followed = frozenset({"size", "every"})
+    followed = frozenset({"size", "every", "zeros"})
 
     def __init__(
         self,
@@ -116,8 +117,10 @@ class SizeTarget(SharedValues):
         include: str | Sequence[str] | None = "*",
         exclude: str | Sequence[str] = (),
         coder: str = "context",
+        zeros: bool = True,
     ) -> None:
         super().__init__(start, stop, start_step, stop_step, every, include, exclude)
+        self.zeros = zeros
         self.size, self.coder = size, lookup("coder", coder, {name: name for name in CODER_NAMES})
         if size is not None:
             bytes_of(size, 1, "SizeTarget")  # checks it
@@ -221,7 +224,7 @@ class SizeTarget(SharedValues):
         budget = target + max(0.0, first - target) * left**3
 
         def bits(price: float) -> float:
-            return sum(share * cluster(w, f, price).bits for w, f, share in samples)
+            return sum(share * cluster(w, f, price, self.zeros).bits for w, f, share in samples)
 
         room = 8 * (budget - others) / self.ratio
         self.price = price_within(bits, room, self.price)
@@ -293,7 +296,9 @@ class SizeTarget(SharedValues):
     def _cluster(
         self, weights: Mapping[str, Tensor], names: Iterable[str], price: float
     ) -> dict[str, Clustering]:
-        return {name: cluster(*self._matrices(name, weights[name]), price) for name in names}
+        return {
+            name: cluster(*self._matrices(name, weights[name]), price, self.zeros) for name in names
+        }
 
     def _size(self, found: Mapping[str, Clustering]) -> int:
         """Return the size of the file, really coded."""
