@@ -33,9 +33,9 @@ from fitsmall.experiments.models.language import LanguageModel
 from fitsmall.experiments.models.networks import CNN
 from fitsmall.experiments.models.transformer import Transformer
 
-__all__ = ["main"]
+__all__ = ["QUIET", "cnn", "main"]
 
-_QUIET: dict[str, Any] = {
+QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "enable_checkpointing": False,
     "enable_model_summary": False,
@@ -46,13 +46,13 @@ _QUIET: dict[str, Any] = {
 PLAN = TopK(0.7) | KMeans(16)
 
 
-def cnn(seed: int) -> tuple[pl.LightningModule, pl.LightningDataModule, dict[str, int]]:
+def cnn(seed: int) -> tuple[pl.LightningModule, pl.LightningDataModule, dict[str, Any]]:
     """A CNN, its data, and the length of its training."""
     adam = partial(torch.optim.Adam, lr=2e-3)
     return Classifier(CNN(3, 32, channels=3), adam), Cifar10(128, 5000, seed), {"max_epochs": 5}
 
 
-def transformer(seed: int) -> tuple[pl.LightningModule, pl.LightningDataModule, dict[str, int]]:
+def transformer(seed: int) -> tuple[pl.LightningModule, pl.LightningDataModule, dict[str, Any]]:
     """A byte transformer, its data, and the length of its training."""
     adam = partial(torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     net = Transformer(width=64, depth=3)
@@ -93,13 +93,13 @@ def _measure(name: str, seed: int, folder: Path, test: bool) -> list[float]:
         data.setup("fit")
         restore(module, file)
     else:
-        pl.Trainer(**_QUIET, **length, limit_val_batches=0).fit(module, datamodule=data)
+        pl.Trainer(**QUIET, **length, limit_val_batches=0).fit(module, datamodule=data)
         save(file, module.state_dict())
     loader = data.test_dataloader() if test else data.val_dataloader()
 
     def error_of(net: nn.Module) -> float:
         module.net = net
-        (found,) = pl.Trainer(**_QUIET).validate(module, loader, verbose=False)
+        (found,) = pl.Trainer(**QUIET).validate(module, loader, verbose=False)
         return next(iter(found.values())) * (100 if name == "cnn" else 1)
 
     dense, plain, fitted = (copy.deepcopy(module.net) for _ in range(3))

@@ -1,0 +1,185 @@
+"""What the parts of a size target buy: joint choice, metric, bits in the gradient, and training.
+
+    python -m fitsmall.experiments.benchmarks.ablation [--seeds 0 1 2] [--only NAME ...]
+
+A CNN trains on CIFAR-10 for 5 epochs, and is fine-tuned for as many to a size, each time with
+something left out or added. Errors are in percent on held-out training images.
+"""
+
+import argparse
+import copy
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fitsmall.callbacks import (
+    Compress,
+    CompressedCheckpoint,
+    GradualPruning,
+    SizeTarget,
+    WeightSharing,
+)
+from fitsmall.compressors import compress
+from fitsmall.compressors.file.writer import coded_size
+from fitsmall.experiments.benchmarks.oneshot import QUIET, cnn
+
+__all__ = ["main"]
+
+
+class PlainMetric(SizeTarget):
+    """A size target to which all weights are equally dear."""
+
+    def _matrices(self, name: str, weight: Tensor) -> tuple[Any, Any]:
+        matrix, curvature = super()._matrices(name, weight)
+        return matrix, np.ones_like(curvature)
+
+
+class BitsInGradient(SizeTarget):
+    r"""A size target whose optimizer sees the bits of a weight.
+
+    A weight takes :math:`b` bits more than a zero. The hard choice between the two is at
+    :math:`\tau = \sqrt{2 \lambda b / F}`; in between they are smoothed,
+    :math:`\lambda b |w| / (|w| + \tau)`, and the gradient of that is added.
+
+    Args:
+        size: See :class:`SizeTarget`.
+        factor: Factor of the gradient.
+    """
+
+    def __init__(self, size: float | str, factor: float) -> None:
+        super().__init__(size)
+        self.factor = factor
+        self.pulls: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
+        super().choose(weights, strength)
+        for name in self.clusterings:
+            curvature = torch.from_numpy(self._matrices(name, weights[name])[1])
+            found = self.found[name]
+            zeros, kept = found.rates.positions
+            bits = torch.from_numpy(kept - zeros) + found.rates.levels.max()
+            cost = self.price * bits.clamp_min(0).float()
+            threshold = (2 * cost / curvature).sqrt()
+            shape = weights[name].shape
+            self.pulls[name] = cost.reshape(shape), threshold.reshape(shape)
+
+    def _cluster(self, weights: Any, names: Any, price: float) -> Any:
+        self.found = super()._cluster(weights, names, price)
+        return self.found
+
+    def before_update(
+        self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], gradient_scale: float
+    ) -> None:
+        super().before_update(optimizer, parameters, gradient_scale)
+        for name in self.pulls.keys() & parameters.keys():
+            weight, (cost, threshold) = parameters[name], self.pulls[name]
+            assert weight.grad is not None
+            slope = cost * threshold / (weight.detach().abs() + threshold).square()
+            slope = torch.where(weight == 0, 0, slope * weight.detach().sign())
+            weight.grad.add_(slope, alpha=self.factor * gradient_scale)
+
+
+def _by_hand(target: int, module: Any, seed: int) -> tuple[int, float]:
+    """Return bytes and error of pruning and sharing at the sparsity that meets the size."""
+    sparsity = 0.8
+    while True:
+        stages = [
+            GradualPruning(sparsity, stop=0.5, include=["*.weight", "*.bias"]),
+            WeightSharing(16, start=0.55, codebook_dtype="bfloat16"),
+        ]
+        found = _fitted(copy.deepcopy(module), seed, stages)
+        if found[0] <= target:
+            return found
+        sparsity += 0.02
+
+
+def _without_training(target: int, module: Any, seed: int) -> tuple[int, float]:
+    data = cnn(seed)[1]
+    data.prepare_data()
+    data.setup("fit")
+    batches = [batch for batch, _ in zip(data.train_dataloader(), range(8), strict=False)]
+    net = copy.deepcopy(module)
+    compress(net.net, size=f"{target} B", data=batches)
+    return coded_size(net.state_dict()), _error(net, seed)
+
+
+def _trained(stage: Callable[[str], pl.Callback], target: int, module: Any, seed: int) -> Any:
+    return _fitted(copy.deepcopy(module), seed, [stage(f"{target} B")])
+
+
+VARIANTS: dict[str, Callable[[int, Any, int], tuple[int, float]]] = {
+    "all": partial(_trained, Compress),
+    "levels without zeros": partial(_trained, partial(Compress, methods="quantize")),
+    "zeros, then levels, by hand": _by_hand,
+    "no metric": partial(_trained, PlainMetric),
+    "bits in the gradient, 3": partial(_trained, partial(BitsInGradient, factor=3.0)),
+    "bits in the gradient, 10": partial(_trained, partial(BitsInGradient, factor=10.0)),
+    "no training": _without_training,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--times-smaller", type=float, default=20.0)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=[*VARIANTS])
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric", "fitsmall"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    results: dict[str, list[tuple[int, float]]] = {"dense": [], "dense, trained on": []}
+    for seed in options.seeds:
+        pl.seed_everything(seed, verbose=False)
+        module = cnn(seed)[0]
+        size, error = _fitted(module, seed, [])
+        target = int(sum(t.nbytes for t in module.state_dict().values()) / options.times_smaller)
+        results["dense"].append((size, error))
+        results["dense, trained on"].append(_fitted(copy.deepcopy(module), seed, []))
+        for name in options.only:
+            found = VARIANTS[name](target, module, seed)
+            print(seed, name, *found, flush=True)
+            results.setdefault(name, []).append(found)
+    shown = Table("", "bytes", "error, %")
+    for name, runs in results.items():
+        sizes, errors = [size for size, _ in runs], [error for _, error in runs]
+        shown.add_row(name, f"{mean(sizes):,.0f}", f"{mean(errors):.2f} ± {_spread(errors):.2f}")
+    Console(width=100).print(shown)
+
+
+def _fitted(module: Any, seed: int, callbacks: Sequence[pl.Callback]) -> tuple[int, float]:
+    """Train a module; return the bytes of its file, and its error on held-out images."""
+    pl.seed_everything(seed, verbose=False)
+    _, data, length = cnn(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        file = CompressedCheckpoint(folder)
+        trainer = pl.Trainer(**QUIET, **length, callbacks=[*callbacks, file], limit_val_batches=0)
+        trainer.fit(module, datamodule=data)
+        assert file.path is not None
+        return Path(file.path).stat().st_size, _error(module, seed)
+
+
+def _error(module: Any, seed: int) -> float:
+    data = cnn(seed)[1]
+    (found,) = pl.Trainer(**QUIET).validate(module, datamodule=data, verbose=False)
+    return 100 * found["val/error"]
+
+
+def _spread(values: Collection[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+if __name__ == "__main__":
+    main()
