@@ -213,12 +213,20 @@ def _assign(weight, curvature, codebook, zero, price, kept, levels, rows, column
     """
     counts, sums, weights = np.zeros((3, codebook.size))
     in_rows, in_columns = np.zeros(rows.size), np.zeros(columns.size)
+    row_factors, column_factors = np.exp(kept + rows), np.exp(columns)
     position_bits = loss = 0.0
     for i in range(weight.shape[0]):
         for j in range(weight.shape[1]):
             w, f = weight[i, j], curvature[i, j]
-            probability = min(np.exp(kept + rows[i] + columns[j]), _LARGEST)
-            on, off = -np.log2(probability), -np.log2(1 - probability) if zeros else np.inf
+            probability = min(row_factors[i] * column_factors[j], _LARGEST)
+            off = -np.log2(1 - probability) if zeros else np.inf
+            if w == 0 and zeros:  # as most weights of a sparse matrix
+                index[i, j] = zero
+                counts[zero] += 1
+                weights[zero] += f
+                position_bits += off
+                continue
+            on = -np.log2(probability)
             best = cheapest(w, f, codebook, zero, price, levels, on, off)
             index[i, j] = best
             counts[best] += 1
