@@ -3,17 +3,32 @@
 import pytest
 import torch
 
-from fitsmall.experiments.models.networks import VGG, LeNet5, LeNet300, ResNet, ResNet18
+from fitsmall.experiments.models.networks import (
+    VGG,
+    AlexNet,
+    LeNet5,
+    LeNet300,
+    ResNet,
+    ResNet18,
+    SqueezeNet,
+)
 from fitsmall.experiments.models.transformer import Transformer
 
 
 def test_residual_networks_shrink_with_their_width() -> None:
     images = torch.rand(2, 3, 32, 32)
     sizes = []
-    for net in (ResNet(20, 8), ResNet(56, 4), ResNet18(8), VGG(8)):
+    for net in (
+        ResNet(20, 8),
+        ResNet(56, 4),
+        ResNet18(8),
+        VGG(8),
+        AlexNet(4, 16),
+        SqueezeNet(0.25),
+    ):
         assert net(images).shape == (2, 10)
         sizes.append(sum(p.numel() for p in net.parameters()))
-    assert sizes == [68_050, 54_286, 176_402, 23_426]
+    assert sizes == [68_050, 54_286, 176_402, 23_426, 10_446, 47_578]
     with pytest.raises(ValueError, match="depth=21"):
         ResNet(21)
 

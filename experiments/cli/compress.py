@@ -11,7 +11,7 @@ __all__ = ["HELP", "SUGGEST_HELP", "folder_of", "missed", "suggest_words", "trai
 # Settings of Compress, which need no prefix.
 _SETTINGS = (
     *("size", "flops", "latency", "engine", "max_drop", "monitor", "mode", "dense"),
-    *("start", "stop", "exclude"),
+    *("methods", "start", "stop", "exclude"),
 )
 # Words of Hydra after which there is no single run to look at.
 _FLAGS = (
@@ -38,6 +38,8 @@ Targets
   max_drop=0.005      the smallest file that loses at most half a point of monitor=val/error
   flops=0.5           half of the multiply-adds
   latency=0.5         half of the time of a forward pass, in engine=openvino
+
+methods=[quantize] leaves out zeros; methods=[ranks] lowers multiply-adds by ranks, not channels.
 
 Settings are those of `fitsmall train`: which network and data, the learning rate, the epochs.
 

@@ -8,6 +8,8 @@ LeNet5      conv 20, conv 50, fc 500, fc 10     431,080   1,724,320
 ResNet      3 stages of 3 residual blocks       269,722   1,078,888
 ResNet18    4 stages of 2 residual blocks    11,173,962  44,695,848
 VGG         3 stages of 2 convolutions        4,660,106  18,640,424
+AlexNet     5 convolutions, fc 4096, 4096    23,272,266  93,089,064
+SqueezeNet  8 fire modules                      729,034   2,916,136
 ==========  ===============================  ==========  ==========
 """
 
@@ -18,7 +20,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-__all__ = ["CNN", "MLP", "VGG", "LeNet5", "LeNet300", "ResNet", "ResNet18"]
+__all__ = [
+    "CNN",
+    "MLP",
+    "VGG",
+    "AlexNet",
+    "LeNet5",
+    "LeNet300",
+    "ResNet",
+    "ResNet18",
+    "SqueezeNet",
+]
 
 # Shape of a network's images, and a data set with that shape.
 _GREY = (1, 28, 28), "mnist"
@@ -245,6 +257,94 @@ class VGG(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.fc(self.features(_check_shape(images, *_COLOUR)).flatten(1))
         return logits
+
+
+class AlexNet(nn.Module):
+    """AlexNet for images of 32 x 32 pixels: five convolutions of 3 x 3, and three linear layers.
+
+    The first convolution takes every second pixel, and max-pooling halves them three times more.
+    As in Krizhevsky et al. (2012), dropout comes before the first two linear layers.
+
+    Args:
+        width: Channels of the first convolution, 64; the others have 3, 6, 4 and 4 times as many.
+        hidden: Units of the first two linear layers, 4,096.
+
+    Example:
+        >>> [sum(p.numel() for p in net.parameters()) for net in (AlexNet(), AlexNet(32, 1024))]
+        [23272266, 2148778]
+    """
+
+    def __init__(self, width: int = 64, hidden: int = 4096) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels, pooled = 3, (0, 1, 4)
+        for number, factor in enumerate((1, 3, 6, 4, 4)):
+            stride = 1 if number else 2
+            layers += [nn.Conv2d(channels, factor * width, 3, stride, padding=1), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] * (number in pooled)
+            channels = factor * width
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(
+            nn.Dropout(),
+            nn.Linear(4 * channels, hidden),
+            nn.ReLU(),
+            nn.Dropout(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, 10),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.features(_check_shape(images, *_COLOUR)).flatten(1)
+        logits: Tensor = self.classifier(features)
+        return logits
+
+
+class SqueezeNet(nn.Module):
+    """SqueezeNet v1.0 (Iandola et al., 2016) for images of 32 x 32 pixels.
+
+    A fire module squeezes its channels by a convolution of 1 x 1, and expands them by one of 1 x 1
+    and one of 3 x 3 side by side. The stem has a convolution of 3 x 3 in place of 7 x 7, which
+    takes every pixel.
+
+    Args:
+        scale: Factor of all channels.
+
+    Example:
+        >>> [sum(p.numel() for p in net.parameters()) for net in (SqueezeNet(), SqueezeNet(0.5))]
+        [729034, 184938]
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        channels = round(96 * scale)
+        layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1), nn.ReLU()]
+        for number, (squeezed, expanded) in enumerate(
+            ((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 256), (64, 256))
+        ):
+            layers += [nn.MaxPool2d(2)] * (number in (0, 3, 7))
+            layers.append(_Fire(channels, round(squeezed * scale), round(expanded * scale)))
+            channels = 2 * round(expanded * scale)
+        self.features = nn.Sequential(*layers, nn.Dropout())
+        self.head = nn.Conv2d(channels, 10, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.features(_check_shape(images, *_COLOUR))
+        return F.relu(self.head(features)).mean((2, 3))
+
+
+class _Fire(nn.Module):
+    """Squeeze, and expand twice."""
+
+    def __init__(self, inputs: int, squeezed: int, expanded: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(inputs, squeezed, 1)
+        self.expand1 = nn.Conv2d(squeezed, expanded, 1)
+        self.expand3 = nn.Conv2d(squeezed, expanded, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.squeeze(x))
+        return F.relu(torch.cat([self.expand1(x), self.expand3(x)], 1))
 
 
 def _check_shape(images: Tensor, shape: tuple[int, int, int], data: str) -> Tensor:
