@@ -9,7 +9,12 @@ from fitsmall.callbacks.accuracy_floor import AccuracyFloor
 from fitsmall.callbacks.driver import StageCallback, StageGroup, plan_of
 from fitsmall.callbacks.monitored import MonitoredMetric
 from fitsmall.callbacks.outcomes import Outcome
-from fitsmall.callbacks.stages import ChannelPruning, RankLearning, SizeTarget
+from fitsmall.callbacks.stages import (
+    ChannelPruning,
+    QuantizationAwareTraining,
+    RankLearning,
+    SizeTarget,
+)
 from fitsmall.compressors.naming import lookup
 
 __all__ = ["Compress"]
@@ -51,7 +56,8 @@ class Compress(StageGroup):
         mode: ``"min"`` if it is an error, the default, or ``"max"`` if it is an accuracy.
         methods: Methods that may be used: for a size or ``max_drop`` ``"quantize"`` alone, or
             ``"prune"`` as well, the default; for multiply-adds ``"channels"``, the default, or
-            ``"ranks"``; for a latency ``"channels"``.
+            ``"ranks"``; for a latency ``"channels"``, and without a size ``"quantize"`` as well:
+            weights and inputs of 8 bits, for an engine that has kernels for them.
         dense: The dense network's metric. By default it is the best one before ``start``, which is
             right for a network that is trained already.
         start: Fraction of training after which compression begins.
@@ -105,7 +111,8 @@ class Compress(StageGroup):
             raise ValueError(f"Compress: engine={engine!r} measures a latency, and none is given")
         small, narrow = size is not None or max_drop is not None, flops is not None
         chosen = _methods(methods, small, narrow, latency is not None)
-        middle = start + _LAYERS * (stop - start) if small else stop
+        integers = not small and "quantize" in chosen
+        middle = start + _LAYERS * (stop - start) if small or integers else stop
         window: dict[str, Any] = {"start": start, "stop": middle, "exclude": exclude}
         self.stages = []
         if "ranks" in chosen:
@@ -113,8 +120,12 @@ class Compress(StageGroup):
         elif "channels" in chosen:
             measured: dict[str, Any] = {} if engine is None else {"engine": engine}
             self.stages.append(
-                ChannelPruning(keep_flops=flops, keep_latency=latency, **measured, **window)
+                ChannelPruning(
+                    keep_flops=flops, keep_latency=latency, integers=integers, **measured, **window
+                )
             )
+        if integers:
+            self.stages.append(QuantizationAwareTraining(start=middle, stop=stop, exclude=exclude))
         self.floor: AccuracyFloor | None = None
         self._fitting = True
         if small:
@@ -200,9 +211,15 @@ def _methods(
     Raises:
         ValueError: The targets need others.
     """
-    serves = {"quantize": small, "prune": small, "channels": narrow or fast, "ranks": narrow}
+    serves = {
+        "quantize": small or fast,
+        "prune": small,
+        "channels": narrow or fast,
+        "ranks": narrow,
+    }
     if methods is None:
-        return [name for name, wanted in serves.items() if wanted and name != "ranks"]
+        small_ones = ["quantize", "prune"] if small else []
+        return [*small_ones, *(["channels"] if narrow or fast else [])]
     chosen = [methods] if isinstance(methods, str) else list(methods)
     for name in chosen:
         if not lookup("method", name, serves):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fitsmall.callbacks import (
     EMA,
     ChannelPruning,
+    Compress,
     CompressedCheckpoint,
     CompressionMonitor,
     GradualPruning,
@@ -21,7 +22,7 @@ from fitsmall.callbacks import (
 )
 from fitsmall.compressors import Factored, load, restore, to_plain
 from fitsmall.compressors.choices.width_choice import Term, WidthCosts, choose_units
-from fitsmall.compressors.export.latency import LatencyRatio
+from fitsmall.compressors.export.latency import LatencyRatio, forward_of
 from fitsmall.compressors.surgery.narrowing import Narrowing
 from fitsmall.compressors.training.channels import latency_target
 from fitsmall.compressors.training.channels.network_calls import NetworkCalls
@@ -301,20 +302,27 @@ def test_patterns_say_what_may_leave(tmp_path: Path) -> None:
     assert "block.qkv" not in channels.history.counts
 
 
-def test_latency_is_met_by_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an engine whose time grows with the hidden units alone, plus a constant."""
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine whose time grows with the hidden units alone, plus a constant; integers take half
+    of it."""
 
-    def forward(engine: str, network: Any, args: Any, kwargs: Any) -> Callable[[], object]:
+    def forward(
+        engine: str, network: Any, args: Any, kwargs: Any, integers: bool
+    ) -> Callable[[], object]:
         network(*args, **kwargs)
-        return lambda: (
-            0.2 + network.block.grow.out_features / 32 + network.body[1].out_channels / 16
-        )
+        units = network.block.grow.out_features / 32 + network.body[1].out_channels / 16
+        return lambda: (0.2 + units) / (1 + integers)
 
     def measured(one: Any, other: Any, **_: Any) -> LatencyRatio:
         return LatencyRatio(sum(one()) / sum(other()), 0.0)
 
     monkeypatch.setattr(latency_target, "forward_of", forward)
     monkeypatch.setattr(latency_target, "latency_ratio", measured)
+
+
+@pytest.mark.usefixtures("engine")
+def test_latency_is_met_by_measuring(tmp_path: Path) -> None:
     channels = ChannelPruning(keep_latency=0.6, cuts=2)
     module = fit(tmp_path, channels, module=Vision())
     time = 0.2 + module.block.grow.out_features / 32 + module.body[1].out_channels / 16
@@ -322,6 +330,25 @@ def test_latency_is_met_by_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert channels.left["latency"] == pytest.approx(time / 2.2)
     with pytest.raises(ValueError, match=r"keep_latency=0.05 cannot be reached, .* in torch"):
         fit(tmp_path, ChannelPruning(keep_latency=0.05), module=Vision())
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize(("keep", "left"), [(0.6, 0.5), (0.4, 0.4)])
+def test_latency_of_integers(tmp_path: Path, keep: float, left: float) -> None:
+    """Where they alone are fast enough, nothing leaves."""
+    compress = Compress(latency=keep, engine="onnxruntime", methods=["channels", "quantize"])
+    module = fit(tmp_path, compress, module=Vision())
+    assert compress.stages[0].left["latency"] == pytest.approx(left, rel=0.05)
+    assert (module.block.grow.out_features == 32) == (keep > 0.5)
+    assert module.block.grow.input_quantizer.active
+
+
+def test_integers_run_in_an_engine() -> None:
+    pytest.importorskip("onnxruntime")
+    module, images = Vision().eval(), torch.randn(2, 64)
+    with torch.no_grad():
+        assert forward_of("onnxruntime", module, (images,), {}, integers=True)
+    assert not hasattr(module.body[1], "input_quantizer")
 
 
 def test_the_cheapest_units_for_their_importance_go_first() -> None:
@@ -391,6 +418,7 @@ class Branching(Net):
 @pytest.mark.parametrize(
     ("make", "module", "message"),
     [
+        (lambda: ChannelPruning(0.5, integers=True), Net, "integers=True needs keep_latency"),
         (lambda: ChannelPruning(), Net, "give one of keep_flops, keep_size and keep_latency"),
         (lambda: ChannelPruning(keep_flops=50), Net, r"keep_flops is a fraction .* got 50"),
         (lambda: ChannelPruning(0.5, criterion="norm"), Net, "unknown .*criterion 'norm'"),

@@ -1,5 +1,6 @@
 """Latency: the time of a forward pass in an engine, and its ratio between two networks."""
 
+import copy
 import inspect
 import statistics
 import tempfile
@@ -9,12 +10,15 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fitsmall.compressors.export.engines import session
-from fitsmall.compressors.export.onnx import write_onnx
-from fitsmall.compressors.export.tracing import Arguments
+from fitsmall.compressors.export.integer import to_integers_
+from fitsmall.compressors.export.onnx import fused, write_onnx
+from fitsmall.compressors.export.tracing import Arguments, outputs_of
 from fitsmall.compressors.naming import lookup
+from fitsmall.compressors.projections.quantize import Quantize
+from fitsmall.compressors.surgery.quantizers import attach_quantizer, takes_quantizer
 from fitsmall.compressors.timing import interleaved
 
 __all__ = ["LATENCY_ENGINES", "LatencyRatio", "forward_of", "latency_ratio"]
@@ -26,6 +30,10 @@ LATENCY_ENGINES: dict[str, str | None] = {
     "onnxruntime": "onnxruntime",
     "openvino": "OpenVINO",
 }
+
+
+# Inputs of a layer by which the range of its integers is chosen.
+_SAMPLE = 2**14
 
 
 class LatencyRatio(NamedTuple):
@@ -41,7 +49,11 @@ class LatencyRatio(NamedTuple):
 
 
 def forward_of(
-    engine: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    engine: str,
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    integers: bool = False,
 ) -> Callable[[], object]:
     """Return a function that runs a network in an engine, on inputs that stay.
 
@@ -50,6 +62,8 @@ def forward_of(
         module: The network, in evaluation mode.
         args: Inputs by position.
         kwargs: Inputs by name.
+        integers: Whether weights and inputs of layers are rounded to 8 bits. Engines that run a
+            file have kernels for them.
 
     Raises:
         ImportError: The engine is not installed.
@@ -57,7 +71,10 @@ def forward_of(
     """
     name = lookup("engine", engine, LATENCY_ENGINES)
     if name is not None:
-        return _session_of(name, module, args, kwargs)
+        return _session_of(name, module, args, kwargs, integers)
+    if integers:
+        files = ", ".join(each for each, name in LATENCY_ENGINES.items() if name)
+        raise ValueError(f"engine {engine!r} has no integers: choose one of {files}")
     forward = _compiled(module) if engine == "compiled" else module
     on_gpu = any(parameter.is_cuda for parameter in module.parameters())
 
@@ -86,18 +103,42 @@ def _compiled(module: nn.Module) -> Callable[..., Any]:
 
 
 def _session_of(
-    engine: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    engine: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], integers: bool
 ) -> Callable[[], object]:
     """Return a function that runs a module in an engine that reads a file."""
     examples: Any = tuple(args)
     if kwargs:
         examples = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
     arguments = Arguments.of(examples)
+    if integers:
+        module = _with_integers(copy.deepcopy(module).cpu(), arguments)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
         write_onnx(module, path, examples)
         run = session(engine, path, torch.get_num_threads(), names=arguments.names(module))
     return lambda: run(arguments.tensors)
+
+
+def _with_integers(module: nn.Module, arguments: Arguments) -> nn.Module:
+    """Return a module with weights and inputs of 8 bits, in the range of these inputs."""
+    layers: list[Any] = [layer for layer in module.modules() if takes_quantizer(layer)]
+    values: dict[nn.Module, Tensor] = {}
+
+    def see(layer: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
+        values[layer] = (*inputs, *named.values())[0].detach().flatten()
+
+    hooks = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
+    outputs_of(module, arguments)
+    for hook in hooks:
+        hook.remove()
+    for layer in layers:
+        if layer in values:
+            seen = values[layer]
+            layer.weight.copy_(Quantize(8).project(layer.weight))
+            low, high = (float(bound) for bound in seen.aminmax())
+            attach_quantizer(layer, 8).calibrate(min(low, 0.0), max(high, 0.0), seen[:_SAMPLE])
+    to_integers_(module)
+    return fused(module, arguments)
 
 
 def latency_ratio(

@@ -35,7 +35,7 @@ from fitsmall.compressors.surgery.quantizers import takes_quantizer
 from fitsmall.compressors.torch_internals import has_vnni, require
 from fitsmall.compressors.weights import detach_computed_
 
-__all__ = ["Export", "export_onnx", "unquantized", "write_onnx"]
+__all__ = ["Export", "export_onnx", "fused", "unquantized", "write_onnx"]
 
 
 @dataclass(frozen=True)
@@ -139,19 +139,8 @@ def export_onnx(
             "other outputs each time: it must depend on nothing but its inputs"
         )
     tolerance = max(_TOLERANCE, 2 * sensitivity(rounding, arguments, expected))
-    floats = outputs_of(float_copy(quantized), arguments)
-    fold_norms_(quantized, arguments)
-    folded = outputs_of(float_copy(quantized), arguments)
-    if not agreement_of(floats, folded).difference < _EXACT:
-        raise ValueError(
-            f"{path} was not written, since folding batch-norm into the layers before it changed "
-            "the outputs: please report this"
-        )
     layers = {name for name, layer in quantized.named_modules() if takes_quantizer(layer)}
-    separate = copy.deepcopy(quantized)
-    add_biases_after_(separate)
-    if agreement_of(folded, outputs_of(float_copy(separate), arguments)).difference < _EXACT:
-        quantized = separate  # else a bias is read by others too
+    quantized = fused(quantized, arguments)
     path = Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "made.onnx"
@@ -164,6 +153,31 @@ def export_onnx(
         os.replace(made, path)
     floating = tuple(sorted(layers - set(integer)))
     return Export(path, path.stat().st_size, tuple(integer), floating, agreement)
+
+
+def fused(module: nn.Module, arguments: Arguments) -> nn.Module:
+    """Return an integer network in the form that engines run fastest, of the same outputs.
+
+    Args:
+        module: Module with integer layers, which is changed in place.
+        arguments: Arguments of its forward.
+
+    Raises:
+        ValueError: The forward cannot be traced.
+    """
+    floats = outputs_of(float_copy(module), arguments)
+    fold_norms_(module, arguments)
+    folded = outputs_of(float_copy(module), arguments)
+    if not agreement_of(floats, folded).difference < _EXACT:
+        raise ValueError(
+            "the integer network was not written, since folding batch-norm into the layers before "
+            "it changed the outputs: please report this"
+        )
+    separate = copy.deepcopy(module)
+    add_biases_after_(separate)
+    if agreement_of(folded, outputs_of(float_copy(separate), arguments)).difference < _EXACT:
+        return separate
+    return module  # a bias is read by others too
 
 
 def _run(

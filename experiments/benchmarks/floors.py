@@ -30,7 +30,7 @@ from fitsmall.experiments.data.images import Mnist
 from fitsmall.experiments.models.classifier import Classifier
 from fitsmall.experiments.models.networks import LeNet300
 
-__all__ = ["main"]
+__all__ = ["fitted", "lenet300", "main"]
 
 MAX_DROP, EPOCHS, RATE = 0.002, 8, 1e-3
 
@@ -50,9 +50,8 @@ def main() -> None:
     for column in ("seed", "by", "bytes", "held-out, points", "test, points"):
         shown.add_column(column, justify="left" if column == "by" else "right")
     for seed in sorted({*options.seeds, *options.grid}):
-        pl.seed_everything(seed, verbose=False)
-        dense = Classifier(LeNet300(), partial(torch.optim.Adam, lr=RATE))
-        before = _fitted(dense, seed, [])[1:]
+        dense = lenet300(seed)
+        before = fitted(dense, seed, [])[1:]
 
         def rise(found: tuple[int, float, float], before: tuple[float, ...] = before) -> list[str]:
             return [
@@ -61,7 +60,7 @@ def main() -> None:
 
         if seed in options.seeds:
             floor = Compress(max_drop=MAX_DROP, dense=before[1])
-            found = _fitted(copy.deepcopy(dense), seed, [floor])
+            found = fitted(copy.deepcopy(dense), seed, [floor])
             shown.add_row(str(seed), "max_drop", f"{found[0]:,}", *_rises(found, before))
             print(seed, "max_drop", *found, flush=True)
         if seed in options.grid:
@@ -73,7 +72,7 @@ def main() -> None:
                     GradualPruning(sparsity, stop=0.5, include=["*.weight", "*.bias"]),
                     WeightSharing(clusters, start=0.55, codebook_dtype="bfloat16"),
                 ]
-                runs.append(_fitted(net, seed, by_hand))
+                runs.append(fitted(net, seed, by_hand))
                 print(seed, sparsity, clusters, factor, *runs[-1], flush=True)
             best = min(run for run in runs if run[1] <= before[1] + MAX_DROP)
             by = "best of {} by hand: {:g} zeros, {} clusters, {} times the rate"
@@ -82,12 +81,18 @@ def main() -> None:
     Console(width=120).print(shown)
 
 
+def lenet300(seed: int) -> Classifier:
+    """Return an untrained LeNet-300-100."""
+    pl.seed_everything(seed, verbose=False)
+    return Classifier(LeNet300(), partial(torch.optim.Adam, lr=RATE))
+
+
 def _rises(found: Sequence[float], before: Sequence[float]) -> list[str]:
     """Return by how many points the errors rose."""
     return [f"{100 * (now - then):+.2f}" for now, then in zip(found[1:], before[1:], strict=True)]
 
 
-def _fitted(
+def fitted(
     module: Classifier, seed: int, callbacks: Sequence[pl.Callback]
 ) -> tuple[int, float, float]:
     """Train a module; return the bytes of its file, and its errors on held-out and test images."""

@@ -33,9 +33,9 @@ from fitsmall.experiments.models.language import LanguageModel
 from fitsmall.experiments.models.networks import CNN
 from fitsmall.experiments.models.transformer import Transformer
 
-__all__ = ["QUIET", "cnn", "main"]
+__all__ = ["main"]
 
-QUIET: dict[str, Any] = {
+_QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "enable_checkpointing": False,
     "enable_model_summary": False,
@@ -93,13 +93,13 @@ def _measure(name: str, seed: int, folder: Path, test: bool) -> list[float]:
         data.setup("fit")
         restore(module, file)
     else:
-        pl.Trainer(**QUIET, **length, limit_val_batches=0).fit(module, datamodule=data)
+        pl.Trainer(**_QUIET, **length, limit_val_batches=0).fit(module, datamodule=data)
         save(file, module.state_dict())
     loader = data.test_dataloader() if test else data.val_dataloader()
 
     def error_of(net: nn.Module) -> float:
         module.net = net
-        (found,) = pl.Trainer(**QUIET).validate(module, loader, verbose=False)
+        (found,) = pl.Trainer(**_QUIET).validate(module, loader, verbose=False)
         return next(iter(found.values())) * (100 if name == "cnn" else 1)
 
     dense, plain, fitted = (copy.deepcopy(module.net) for _ in range(3))

@@ -31,20 +31,22 @@ class LatencyTarget:
     Args:
         keep: Target: latency as a fraction of that of the network before training.
         engine: One of :data:`~fitsmall.compressors.export.latency.LATENCY_ENGINES`.
+        integers: Whether the network will have weights and inputs of 8 bits. That before training
+            has floats.
 
     Attributes:
         fraction: Fraction of the multiply-adds that met the last target.
         left: Latency of the network as it is now, as a fraction of that before training.
     """
 
-    def __init__(self, keep: float, engine: str) -> None:
-        self.keep, self.engine = keep, engine
+    def __init__(self, keep: float, engine: str, integers: bool = False) -> None:
+        self.keep, self.engine, self.integers = keep, engine, integers
         self.reset()
 
     def reset(self) -> None:
         """Forget all measurements."""
         self.fraction = self.keep
-        self.left = 1.0
+        self.left, self._operated = 1.0, False
         self._dense: Callable[[], object] | None = None
 
     def check(self, units: NetworkUnits, narrowest: Going) -> None:
@@ -58,7 +60,7 @@ class LatencyTarget:
             ImportError: The engine is not installed.
             ValueError: It cannot run the networks, or the narrowest one takes too long.
         """
-        self._dense = self._forward(units, None)
+        self._dense = self._before(units)
         least = self._measure(units, narrowest).median
         if least > self.keep:
             raise ValueError(
@@ -78,14 +80,15 @@ class LatencyTarget:
             choose: Function from a fraction of the multiply-adds to the units that go.
         """
         if self._dense is None:
-            self._dense = self._forward(units, None)
+            self._dense = self._before(units)
         fraction, points, found = min(1.0, self.fraction), [], {}
         for _ in range(_TRIES):
             going = choose(fraction)
             ratio = self._measure(units, going)
             points.append((fraction, ratio.median))
             found[ratio.median] = (going, fraction, ratio)
-            if abs(ratio.median - target) <= _TOLERANCE * target:
+            enough = fraction == 1.0 and ratio.median <= target  # nothing has to leave
+            if enough or abs(ratio.median - target) <= _TOLERANCE * target:
                 break
             fraction = _next(points, target)
         nearest = min(found, key=lambda median: abs(median - target))
@@ -101,12 +104,12 @@ class LatencyTarget:
 
     def operated(self) -> None:
         """Take the network that was measured last for the present one."""
-        self.left, self._dense = self._reached, None
+        self.left, self._dense, self._operated = self._reached, None, True
 
     def _measure(self, units: NetworkUnits, going: Going) -> LatencyRatio:
         """Return the latency without units, as a fraction of that before training."""
         assert self._dense is not None
-        small = self._forward(units, going)
+        small = self._forward(units, going, self.integers)
         ratio = latency_ratio(small, self._dense)
         if ratio.spread > _TOLERANCE * ratio.median:  # measure again, for longer
             ratio = latency_ratio(small, self._dense, rounds=15)
@@ -114,24 +117,29 @@ class LatencyTarget:
         median, spread = of_first(tuple(ratio))
         return LatencyRatio(self.left * median, self.left * spread)
 
-    def _forward(self, units: NetworkUnits, going: Going | None) -> Callable[[], object]:
+    def _before(self, units: NetworkUnits) -> Callable[[], object]:
+        """Return a function that runs all networks as they are now, and took :attr:`left`."""
+        return self._forward(units, {}, self.integers and self._operated)
+
+    def _forward(self, units: NetworkUnits, going: Going, integers: bool) -> Callable[[], object]:
         """Return a function that runs all networks, without the units that go."""
         runs: list[Callable[[], object]] = []
         for path, call in units.calls.items():
             network = twin_of(call.network).eval()
-            if going is not None and (cut := units.cut_of(path, going)):
+            if going and (cut := units.cut_of(path, going)):
                 cut.apply(network)
             with torch.no_grad():
-                runs.append(forward_of(self.engine, network, call.args, call.kwargs))
+                runs.append(forward_of(self.engine, network, call.args, call.kwargs, integers))
         return lambda: [run() for run in runs]
 
     def state_dict(self) -> dict[str, float]:
         """Return the fraction of the multiply-adds, and the latency that is left."""
-        return {"fraction": self.fraction, "left": self.left}
+        return {"fraction": self.fraction, "left": self.left, "operated": self._operated}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the state that :meth:`state_dict` returned."""
         self.fraction, self.left = state["fraction"], state["left"]
+        self._operated = state.get("operated", self.left < 1.0)
 
 
 def _next(points: list[tuple[float, float]], target: float) -> float:

@@ -58,6 +58,9 @@ class ChannelPruning(Stage):
             machine with torch's number of threads, on two examples of the first batch.
         engine: Engine in which ``keep_latency`` is measured: ``"torch"``, ``"compiled"``,
             ``"onnxruntime"`` or ``"openvino"``.
+        integers: Whether latency is that of the network with weights and inputs of 8 bits, which
+            :class:`~fitsmall.compressors.training.QuantizationAwareTraining` makes of it later; as
+            a fraction of that with floats. Nothing leaves if integers alone are fast enough.
         criterion: How much a unit matters. ``"taylor"``: ``E[(sum of w g)^2]`` over its weights,
             the squared slope of the loss along the unit's scale (Molchanov et al., 2019);
             ``"hessian"``: ``E[sum of (w g)^2]``; ``"magnitude"``: ``sum of w^2``, as a fraction of
@@ -99,8 +102,8 @@ class ChannelPruning(Stage):
     order = -2
     num_updates = 20
     followed = frozenset(
-        {"keep_flops", "keep_size", "keep_latency", "engine", "criterion", "schedule", "round_to",
-         "every", "overrides"}
+        {"keep_flops", "keep_size", "keep_latency", "engine", "integers", "criterion", "schedule",
+         "round_to", "every", "overrides"}
     )  # fmt: skip
 
     def __init__(
@@ -109,6 +112,7 @@ class ChannelPruning(Stage):
         keep_size: float | None = None,
         keep_latency: float | None = None,
         engine: Literal["torch", "compiled", "onnxruntime", "openvino"] = "torch",
+        integers: bool = False,
         criterion: Literal["taylor", "hessian", "magnitude"] = "taylor",
         schedule: Schedule | None = None,
         round_to: int | None = None,
@@ -150,7 +154,16 @@ class ChannelPruning(Stage):
         self.engine, self.criterion = engine, criterion
         self.scores = UnitScores(criterion)
         lookup("ChannelPruning engine", engine, LATENCY_ENGINES)
-        self.latency = LatencyTarget(self.keep, engine) if keep_latency is not None else None
+        if integers and (keep_latency is None or LATENCY_ENGINES[engine] is None):
+            files = " or ".join(repr(name) for name, file in LATENCY_ENGINES.items() if file)
+            raise ValueError(
+                f"ChannelPruning: integers=True needs keep_latency=... in engine={files}, which "
+                "have kernels for them"
+            )
+        self.integers = integers
+        self.latency = None
+        if keep_latency is not None:
+            self.latency = LatencyTarget(self.keep, engine, integers)
         self.round_to, self.cuts = round_to, cuts
         self.schedule = self._schedule(schedule, LinearRamp())
         self.calls = NetworkCalls()
