@@ -21,6 +21,9 @@ from fitsmall.compressors.training.sharding import local
 
 __all__ = ["AccuracyFloor"]
 
+# Attributes that a checkpoint saves.
+_STATE = ("given", "dense", "failed", "chances", "good", "last")
+
 # The first size, as a fraction of the dense one; each that holds is followed by a smaller one.
 _FIRST, _SMALLER = 0.2, 0.75
 # Validations that a size gets before it has failed.
@@ -266,15 +269,13 @@ class AccuracyFloor:
         stage.masks = {name: mask.to(state[name].device) for name, mask in good["masks"].items()}
         stage.bytes = good["bytes"]
 
-    _SAVED = ("given", "dense", "failed", "chances", "good", "last")
-
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint saves; the network that was remembered among it."""
-        return {name: getattr(self, name) for name in self._SAVED}
+        return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the state that :meth:`state_dict` returned."""
-        for name in self._SAVED:
+        for name in _STATE:
             setattr(self, name, state[name])
 
 
