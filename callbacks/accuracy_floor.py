@@ -1,6 +1,7 @@
 """The smallest file that keeps a metric: sizes are tried in training, and taken back."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -121,7 +122,8 @@ class AccuracyFloor:
         """
         rate = self.metric.loss(self.dense)
         variance = rate * (1 - rate)
-        if variance <= 0 or not examples or not self.max_drop:  # no rate of an error or an accuracy
+        is_rate = variance > 0 and re.search("err|acc", self.metric.name, re.IGNORECASE)
+        if not is_rate or not examples or not self.max_drop:
             return
         needed = round(variance / self.max_drop**2)
         if examples < needed:
@@ -249,11 +251,12 @@ class AccuracyFloor:
     def restore_(self, plan: Plan) -> None:
         """Bring back the network that was remembered, if it still fits.
 
-        A network that has become narrower since then stays as it is, and so do parameters that
-        joined training later.
+        A network whose layers have become smaller since then stays as it is, and so do parameters
+        that joined training later.
         """
         good, state = self.good, plan.module.state_dict()
-        if any(good["tensors"][n].shape != state[n].shape for n in good.get("tensors", {})):
+        tensors = good.get("tensors", {}).items()
+        if any(name not in state or state[name].shape != tensor.shape for name, tensor in tensors):
             self.good = good = {}
         if not good:
             return
@@ -289,7 +292,7 @@ def _examples(trainer: pl.Trainer) -> int:
         strict=False,
     ):
         try:
-            examples += min(len(loader.dataset), batches * (loader.batch_size or 1))
-        except (AttributeError, TypeError):
+            examples += len(loader.dataset) * min(1.0, batches / len(loader))
+        except (AttributeError, TypeError, ZeroDivisionError):
             return 0
-    return int(examples)
+    return round(examples)

@@ -15,9 +15,12 @@ from fitsmall.callbacks.stages import (
     RankLearning,
     SizeTarget,
 )
+from fitsmall.compressors.export.latency import LATENCY_ENGINES
 from fitsmall.compressors.naming import lookup
 
 __all__ = ["Compress"]
+
+_INTEGER_ENGINES = [name for name, file in LATENCY_ENGINES.items() if file]
 
 # Part of the window in which layers become smaller, where the file has a target as well.
 _LAYERS = 0.5
@@ -54,10 +57,14 @@ class Compress(StageGroup):
             0.005 is half a percentage point of an error rate in [0, 1].
         monitor: Name of the metric, which validations log.
         mode: ``"min"`` if it is an error, the default, or ``"max"`` if it is an accuracy.
-        methods: Methods that may be used: for a size or ``max_drop`` ``"quantize"`` alone, or
-            ``"prune"`` as well, the default; for multiply-adds ``"channels"``, the default, or
-            ``"ranks"``; for a latency ``"channels"``, and without a size ``"quantize"`` as well:
-            weights and inputs of 8 bits, for an engine that has kernels for them.
+        methods: Methods that may be used, one list for all targets:
+
+            - for ``size`` and ``max_drop``: ``["prune", "quantize"]``, the default, or
+              ``"quantize"`` without zeros;
+            - for ``flops``: ``"channels"``, the default, or ``"ranks"``;
+            - for ``latency``: ``"channels"``, the default, or ``["channels", "quantize"]`` for
+              weights and inputs of 8 bits in an engine that has kernels for them. Next to a size,
+              ``"quantize"`` means its levels.
         dense: The dense network's metric. By default it is the best one before ``start``, which is
             right for a network that is trained already.
         start: Fraction of training after which compression begins.
@@ -112,6 +119,11 @@ class Compress(StageGroup):
         small, narrow = size is not None or max_drop is not None, flops is not None
         chosen = _methods(methods, small, narrow, latency is not None)
         integers = not small and "quantize" in chosen
+        if integers and engine not in _INTEGER_ENGINES:
+            raise ValueError(
+                f"Compress: 'quantize' lowers the latency of engine={' or '.join(_INTEGER_ENGINES)}"
+                f", and engine is {engine}"
+            )
         middle = start + _LAYERS * (stop - start) if small or integers else stop
         window: dict[str, Any] = {"start": start, "stop": middle, "exclude": exclude}
         self.stages = []
@@ -148,8 +160,11 @@ class Compress(StageGroup):
                 latency = getattr(stage, "keep_latency", None)
                 for name, most in (("flops", stage.keep_flops), ("latency", latency)):
                     if most is not None:
-                        left, slack = stage.left[name], _LATENCY_TOLERANCE * (name == "latency")
-                        met = left <= most * (1 + slack)
+                        left, slack = (
+                            stage.left.get(name, 1.0),
+                            _LATENCY_TOLERANCE * (name == "latency"),
+                        )
+                        met = stage.is_final and left <= most * (1 + slack)
                         outcomes.append(Outcome(name, f"at most {most:g}", f"{left:.3f}", met))
             elif isinstance(stage, SizeTarget):
                 free = stage.size is None
@@ -223,10 +238,14 @@ def _methods(
     chosen = [methods] if isinstance(methods, str) else list(methods)
     for name in chosen:
         if not lookup("method", name, serves):
-            targets = {"channels": "flops or latency", "ranks": "flops"}
+            targets = {
+                "channels": "flops or latency",
+                "ranks": "flops",
+                "quantize": "size, max_drop or latency",
+                "prune": "size or max_drop",
+            }
             raise ValueError(
-                f"Compress: methods has {name!r}, which serves {targets.get(name, 'a size')}, and "
-                "none is given"
+                f"Compress: methods has {name!r}, which serves {targets[name]}, and none is given"
             )
     if small and "quantize" not in chosen:
         raise ValueError(
@@ -235,7 +254,7 @@ def _methods(
         )
     if (narrow or fast) and len({"channels", "ranks"} & {*chosen}) != 1:
         raise ValueError(
-            "Compress: flops and latency need one of 'channels' and 'ranks' in methods, and "
-            f"methods is {chosen}"
+            "Compress: flops and latency need one of 'channels' and 'ranks' in methods, next to "
+            f"those of a size; methods is {chosen}"
         )
     return chosen

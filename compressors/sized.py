@@ -33,7 +33,7 @@ LOGGER = logging.getLogger("fitsmall")
 
 # Part of the size that the file may leave, and the number of prices that are tried for it.
 _TOLERANCE, _TRIES = 0.01, 8
-# Where it is too large at last, the price of biases and norms rises by this factor.
+# Where tuning made it too large, the price of biases and norms rises by this factor.
 _DEARER = 1.5
 
 
@@ -120,11 +120,15 @@ def compress_to(
     near = price_within(bits, 8 * (size - others))
     price = price_within(reached, size, near, _TOLERANCE, _TRIES)
     assert best is not None
+    untuned = {name: tensor.clone() for name, tensor in best.module.state_dict().items()}
     work.tune_(best)
-    work.cluster_(best, price)
-    while coded_size(best.module.state_dict(), coder) > size:
-        price *= _DEARER
+    for _ in range(_TRIES):
         work.cluster_(best, price)
+        if coded_size(best.module.state_dict(), coder) <= size:
+            break
+        price *= _DEARER
+    else:
+        best.module.load_state_dict(untuned)
     module.load_state_dict(best.module.state_dict())
     return {name: exact(module.get_parameter(name).detach()) for name in chosen}
 
@@ -193,8 +197,9 @@ class _Sized:
             found.module.get_parameter(name).copy_(floats)
         shared = {name: found.module.get_parameter(name) for name in found.fitted}
         original = twin_of(self.module).eval()
+        fixed = {name for name, _ in found.module.named_parameters()} - found.floats.keys()
         with evaluating(found.module):
-            tune_shared(found.module, original, shared, shared, self.batches)
+            tune_shared(found.module, original, fixed, shared, self.batches)
         for parameter in shared.values():
             parameter.copy_(parameter.to(CODEBOOK_DTYPE))
         for name in found.floats:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fitsmall.compressors.choices.clusterings import clustered, decoded
 from fitsmall.compressors.choices.entropy_constrained import Clustering, price_within
+from fitsmall.compressors.file.sizes import dense_bytes
 from fitsmall.compressors.file.writer import coded_size
 from fitsmall.compressors.weights import twin_of
 
@@ -64,13 +65,14 @@ def trade_off(
         >>> abs(offer.size - 4 * (64 * 64 + 64) // 10) < 30
         True
     """
-    dense = sum(t.nbytes for t in module.state_dict().values() if isinstance(t, Tensor))
+    dense = dense_bytes(module)
     zeros = twin_of(module)
     for name in curvatures:
         zeros.get_parameter(name).zero_()
     others = coded_size(zeros.state_dict())
     weights = {name: module.get_parameter(name) for name in curvatures}
-    damped = {name: (each + each.mean()) / 2 for name, each in curvatures.items()}
+    tiny = torch.finfo(torch.float32).tiny
+    damped = {name: (each + each.mean()) / 2 + tiny for name, each in curvatures.items()}
 
     def found(price: float) -> dict[str, Clustering]:
         return {name: clustered(w, damped[name], price) for name, w in weights.items()}
@@ -87,7 +89,7 @@ def trade_off(
         clusterings = found(price)
         losses = {
             name: float(
-                (curvatures[name] * (w - decoded(clusterings[name]).view(w.shape)) ** 2).sum()
+                (curvatures[name] * (w - decoded(clusterings[name]).view(w.shape).to(w)) ** 2).sum()
             )
             / 2
             for name, w in weights.items()

@@ -1,6 +1,7 @@
 """A target for the size of the file: one price for all tensors, and the file at the end."""
 
 import itertools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 from fitsmall.callbacks import Compress, CompressedCheckpoint, SizeTarget
 from fitsmall.compressors import save
@@ -67,7 +69,7 @@ def test_a_matrix_of_zeros_has_no_levels() -> None:
 
 
 def test_no_price_is_enough() -> None:
-    with pytest.raises(ValueError, match="at least 7 bits are needed, and 5 given"):
+    with pytest.raises(ValueError, match="at least 7 are needed, and 5 given"):
         price_within(lambda price: 7.0, 5.0)
 
 
@@ -313,26 +315,42 @@ def test_a_validation_sees_the_levels_that_the_file_has(tmp_path: Path) -> None:
     assert all(torch.equal(final[name], p) for name, p in module.named_parameters())
 
 
-def test_units_that_leave_before_a_size_fails(tmp_path: Path) -> None:
-    """The network that was remembered is wider, and cannot come back."""
+@pytest.mark.parametrize("methods", [None, ["ranks", "prune", "quantize"]])
+def test_layers_that_become_smaller_before_a_size_fails(
+    tmp_path: Path, methods: list[str] | None
+) -> None:
+    """The network that was remembered has other layers, and cannot come back."""
+    epochs = itertools.count()
     with pytest.warns(UserWarning, match="no size kept val/error"):
         module, compress = floor_run(
-            tmp_path, lambda levels: 0.1 if levels > 300 else 0.9, flops=0.5
+            tmp_path, lambda _: 0.1 if next(epochs) < 13 else 0.9, flops=0.5, methods=methods
         )
-    assert module.body[0].weight.shape[0] < 40
+    assert sum(weight.numel() for weight in module.parameters()) < 0.7 * 3090
     assert not compress.outcome(1000)[-1].met
 
 
-def test_a_training_that_stops_early_has_not_met_its_target(tmp_path: Path) -> None:
-    class Stop(pl.Callback):
-        def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-            trainer.should_stop = True
+class Stop(pl.Callback):
+    """Ends training after the second epoch."""
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.current_epoch == 1
+
+
+def test_a_training_that_stops_early_has_not_met_its_target(tmp_path: Path) -> None:
     compress, file = Compress(size="2 KB"), CompressedCheckpoint(tmp_path)
     runner = trainer(tmp_path, compress, file, Stop(), max_epochs=10)
     with pytest.warns(UserWarning, match="has not reached its full strength"):
         runner.fit(Net(), loader())
     assert not compress.outcome(1000)[0].met
+
+
+@pytest.mark.parametrize("methods", ["channels", "ranks"])
+def test_layers_that_are_not_smaller_yet(tmp_path: Path, methods: str) -> None:
+    compress = Compress(flops=0.5, methods=methods)
+    assert [row.reached for row in compress.outcome(0)] == ["1.000"]
+    with pytest.warns(UserWarning, match="full strength"):
+        trainer(tmp_path, compress, Stop(), max_epochs=10).fit(Net(), loader())
+    assert not compress.outcome(0)[0].met
 
 
 def test_sizes_that_cannot_be_met_exactly() -> None:
@@ -382,9 +400,27 @@ def test_held_out_data_that_are_too_few(tmp_path: Path) -> None:
         floor_run(tmp_path, lambda levels: 0.1)
 
 
+@pytest.mark.parametrize("sampler", [None, "batches"])
+def test_examples_of_a_validation(tmp_path: Path, sampler: str | None) -> None:
+    """Half of its batches are used."""
+    data = TensorDataset(torch.zeros(360, 64), torch.zeros(360, dtype=torch.long))
+    batches = BatchSampler(SequentialSampler(data), 60, drop_last=False)
+    held_out = DataLoader(data, 60) if sampler is None else DataLoader(data, batch_sampler=batches)
+    module, compress = Validated(lambda levels: 0.1), Compress(max_drop=0.01, start=0.4)
+    runner = trainer(tmp_path, compress, max_epochs=4, limit_val_batches=0.5)
+    with pytest.warns(UserWarning, match="on 180 examples"):
+        runner.fit(module, loader(), held_out)
+
+
 def test_a_size_that_is_met_already() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 4))
     train(net, SizeTarget(1 / 10))
     with pytest.warns(UserWarning, match="nothing has to become smaller; ask for less"):
         train(net, SizeTarget(1 / 5))
+    frozen = nn.Sequential(nn.Linear(100, 100).requires_grad_(False), nn.Linear(100, 20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan = Plan([SizeTarget(1 / 4)], frozen)
+        plan.hook([torch.optim.SGD(frozen[1].parameters(), 0.1)])
+        plan.begin(100)

@@ -4,13 +4,15 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from fitsmall.compressors import compress, restore, save
-from fitsmall.compressors.choices.entropy_constrained import price_within
+from fitsmall.compressors.choices.entropy_constrained import cluster, price_within
+from fitsmall.compressors.file.writer import coded_size
 from fitsmall.compressors.repair.batches import batches_of
 from fitsmall.compressors.repair.priced import Priced
 from fitsmall.compressors.sized import curvatures
@@ -124,6 +126,7 @@ def test_tensors_that_nothing_depends_on_have_the_mean_curvature(data: Data) -> 
     [
         ({"size": 1 / 10}, "size needs data="),
         ({"size": 40, "data": True}, "compress: a size is a fraction .* write '40 B'"),
+        ({"size": 1 / 10, "data": True, "coder": "zip"}, "unknown coder 'zip'"),
         ({"size": "50 B", "data": True}, "with every selected weight at zero it takes"),
         ({"size": 0.1, "data": True, "plan": Priced(1.0, 1.0)}, "leave out a plan"),
         ({"size": 0.1, "data": True, "activation_bits": 8}, "leave out activation_bits"),
@@ -169,5 +172,42 @@ def test_a_price_is_found_from_anywhere(near: float | None) -> None:
     assert len(tried) < 30
     # A budget for more levels than there are ends the search.
     assert bits(price_within(bits, 6000, near)) == 5000
-    with pytest.raises(ValueError, match="at least 3 bits are needed, and 2 given"):
+    with pytest.raises(ValueError, match="at least 3 are needed, and 2 given"):
         price_within(lambda price: 3, 2, near)
+
+
+def test_what_is_not_selected_stays_as_it_is(data: Data, tmp_path: Path) -> None:
+    """Tuned norms would take more bytes than the size leaves for the rest."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 256), nn.LayerNorm(256), nn.ReLU(), nn.Linear(256, 10)
+    )
+    dense = sum(tensor.nbytes for tensor in net.state_dict().values())
+    compress(net, size=0.12, include=["1.weight", "4.weight"], data=data[:2])
+    assert net[2].weight.eq(1).all()
+    assert save(tmp_path / "net.fitsmall", net.state_dict()) <= 0.12 * dense
+
+
+def test_a_tied_weight_counts_once(data: Data) -> None:
+    net = nn.Sequential(nn.Flatten(), *(nn.Linear(64, 64, bias=False) for _ in range(2)))
+    net[2].weight = net[1].weight
+    [offer] = trade_off(net, {"1.weight": torch.ones(64, 64)}, [8])
+    assert offer.size <= 64 * 64 * 4 // 8
+    compress(net, size=1 / 8, data=data[:2])
+    assert coded_size(net.state_dict()) <= 64 * 64 * 4 // 8
+
+
+def test_a_tensor_that_the_loss_does_not_see() -> None:
+    net = nn.Linear(64, 64)
+    found = {"weight": torch.ones(64, 64), "bias": torch.zeros(64)}
+    [offer] = trade_off(net, found, [8])
+    assert offer.losses["bias"] == 0
+
+
+def test_zeros_stay_where_no_new_ones_may_come() -> None:
+    weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    weight[2] = 0  # as the row of an embedding's padding
+    for each in (weight, torch.zeros(6, 8)):
+        found = cluster(each.numpy(), np.ones((6, 8), np.float32), 0.1, zeros=False)
+        assert np.isfinite(found.bits)
+        assert ((found.index == found.zero) == (each == 0).numpy()).all()

@@ -131,7 +131,7 @@ def cluster(weight: Matrix, curvature: Matrix, price: float, zeros: bool = True)
         weight: Matrix of weights; a row for each output.
         curvature: Second derivative of the loss for each weight, positive, of the same shape.
         price: Loss that a bit is worth; positive.
-        zeros: Whether weights may become zero, where there are other levels.
+        zeros: Whether weights may become zero. Those that are zero stay so.
 
     Example:
         >>> weight = np.array([[1.0, 1.1, 0.1, 0.0], [-0.9, 1.0, 0.0, 0.1]], np.float32)
@@ -219,15 +219,15 @@ def _assign(weight, curvature, codebook, zero, price, kept, levels, rows, column
         for j in range(weight.shape[1]):
             w, f = weight[i, j], curvature[i, j]
             probability = min(row_factors[i] * column_factors[j], _LARGEST)
-            off = -np.log2(1 - probability) if zeros else np.inf
-            if w == 0 and zeros:  # as most weights of a sparse matrix
+            off = -np.log2(1 - probability)
+            if w == 0:  # as most weights of a sparse matrix
                 index[i, j] = zero
                 counts[zero] += 1
                 weights[zero] += f
                 position_bits += off
                 continue
             on = -np.log2(probability)
-            best = cheapest(w, f, codebook, zero, price, levels, on, off)
+            best = cheapest(w, f, codebook, zero, price, levels, on, off if zeros else np.inf)
             index[i, j] = best
             counts[best] += 1
             sums[best] += f * w
@@ -278,7 +278,7 @@ def price_within(
         if cost > budget:
             low = here
             if price > _HIGHEST:
-                raise ValueError(f"at least {cost:,.0f} bits are needed, and {budget:,.0f} given")
+                raise ValueError(f"at least {cost:,.0f} are needed, and {budget:,.0f} given")
         else:
             high, best = here, max(best or here, here, key=lambda pair: pair[1])
             full = low is None and here[0] < best[0] - _FULL

@@ -17,7 +17,7 @@ from fitsmall.compressors.surgery.quantizers import QUANTIZER, detach_quantizer,
 from fitsmall.compressors.torch_internals import remove_forward_pre_hook
 from fitsmall.compressors.weights import is_conv1d, matrices_of
 
-__all__ = ["OPSET", "add_biases_after_", "float_copy", "to_integers_"]
+__all__ = ["OPSET", "add_biases_after_", "float_copy", "integers_of", "to_integers_"]
 
 # The oldest opset of ONNX with a scale for each channel in DequantizeLinear.
 OPSET = 13
@@ -39,7 +39,7 @@ def to_integers_(module: nn.Module, bits: int = 8) -> list[str]:
         quantizer = getattr(layer, QUANTIZER, None)
         if not takes_quantizer(layer) or quantizer is None or not quantizer.active:
             continue
-        found = _integers_of(layer, 2 ** (bits - 1) - 1)
+        found = integers_of(layer, 2 ** (bits - 1) - 1)
         if found is None:
             continue
         axis, scales, integers = found
@@ -67,7 +67,7 @@ def to_integers_(module: nn.Module, bits: int = 8) -> list[str]:
     return names
 
 
-def _integers_of(layer: Any, highest: int) -> tuple[int, Tensor, Tensor] | None:
+def integers_of(layer: Any, highest: int) -> tuple[int, Tensor, Tensor] | None:
     """Return output dimension, scales and integers of a layer's weight, or None if it has none.
 
     A channel with integers above ``highest`` is rounded, with a larger scale. With weight norm and

@@ -4,7 +4,7 @@ import copy
 import inspect
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from fitsmall.compressors.export.engines import session
-from fitsmall.compressors.export.integer import to_integers_
+from fitsmall.compressors.export.integer import integers_of, to_integers_
 from fitsmall.compressors.export.onnx import fused, write_onnx
 from fitsmall.compressors.export.tracing import Arguments, outputs_of
 from fitsmall.compressors.naming import lookup
 from fitsmall.compressors.projections.quantize import Quantize
 from fitsmall.compressors.surgery.quantizers import attach_quantizer, takes_quantizer
 from fitsmall.compressors.timing import interleaved
+from fitsmall.compressors.weights import matrices_of, owner
 
 __all__ = ["LATENCY_ENGINES", "LatencyRatio", "forward_of", "latency_ratio"]
 
@@ -53,7 +54,7 @@ def forward_of(
     module: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    integers: bool = False,
+    integers: Collection[str] = (),
 ) -> Callable[[], object]:
     """Return a function that runs a network in an engine, on inputs that stay.
 
@@ -62,8 +63,8 @@ def forward_of(
         module: The network, in evaluation mode.
         args: Inputs by position.
         kwargs: Inputs by name.
-        integers: Whether weights and inputs of layers are rounded to 8 bits. Engines that run a
-            file have kernels for them.
+        integers: Names of weights that are rounded to 8 bits, with the inputs of their layers.
+            Engines that run a file have kernels for them.
 
     Raises:
         ImportError: The engine is not installed.
@@ -103,7 +104,11 @@ def _compiled(module: nn.Module) -> Callable[..., Any]:
 
 
 def _session_of(
-    engine: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], integers: bool
+    engine: str,
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    integers: Collection[str],
 ) -> Callable[[], object]:
     """Return a function that runs a module in an engine that reads a file."""
     examples: Any = tuple(args)
@@ -111,7 +116,7 @@ def _session_of(
         examples = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
     arguments = Arguments.of(examples)
     if integers:
-        module = _with_integers(copy.deepcopy(module).cpu(), arguments)
+        module = _with_integers(copy.deepcopy(module).cpu().float(), integers, arguments)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
         write_onnx(module, path, examples)
@@ -119,9 +124,22 @@ def _session_of(
     return lambda: run(arguments.tensors)
 
 
-def _with_integers(module: nn.Module, arguments: Arguments) -> nn.Module:
-    """Return a module with weights and inputs of 8 bits, in the range of these inputs."""
-    layers: list[Any] = [layer for layer in module.modules() if takes_quantizer(layer)]
+@torch.no_grad()
+def _with_integers(module: nn.Module, names: Collection[str], arguments: Arguments) -> nn.Module:
+    """Round weights and the inputs of their layers to 8 bits, in the range of an example.
+
+    Args:
+        module: Module in evaluation mode, which is changed in place.
+        names: Names of the weights. Layers that cannot compute with integers keep their inputs.
+        arguments: Arguments of its forward.
+    """
+    layers: set[nn.Module] = set()
+    for name in names:
+        layer, weight = owner(module, name)[1], module.get_parameter(name)
+        if takes_quantizer(layer):
+            weight.copy_(Quantize(8).along(matrices_of(module, name)).project(weight))
+            if integers_of(layer, 127) is not None:
+                layers.add(layer)
     values: dict[nn.Module, Tensor] = {}
 
     def see(layer: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
@@ -131,12 +149,9 @@ def _with_integers(module: nn.Module, arguments: Arguments) -> nn.Module:
     outputs_of(module, arguments)
     for hook in hooks:
         hook.remove()
-    for layer in layers:
-        if layer in values:
-            seen = values[layer]
-            layer.weight.copy_(Quantize(8).project(layer.weight))
-            low, high = (float(bound) for bound in seen.aminmax())
-            attach_quantizer(layer, 8).calibrate(min(low, 0.0), max(high, 0.0), seen[:_SAMPLE])
+    for layer, seen in values.items():
+        low, high = (float(bound) for bound in seen.aminmax())
+        attach_quantizer(layer, 8).calibrate(min(low, 0.0), max(high, 0.0), seen[:_SAMPLE])
     to_integers_(module)
     return fused(module, arguments)
 

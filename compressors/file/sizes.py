@@ -4,11 +4,26 @@ import re
 from fractions import Fraction
 from typing import Any
 
-__all__ = ["bytes_of"]
+from torch import Tensor, nn
+
+__all__ = ["bytes_of", "dense_bytes"]
 
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
+
+
+def dense_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's state dict as it is, with tied tensors once.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+        >>> net[1].weight = net[0].weight
+        >>> dense_bytes(net)
+        36
+    """
+    tensors = module.state_dict(keep_vars=True).values()
+    return sum(each.nbytes for each in {each for each in tensors if isinstance(each, Tensor)})
 
 
 def bytes_of(size: Any, dense: int, owner: str) -> int:

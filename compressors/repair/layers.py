@@ -269,7 +269,7 @@ class _Repair:
 def tune_shared(
     module: nn.Module,
     original: nn.Module,
-    weights: Collection[str],
+    fixed: Collection[str],
     shared: Mapping[str, nn.Parameter],
     batches: list[Batch],
 ) -> None:
@@ -278,15 +278,15 @@ def tune_shared(
     Args:
         module: The compressed module, in evaluation mode.
         original: The module before compression, in evaluation mode.
-        weights: Names of compressed parameters.
-        shared: Those with a codebook.
+        fixed: Names of parameters that stay as they are, but for codebooks.
+        shared: Parameters with a codebook, by name.
         batches: Data.
     """
     free = {
         name: parameter
         for name, parameter in module.named_parameters()
         if parameter.requires_grad and no_weight(module, name) == BIAS_OR_NORM
-        if name not in weights and parameter.is_floating_point() and parameter.numel()
+        if name not in fixed and parameter.is_floating_point() and parameter.numel()
     }
     tune(module, original, free, shared, batches)
 

@@ -1,6 +1,7 @@
 """What the parts of a size target buy: joint choice, metric, bits in the gradient, and training.
 
-    python -m fitsmall.experiments.benchmarks.ablation [--seeds 0 1 2] [--only NAME ...]
+    python -m fitsmall.experiments.benchmarks.ablation [--seeds 0 1 2] [--times-smaller 150]
+        [--only NAME ...]
 
 LeNet-300-100 trains on MNIST for 8 epochs, and is fine-tuned for as many to a size, each time with
 something left out or added. Errors are in percent on 10,000 held-out training images.
@@ -30,6 +31,7 @@ from fitsmall.callbacks import (
     WeightSharing,
 )
 from fitsmall.compressors import compress
+from fitsmall.compressors.choices.entropy_constrained import Clustering
 from fitsmall.compressors.file.writer import coded_size
 from fitsmall.experiments.benchmarks.floors import fitted, lenet300
 from fitsmall.experiments.data.images import Mnist
@@ -60,6 +62,7 @@ class BitsInGradient(SizeTarget):
     def __init__(self, size: float | str, factor: float) -> None:
         super().__init__(size)
         self.factor = factor
+        self.found: Mapping[str, Clustering] = {}
         self.pulls: dict[str, tuple[Tensor, Tensor]] = {}
 
     def choose(self, weights: Mapping[str, Tensor], strength: float) -> None:
@@ -135,7 +138,7 @@ VARIANTS: dict[str, Callable[[int, Any, int], tuple[int, float]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--times-smaller", type=float, default=150.0)
+    parser.add_argument("--times-smaller", type=float, default=150.0, help="than dense bytes")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=[*VARIANTS])
     options = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -132,7 +132,7 @@ def masks() -> str:
 
 
 def writing() -> str:
-    """Table of processor seconds and bytes to write a ResNet-56, 57 tensors of 4 bits.
+    """Table of processor seconds and bytes to write a ResNet-56, 56 tensors of 4 bits.
 
     Values are normal, and scaled by their largest; where ``nncodec`` is installed, it codes the
     same integers.

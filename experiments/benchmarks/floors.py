@@ -51,13 +51,7 @@ def main() -> None:
         shown.add_column(column, justify="left" if column == "by" else "right")
     for seed in sorted({*options.seeds, *options.grid}):
         dense = lenet300(seed)
-        before = fitted(dense, seed, [])[1:]
-
-        def rise(found: tuple[int, float, float], before: tuple[float, ...] = before) -> list[str]:
-            return [
-                f"{100 * (now - then):+.2f}" for now, then in zip(found[1:], before, strict=True)
-            ]
-
+        before = fitted(dense, seed, [])
         if seed in options.seeds:
             floor = Compress(max_drop=MAX_DROP, dense=before[1])
             found = fitted(copy.deepcopy(dense), seed, [floor])

@@ -65,12 +65,12 @@ def main() -> None:
             begin = time.perf_counter()
             compress(small, size=size, data=_some(data.train_dataloader()))
             seconds = time.perf_counter() - begin
-            size = coded_size(small.state_dict())
+            taken = coded_size(small.state_dict())
             loss, error = _measured(small, shown)
-            row = ["", f"{size:,}", _short(loss), _short(error), f"{seconds:.0f}"]
+            row = ["", f"{taken:,}", _short(loss), _short(error), f"{seconds:.0f}"]
             if with_rival:
                 other = _at(loss, rival)
-                row += [f"{other:,.0f}", f"{100 - 100 * size / other:.1f}"]
+                row += [f"{other:,.0f}", f"{100 - 100 * taken / other:.1f}"]
             table.add_row(*row)
         for steps, (size, loss, error) in rival:
             table.add_row(f"NNCodec {steps}", f"{size:,}", _short(loss), _short(error))

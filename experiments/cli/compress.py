@@ -81,11 +81,6 @@ def training_words(words: Sequence[str]) -> list[str]:
         raise ValueError(
             "fitsmall compress has no target: name one, such as size=1/20 or max_drop=0.005"
         )
-    if flags := [word for word in others if word.partition("=")[0] in _FLAGS]:
-        raise ValueError(
-            f"fitsmall compress makes one run, and {flags[0]} asks for something else: use "
-            "fitsmall train init=CHECKPOINT 'callbacks=[compress]' callbacks.compress.size=1/20"
-        )
     mapped = [_setting(word) if word in named.values() else word for word in others]
     chosen = ["callbacks=[compress]", "reference=false"]
     return [checkpoint, *chosen, *_folder("compress", mapped)]
@@ -127,6 +122,11 @@ def _checkpoint(command: str, words: Sequence[str], more: str = "") -> tuple[str
         raise ValueError(
             f"fitsmall {command} takes a checkpoint first, as in fitsmall {command} model.ckpt"
             f"{more}, and got {checkpoint}"
+        )
+    if flags := [word for word in others if word.partition("=")[0] in _FLAGS]:
+        raise ValueError(
+            f"fitsmall {command} makes one run, and {flags[0]} asks for something else: use "
+            "fitsmall train init=CHECKPOINT 'callbacks=[compress]' callbacks.compress.size=1/20"
         )
     quoted = str(Path(checkpoint).resolve()).replace("'", r"\'")
     return f"init='{quoted}'", others

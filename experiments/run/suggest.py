@@ -75,7 +75,7 @@ def main(config: DictConfig) -> None:
     after = [_rounded_loss(module, offer, batches) for offer in offers]
     print(_table(offers, before, after))
     chosen = max(
-        (offer for offer in offers if offer.loss <= _RISE * before),
+        (offer for offer in offers if offer.loss <= _RISE * abs(before)),
         key=lambda offer: offer.ratio,
         default=offers[0],
     )
@@ -101,6 +101,8 @@ def _some(loader: Any) -> list[Any]:
         examples += _examples(batch)
         if examples >= _EXAMPLES:
             break
+    if not batches:
+        raise ValueError("the training data have no batch")
     return batches
 
 
@@ -111,10 +113,16 @@ def _examples(batch: Any) -> int:
 def _training_loss(module: pl.LightningModule, batch: Any, number: int) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*self.log.*")  # there is no Trainer
-        found: Any = module.training_step(batch, number)
+        try:
+            found: Any = module.training_step(batch, number)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{type(module).__name__}.training_step cannot run without a Trainer, and suggest "
+                f"has none: use fitsmall compress ({error})"
+            ) from error
     loss = found["loss"] if isinstance(found, dict) else found
     if not isinstance(loss, Tensor):
-        raise TypeError(
+        raise ValueError(  # noqa: TRY004  the command tells errors of a user's by this class
             f"{type(module).__name__}.training_step returns a {type(loss).__name__}, and suggest "
             "needs a loss: use fitsmall compress"
         )

@@ -1,7 +1,7 @@
 """A target of latency: the fraction of the multiply-adds at which it is met, found by measuring."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ __all__ = ["LatencyTarget"]
 
 # Relative distance from the target at which the search ends, and networks that it measures.
 _TOLERANCE, _TRIES = 0.02, 5
+
+# Attributes that a checkpoint saves.
+_STATE = ("fraction", "left", "reached", "is_operated")
 
 Going = Mapping[str, Tensor]
 
@@ -37,16 +40,20 @@ class LatencyTarget:
     Attributes:
         fraction: Fraction of the multiply-adds that met the last target.
         left: Latency of the network as it is now, as a fraction of that before training.
+        reached: The same for the network that was chosen last.
+        is_operated: Whether units have left.
+        weights: Names of the weights that become integers.
     """
 
     def __init__(self, keep: float, engine: str, integers: bool = False) -> None:
         self.keep, self.engine, self.integers = keep, engine, integers
+        self.weights: Collection[str] = ()
         self.reset()
 
     def reset(self) -> None:
         """Forget all measurements."""
         self.fraction = self.keep
-        self.left, self._operated = 1.0, False
+        self.left, self.reached, self.is_operated = 1.0, 1.0, False
         self._dense: Callable[[], object] | None = None
 
     def check(self, units: NetworkUnits, narrowest: Going) -> None:
@@ -99,12 +106,12 @@ class LatencyTarget:
                 f"before training, and keep_latency={self.keep:g} may be missed by as much: run "
                 "on a quiet machine, or with fewer threads"
             )
-        self._reached = ratio.median
+        self.reached = ratio.median
         return dict(going)
 
     def operated(self) -> None:
         """Take the network that was measured last for the present one."""
-        self.left, self._dense, self._operated = self._reached, None, True
+        self.left, self._dense, self.is_operated = self.reached, None, True
 
     def _measure(self, units: NetworkUnits, going: Going) -> LatencyRatio:
         """Return the latency without units, as a fraction of that before training."""
@@ -119,7 +126,7 @@ class LatencyTarget:
 
     def _before(self, units: NetworkUnits) -> Callable[[], object]:
         """Return a function that runs all networks as they are now, and took :attr:`left`."""
-        return self._forward(units, {}, self.integers and self._operated)
+        return self._forward(units, {}, self.integers and self.is_operated)
 
     def _forward(self, units: NetworkUnits, going: Going, integers: bool) -> Callable[[], object]:
         """Return a function that runs all networks, without the units that go."""
@@ -128,18 +135,19 @@ class LatencyTarget:
             network = twin_of(call.network).eval()
             if going and (cut := units.cut_of(path, going)):
                 cut.apply(network)
+            names = units.own_names(path, self.weights) if integers else ()
             with torch.no_grad():
-                runs.append(forward_of(self.engine, network, call.args, call.kwargs, integers))
+                runs.append(forward_of(self.engine, network, call.args, call.kwargs, names))
         return lambda: [run() for run in runs]
 
     def state_dict(self) -> dict[str, float]:
-        """Return the fraction of the multiply-adds, and the latency that is left."""
-        return {"fraction": self.fraction, "left": self.left, "operated": self._operated}
+        """Return what a checkpoint saves."""
+        return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the state that :meth:`state_dict` returned."""
-        self.fraction, self.left = state["fraction"], state["left"]
-        self._operated = state.get("operated", self.left < 1.0)
+        for name in _STATE:
+            setattr(self, name, state[name])
 
 
 def _next(points: list[tuple[float, float]], target: float) -> float:

@@ -213,6 +213,10 @@ class NetworkUnits:
                 attributes += [(dotted(path, own), name, n) for own, name, n in cut.attributes]
         return Cut(kept, attributes)
 
+    def own_names(self, path: str, names: Collection[str]) -> list[str]:
+        """Return those of some parameters that a network has, by the network's own names."""
+        return [own for own, name in self._names[path].items() if name in names]
+
     def cut_of(self, path: str, going: Mapping[str, Tensor]) -> Cut | None:
         """Return the cut of one network, with names of tensors in it; None if all of it stays."""
         call = self.calls[path]

@@ -226,6 +226,8 @@ class ChannelPruning(Stage):
     def attach(self, module: nn.Module) -> None:
         self._module, self.parameters = module, dict(module.named_parameters())
         weights = select(module, self.include, self.exclude)
+        if self.latency:
+            self.latency.weights = weights.chosen.keys()
         if self.units is None and not self.is_final:
             self.selection = weights
             return

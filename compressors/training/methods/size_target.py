@@ -14,7 +14,7 @@ from fitsmall.compressors.choices.entropy_constrained import Clustering, cluster
 from fitsmall.compressors.codes.code import matrix_shape
 from fitsmall.compressors.codes.dtypes import INTEGERS
 from fitsmall.compressors.file.schema import CODER_NAMES
-from fitsmall.compressors.file.sizes import bytes_of
+from fitsmall.compressors.file.sizes import bytes_of, dense_bytes
 from fitsmall.compressors.file.writer import coded_size
 from fitsmall.compressors.naming import abridged, grouped, lookup
 from fitsmall.compressors.training.messages import inform, warn
@@ -156,7 +156,9 @@ class SizeTarget(SharedValues):
         # Latents that follow their levels move apart until the next choice.
         steps, (first, last) = super().steps_between, self.window
         following = self.clock.now >= first + _TIGHTENING * (last - first)
-        return max(1, steps // _OFTENER) if following and self.every is None else steps
+        if following and self.every is None and self.size is not None:
+            return max(1, steps // _OFTENER)
+        return steps
 
     # Selection, statistics.
 
@@ -165,7 +167,7 @@ class SizeTarget(SharedValues):
         self.module = module
         tensors = set(_tensors(module).values())
         if not self.dense and not any(map(is_lazy, tensors)):
-            self.dense = sum(tensor.nbytes for tensor in tensors)
+            self.dense = dense_bytes(module)
         self.statistics.attach(module, self.selection, self.parameters)
 
     def begin(self, horizon: float) -> None:
@@ -186,6 +188,7 @@ class SizeTarget(SharedValues):
                 f"selected weight at zero it takes {least:,}; ask for more, or act on more "
                 "parameters"
             )
+        self.left_out = {}
         now = self._coded(self._file({}))
         if now <= self.target:
             warn(
@@ -314,7 +317,7 @@ class SizeTarget(SharedValues):
         self.bytes = 0
         target *= 1 - _SPARE * (self.coder != "context")
 
-        def size(price: float) -> int:
+        def size_at(price: float) -> int:
             nonlocal best
             found = self._cluster(weights, names, price)
             size = self._size(found)
@@ -323,10 +326,10 @@ class SizeTarget(SharedValues):
             return size
 
         try:
-            self.price = price_within(size, target, self.price, _TOLERANCE, _TRIES)
+            self.price = price_within(size_at, target, self.price, _TOLERANCE, _TRIES)
         except ValueError as error:
             raise ValueError(
-                f"SizeTarget: no price gives a file of {target:,.0f} bytes: ask for more"
+                f"SizeTarget: no price gives a file of {target:,.0f} bytes, {error}: ask for more"
             ) from error
         return best
 
