@@ -344,6 +344,15 @@ def test_latency_of_integers(tmp_path: Path, keep: float, left: float) -> None:
     assert module.block.grow.input_quantizer.active
 
 
+def test_a_chosen_latency_survives_a_checkpoint() -> None:
+    """Also between the last choice and the cut."""
+    target, resumed = (latency_target.LatencyTarget(0.5, "torch") for _ in range(2))
+    target.reached = 0.51
+    resumed.load_state_dict(target.state_dict())
+    resumed.operated()
+    assert resumed.left == 0.51
+
+
 def test_integers_run_in_an_engine() -> None:
     pytest.importorskip("onnxruntime")
     module, images = Vision().eval(), torch.randn(2, 64)

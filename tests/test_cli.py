@@ -54,6 +54,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
         (["train", "init=nowhere.fitsmall", *QUICK], "nowhere.fitsmall is no file"),
         (["compress", "size=1/20"], "takes a checkpoint first"),
         (["suggest", "model=perceptron"], "takes a checkpoint first"),
+        (["suggest", "a.ckpt", "-m", "seed=0,1"], "fitsmall suggest makes one run"),
         (["suggest", "nowhere.ckpt", *QUICK], "nowhere.ckpt is no file"),
         (["compress", "a.ckpt", "trainer.max_epochs=3"], "has no target: name one"),
         (["compress", "nowhere.ckpt", "size=1/20", *QUICK], "nowhere.ckpt is no file"),

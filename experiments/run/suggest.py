@@ -38,7 +38,7 @@ from fitsmall.experiments.run.plot_style import (
     style_axes,
 )
 
-__all__ = ["main"]
+__all__ = ["curvatures", "main", "some_batches"]
 
 RATIOS = (4, 6, 8, 10, 15, 20, 30, 40, 60, 80)
 
@@ -62,10 +62,10 @@ def main(config: DictConfig) -> None:
     load_weights(module, config.init)
     data.prepare_data()
     data.setup("fit")
-    batches = _some(data.train_dataloader())
+    batches = some_batches(data.train_dataloader())
     module.eval()
-    curvatures = _curvatures(module, batches)
-    offers = trade_off(module, curvatures, RATIOS)
+    found = curvatures(module, batches)
+    offers = trade_off(module, found, RATIOS)
     if not offers:
         raise ValueError(
             f"{type(module).__name__} cannot be {RATIOS[0]} times smaller: most of its bytes are "
@@ -93,7 +93,7 @@ def main(config: DictConfig) -> None:
     )
 
 
-def _some(loader: Any) -> list[Any]:
+def some_batches(loader: Any) -> list[Any]:
     """Return training batches with 1,024 examples or more."""
     batches, examples = [], 0
     for batch in loader:
@@ -129,7 +129,7 @@ def _training_loss(module: pl.LightningModule, batch: Any, number: int) -> Tenso
     return loss
 
 
-def _curvatures(module: pl.LightningModule, batches: Sequence[Any]) -> dict[str, Tensor]:
+def curvatures(module: pl.LightningModule, batches: Sequence[Any]) -> dict[str, Tensor]:
     """Return the mean square of an example's gradient, for each number that trains.
 
     Gradients are of means over batches; at a minimum those of examples are independent, and their
