@@ -141,7 +141,7 @@ def cluster(weight: Matrix, curvature: Matrix, price: float, zeros: bool = True)
         >>> cluster(weight, np.ones_like(weight), price=1.0).kept
         0
         >>> cluster(weight, np.ones_like(weight), price=1.0, zeros=False).kept
-        8
+        6
     """
     rows, columns = weight.shape
     square = np.square(weight, dtype=np.float64)
