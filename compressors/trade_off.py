@@ -1,7 +1,7 @@
 """What a size costs: zeros and levels of a trained network at several sizes, without training."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,23 @@ class Offer:
     Args:
         ratio: Dense bytes, as a multiple of the size.
         size: Estimated bytes of the file.
-        loss: Estimated rise of the loss, if weights are rounded and nothing makes up for it.
-        losses: The rise for each parameter.
-        clusterings: What each parameter becomes.
+        clusterings: What each parameter becomes, and how much the loss rises for it by estimate, if
+            weights are rounded and nothing makes up for it.
     """
 
     ratio: float
     size: int
-    loss: float
-    losses: Mapping[str, float]
     clusterings: Mapping[str, Clustering]
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Estimated rise of the loss for each parameter."""
+        return {name: found.loss for name, found in self.clusterings.items()}
+
+    @property
+    def loss(self) -> float:
+        """Estimated rise of the loss."""
+        return sum(self.losses.values())
 
     @torch.no_grad()
     def apply_(self, module: nn.Module) -> None:
@@ -86,14 +93,16 @@ def trade_off(
         if dense / ratio <= others:
             continue
         price = price_within(bits, 8 * (dense / ratio - others), price)
-        clusterings = found(price)
-        losses = {
-            name: float(
-                (curvatures[name] * (w - decoded(clusterings[name]).view(w.shape).to(w)) ** 2).sum()
-            )
-            / 2
-            for name, w in weights.items()
+        clusterings = {
+            name: replace(each, loss=_loss(weights[name], curvatures[name], each))
+            for name, each in found(price).items()
         }
         size = round(others + sum(each.bits for each in clusterings.values()) / 8)
-        offers.append(Offer(ratio, size, sum(losses.values()), losses, clusterings))
+        offers.append(Offer(ratio, size, clusterings))
     return offers
+
+
+def _loss(weight: Tensor, curvature: Tensor, found: Clustering) -> float:
+    """Return by how much the loss rises if a weight is rounded: without any damping."""
+    rounded = decoded(found).view(weight.shape).to(weight)
+    return float((curvature * (weight - rounded).square()).sum()) / 2

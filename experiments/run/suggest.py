@@ -21,6 +21,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 
 from fitsmall.compressors.choices.clusterings import clusterings_table
 from fitsmall.compressors.text_table import aligned
@@ -43,7 +44,7 @@ __all__ = ["curvatures", "main", "some_batches"]
 RATIOS = (4, 6, 8, 10, 15, 20, 30, 40, 60, 80)
 
 _EXAMPLES = 1024
-# The estimated rise of the loss, as a part of the loss, up to which a size is suggested: what
+# The measured rise of the loss, as a part of the loss, up to which a size is suggested: what
 # fine-tuning makes up for.
 _RISE = 0.2
 
@@ -75,7 +76,11 @@ def main(config: DictConfig) -> None:
     after = [_rounded_loss(module, offer, batches) for offer in offers]
     print(_table(offers, before, after))
     chosen = max(
-        (offer for offer in offers if offer.loss <= _RISE * abs(before)),
+        (
+            offer
+            for offer, loss in zip(offers, after, strict=True)
+            if loss - before <= _RISE * abs(before)
+        ),
         key=lambda offer: offer.ratio,
         default=offers[0],
     )
@@ -152,9 +157,18 @@ def _loss(module: pl.LightningModule, batches: Sequence[Any]) -> float:
     return sum(float(_training_loss(module, b, n)) for n, b in enumerate(batches)) / len(batches)
 
 
+@torch.no_grad()
 def _rounded_loss(module: pl.LightningModule, offer: Offer, batches: Sequence[Any]) -> float:
-    twin: Any = twin_of(module)
+    """Return the loss of the rounded network, with batch-norms whose statistics are those of it."""
+    twin: Any = twin_of(module).eval()
     offer.apply_(twin)
+    norms = [layer for layer in twin.modules() if isinstance(layer, _NormBase)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+        norm.train()
+    if norms:
+        _loss(twin, batches)
     return _loss(twin.eval(), batches)
 
 
@@ -196,7 +210,7 @@ def _draw(
     sizes = [offer.size for offer in offers]
     left.axhline(before, color=GRID, linewidth=2, zorder=0)
     left.plot(sizes, [before + offer.loss for offer in offers], "o-", label="estimated")
-    left.plot(sizes, after, "o-", label="rounded as it is, measured")
+    left.plot(sizes, after, "o-", label="rounded, measured")
     left.axvline(chosen.size, color=GRID, linewidth=2, zorder=0)
     left.set_xscale("log")
     left.set_yscale("log")
