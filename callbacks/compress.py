@@ -160,10 +160,8 @@ class Compress(StageGroup):
                 latency = getattr(stage, "keep_latency", None)
                 for name, most in (("flops", stage.keep_flops), ("latency", latency)):
                     if most is not None:
-                        left, slack = (
-                            stage.left.get(name, 1.0),
-                            _LATENCY_TOLERANCE * (name == "latency"),
-                        )
+                        left = stage.left.get(name, 1.0)
+                        slack = _LATENCY_TOLERANCE if name == "latency" else 0.0
                         met = stage.is_final and left <= most * (1 + slack)
                         outcomes.append(Outcome(name, f"at most {most:g}", f"{left:.3f}", met))
             elif isinstance(stage, SizeTarget):

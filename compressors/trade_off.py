@@ -1,4 +1,4 @@
-"""What a size costs: zeros and levels of a trained network at several sizes, without training."""
+"""The trade-off of size and loss: a trained network's zeros and levels at several sizes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""What the parts of a size target buy: joint choice, metric, bits in the gradient, and training.
+"""Ablation of a size target: joint choice, metric, bits in the gradient, and training.
 
     python -m fitsmall.experiments.benchmarks.ablation [--seeds 0 1 2] [--times-smaller 150]
         [--only NAME ...]

@@ -1,4 +1,4 @@
-"""What a trained network loses at several sizes: ``fitsmall suggest CHECKPOINT``.
+"""Loss of a trained network at several sizes: ``fitsmall suggest CHECKPOINT``.
 
 One pass over some training data gives the squared gradients of the loss, and with them the
 estimated rise of the loss at each size (:mod:`fitsmall.compressors.trade_off`). Next to it stands
@@ -213,10 +213,11 @@ def _draw(
     left.plot(sizes, after, "o-", label="rounded, measured")
     left.axvline(chosen.size, color=GRID, linewidth=2, zorder=0)
     left.set_xscale("log")
-    left.set_yscale("log")
     left.set_xticks(sizes, [f"1/{offer.ratio:g}" for offer in offers])
-    left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    left.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:.3g}"))
+    if before > 0:  # the log-likelihood of a density is not
+        left.set_yscale("log")
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        left.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:.3g}"))
     left.minorticks_off()
     dense = format_bytes(chosen.size * chosen.ratio)
     left.set_xlabel(f"size of the file, of {dense}", color=INK, fontsize=10)
