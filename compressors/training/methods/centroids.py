@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["move_", "precision", "sums"]
+__all__ = ["move_", "nearest", "precision", "sums"]
 
 # Independent accumulators: an addition need not wait for the one before it.
 _LANES = 4
@@ -76,6 +76,20 @@ def move_(
         everywhere = len(index) == len(weights)
         at = part if everywhere else positions[part].long()
         weights[at] = weights[at].lerp(codebook[index[part].long()], strength)
+
+
+def nearest(weights: Tensor, codebook: Tensor) -> Tensor:
+    """Return the index of the nearest centroid of each weight.
+
+    Args:
+        weights: Weights.
+        codebook: Ascending centroids.
+
+    Example:
+        >>> nearest(torch.tensor([-0.9, 0.2, 3.0]), torch.tensor([-1.0, 0.5, 1.0]))
+        tensor([0, 1, 2])
+    """
+    return torch.bucketize(weights, (codebook[1:] + codebook[:-1]) / 2)
 
 
 def _product(weights: Tensor, positions: Tensor, index: Tensor, clusters: int) -> Tensor:

@@ -18,7 +18,7 @@ from fitsmall.compressors.file.sizes import bytes_of, dense_bytes
 from fitsmall.compressors.file.writer import coded_size
 from fitsmall.compressors.naming import abridged, grouped, lookup
 from fitsmall.compressors.training.messages import inform, warn
-from fitsmall.compressors.training.methods.centroids import move_
+from fitsmall.compressors.training.methods.centroids import move_, nearest
 from fitsmall.compressors.training.methods.shared_values import ZERO, SharedValues
 from fitsmall.compressors.training.sharding import local, of_first, whole
 from fitsmall.compressors.training.statistics import Statistics
@@ -30,12 +30,10 @@ _STATE = ("price", "ratio", "measure_at", "bytes", "dense", "aim")
 
 # Part of the window in which the price rises; in the rest weights move to their levels.
 _TIGHTENING = 0.65
-# Choices while weights move to their levels, for each one before.
-_OFTENER = 4
 # Where the size has no schedule, it is at least so many times what is not compressed.
 _NEAREST = 1.1
 # How far weights are on their way to their levels where the size has no schedule.
-_FOLLOWING = 0.5
+_FOLLOWING = 0.9
 # Bits of a weight that the file may take when the window begins.
 _FIRST_BITS = 8.0
 # Part of the mean curvature of a tensor that is added to that of each of its weights.
@@ -150,15 +148,6 @@ class SizeTarget(SharedValues):
 
     def strength(self, progress: float) -> float:
         return progress
-
-    @property
-    def steps_between(self) -> int:
-        # Latents that follow their levels move apart until the next choice.
-        steps, (first, last) = super().steps_between, self.window
-        following = self.clock.now >= first + _TIGHTENING * (last - first)
-        if following and self.every is None and self.size is not None:
-            return max(1, steps // _OFTENER)
-        return steps
 
     # Selection, statistics.
 
@@ -344,6 +333,23 @@ class SizeTarget(SharedValues):
         self.share(name, index, codebook, weight.flatten())
         self.masks[name] = self._mask(name)
 
+    def keep_nearest(self, latents: Mapping[str, Tensor]) -> None:
+        """Fix the levels that weights are nearest to, before the window ends, and measure the file.
+
+        Args:
+            latents: Latents by the names of their parameters.
+        """
+        if not self.clusterings or self.clock.now >= self.window.last:
+            return
+        weights = {}
+        for name in self.clusterings.keys() & latents.keys():
+            latent, codebook = latents[name].flatten(), self._codebook(name, latents[name].dtype)
+            kept = self._index(name).flatten() != ZERO
+            index = torch.where(kept, nearest(latent, codebook), ZERO).short()
+            self.share(name, index, codebook, latent)
+            weights[name] = self.levels(name)
+        self.bytes = self._coded(self._file(weights))
+
     def _mask(self, name: str) -> Tensor:
         """Return this process's part of a mask: all bits set where a weight is not zero."""
         kept = torch.zeros(local(self.parameters[name]).numel(), dtype=torch.bool)
@@ -394,9 +400,25 @@ class SizeTarget(SharedValues):
         """Return this process's part of a weight at the levels that were chosen for it."""
         weight = torch.zeros_like(local(self.parameters[name].detach())).contiguous()
         mine = self.clusterings[name]
-        codebook = mine["codebook"].to(getattr(torch, self.codebook_dtype)).to(weight.dtype)
+        codebook = self._codebook(name, weight.dtype)
         move_(weight.view(-1), mine["positions"], mine["index"], codebook, 1.0)
         return weight
+
+    def _round_(self, name: str, weight: Tensor, strength: float) -> None:
+        """Move the weights that are not zero towards the nearest level, ``w = u + s (c - u)``."""
+        positions, index = (self.clusterings[name][key] for key in ("positions", "index"))
+        if not len(index):
+            return
+        codebook, flat = self._codebook(name, weight.dtype), weight.contiguous().view(-1)
+        kept = positions.long() if len(positions) else slice(None)
+        latents = flat[kept]
+        flat[kept] = latents.lerp(codebook[nearest(latents, codebook)], strength)
+        if not weight.is_contiguous():
+            weight.copy_(flat.view_as(weight))
+
+    def _codebook(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return the levels of a weight, but for 0, as precise as in the file."""
+        return self.clusterings[name]["codebook"].to(getattr(torch, self.codebook_dtype)).to(dtype)
 
     def before_update(
         self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], gradient_scale: float
@@ -406,17 +428,26 @@ class SizeTarget(SharedValues):
 
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
         if name in self.masks:
-            _mask_(weight, self.masks[name])
-            super().project_(name, weight, self._pull(strength))
+            self._move_(name, weight, strength)
+            if strength == 1:
+                super().project_(name, weight, strength)
 
     def project_average_(self, name: str, average: Tensor, strength: float) -> None:
-        _mask_(average, self.masks[name])
-        super().project_average_(name, average, self._pull(strength))
+        self._move_(name, average, strength)
+        if strength == 1:
+            super().project_average_(name, average, strength)
+
+    def _move_(self, name: str, weight: Tensor, strength: float) -> None:
+        """Set weights to zero, and move the others towards their levels before they reach them."""
+        _mask_(weight, self.masks[name])
+        pull = self._pull(strength)
+        if pull > 0 and strength < 1:
+            self._round_(name, weight, pull)
 
     def _pull(self, strength: float) -> float:
         """Return how far weights are on their way to their levels."""
         if self.size is None:
-            return 1.0 if strength == 1 else _FOLLOWING
+            return _FOLLOWING
         return max(0.0, (strength - _TIGHTENING) / (1 - _TIGHTENING))
 
     # State.
