@@ -1,5 +1,6 @@
 """The smallest file that keeps a metric: sizes are tried in training, and taken back."""
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -15,9 +16,9 @@ from fitsmall.callbacks.averaging import EMA
 from fitsmall.callbacks.driver import plan_of
 from fitsmall.callbacks.monitored import MonitoredMetric
 from fitsmall.callbacks.outcomes import Outcome
+from fitsmall.compressors.training.latents import find_latent
 from fitsmall.compressors.training.messages import inform, warn
 from fitsmall.compressors.training.methods.size_target import SizeTarget
-from fitsmall.compressors.training.plan import Plan
 from fitsmall.compressors.training.sharding import local
 
 __all__ = ["AccuracyFloor"]
@@ -25,24 +26,33 @@ __all__ = ["AccuracyFloor"]
 # Attributes that a checkpoint saves.
 _STATE = ("given", "dense", "failed", "chances", "good", "last")
 
-# The first size, as a fraction of the dense one; each that holds is followed by a smaller one.
-_FIRST, _SMALLER = 0.2, 0.75
+# The first size, as a fraction of the dense one.
+_FIRST = 0.05
+# The longest step to a smaller size, and the least part of its logarithm that is taken.
+_STEP, _LEAST = 0.75, 0.1
+# Where the least size is reached, the aim is at least so much of it.
+_LOWEST = 0.8
 # Validations that a size gets before it has failed.
-_CHANCES = 2
+_CHANCES = 3
 # A size that failed is tried again once one holds that is so near to it: training has gone on.
 _NEAR = 1.05
 
 
 class AccuracyFloor:
-    """Move the size that a stage aims at, so that a metric stays within a tolerance.
+    r"""Move the size that a stage aims at, so that a metric stays within a tolerance.
 
     The metric of the dense network is its best value before the stage begins. From then on every
     validation sees the weights at their levels, as the file would have them. If the metric is
-    within the tolerance, the network is remembered, and a smaller size is tried: three quarters of
-    it, or the geometric mean with the smallest size that has failed. If the metric is beyond the
-    tolerance twice in a row, the size has failed: the network goes back to the one that was
-    remembered, and the size lies between the two. At the end of the window the smallest one that
-    held is taken.
+    within the tolerance, the network is remembered, and a smaller size is tried. The less of the
+    tolerance is left, the smaller the step: with a loss ``l``, the next size is
+
+    .. math:: s' = 0.75^x s, \qquad x = \frac{l_\mathrm{dense} + \mathrm{max\_drop} - l}
+              {\mathrm{max\_drop}} \text{ within } [0.1, 1].
+
+    If the metric is beyond the tolerance three times in a row, the size has failed: training goes
+    back to the network that was remembered, and the next size is the geometric mean of the two. At
+    the end of the window the smallest one that held is taken. After that only the values of the
+    levels train, and a validation beyond the tolerance takes them back.
 
     Args:
         stage: Stage without a size of its own.
@@ -100,6 +110,8 @@ class AccuracyFloor:
             )
         if not self.stage.aim:
             self.stage.aim = int(_FIRST * self.stage.dense)
+        if not self.good and self.given is not None:
+            self._remember(trainer, self.given)
         first = self.stage.window.first
         batches = trainer.val_check_batch  # None if the time decides
         if math.isinf(self.dense) and not self.stage.clock.steps and batches is not None:
@@ -135,8 +147,12 @@ class AccuracyFloor:
             )
 
     @torch.no_grad()
-    def show_levels_(self) -> None:
+    def show_levels_(self, trainer: pl.Trainer) -> None:
         """Move the weights to their levels, for a validation."""
+        plan = plan_of(trainer)
+        if plan is None or trainer.sanity_checking:
+            return
+        self.stage.keep_nearest(plan.latents())
         for name in self.stage.clusterings:
             weight = local(self.stage.parameters[name])
             self._floats[name] = weight.detach().clone()
@@ -164,31 +180,39 @@ class AccuracyFloor:
         if plan.clock.now <= stage.window.first:
             if self.given is None:
                 self.dense = min(self.dense, loss)
-            self.good = self._network(plan, stage.dense, value)
+            self._remember(trainer, value)
             return
         if math.isinf(self.dense):
             raise self._unknown(stage.window.first)
         if not self._told:
             self._told = True
             self._check_examples(_examples(trainer))
-        if plan.clock.now >= stage.window.last or not stage.clusterings:
+        if not stage.clusterings:
             return
-        size = stage.bytes
-        if loss <= self.limit:
-            self.good = self._network(plan, size, value)
-            self.chances = _CHANCES
-            if size < _NEAR * self.failed:
+        size, holds = stage.bytes, loss <= self.limit
+        if holds:
+            self._remember(trainer, value)
+        if plan.clock.now >= stage.window.last:
+            if not holds:
+                self.restore_(trainer)
+                self.last = self.metric.loss(self.good.get("metric", value))
+            return
+        aim = min(max(stage.aim, _LOWEST * size), size)
+        self.chances = _CHANCES if holds else self.chances - 1
+        if holds:
+            if aim < _NEAR * self.failed:
                 self.failed = 0.0
-            stage.aim = int(math.sqrt(size * self.failed) if self.failed else _SMALLER * size)
+            left = (self.limit - loss) / self.max_drop if self.max_drop else 1.0
+            smaller = aim * _STEP ** min(max(left, _LEAST), 1.0)
+            stage.aim = int(max(smaller, math.sqrt(aim * self.failed)))
+        elif not self.chances:
+            self.failed, self.chances = float(aim), _CHANCES
+            self.restore_(trainer)
+            stage.aim = int(math.sqrt(aim * self.good.get("aim", stage.dense)))
         else:
-            self.chances -= 1
-            if self.chances:
-                return
-            self.failed, self.chances = float(size), _CHANCES
-            self.restore_(plan)
-            stage.aim = int(math.sqrt(size * self.good.get("bytes", stage.dense)))
+            return
         inform(
-            f"Compress: {size:,} bytes {'keep' if loss <= self.limit else 'do not keep'} "
+            f"Compress: {size:,} bytes {'keep' if holds else 'do not keep'} "
             f"{self.metric.name}, {value:.4g} against {self.metric.loss(self.dense):.4g}; next "
             f"{stage.aim:,}"
         )
@@ -197,7 +221,7 @@ class AccuracyFloor:
         """Go back to the smallest network that held, just before the window ends."""
         plan = plan_of(trainer)
         if plan is not None and plan.clock.now == self.stage.window.last - 1:
-            self.restore_(plan)
+            self.restore_(trainer)
 
     @property
     def compressed(self) -> bool:
@@ -232,29 +256,36 @@ class AccuracyFloor:
         met = self.last <= self.limit and self.compressed
         return Outcome(self.metric.name, wanted, f"{value:.4g}", met)
 
-    # The network that was remembered. The optimizer's averages are not part of it.
+    # The network that was remembered.
 
-    def _network(self, plan: Plan, size: int, value: float) -> dict[str, Any]:
-        """Return a copy of the network, of its latents, and of what was chosen for it."""
-        stage = self.stage
+    def _remember(self, trainer: pl.Trainer, value: float) -> None:
+        """Copy the network, its latents and moments, and what was chosen for it."""
+        plan, stage = plan_of(trainer), self.stage
+        assert plan is not None
         state = plan.module.state_dict()
-        return {
-            "bytes": size,
+        self.good = {
+            "bytes": stage.bytes,
+            "aim": stage.aim if stage.clusterings else stage.dense,
             "metric": value,
             "tensors": {name: t.clone() for name, t in state.items() if isinstance(t, Tensor)},
             "latents": {name: latent.clone() for name, latent in plan.latents().items()},
+            "moments": [
+                {key: moment.clone() for key, moment in mine.items()} for mine in _moments(trainer)
+            ],
             "clusterings": {name: dict(mine) for name, mine in stage.clusterings.items()},
             "masks": dict(stage.masks),
         }
 
     @torch.no_grad()
-    def restore_(self, plan: Plan) -> None:
+    def restore_(self, trainer: pl.Trainer) -> None:
         """Bring back the network that was remembered, if it still fits.
 
         A network whose layers have become smaller since then stays as it is, and so do parameters
         that joined training later.
         """
-        good, state = self.good, plan.module.state_dict()
+        plan, stage, good = plan_of(trainer), self.stage, self.good
+        assert plan is not None
+        state = plan.module.state_dict()
         tensors = good.get("tensors", {}).items()
         if any(name not in state or state[name].shape != tensor.shape for name, tensor in tensors):
             self.good = good = {}
@@ -264,13 +295,18 @@ class AccuracyFloor:
             state[name].copy_(tensor)
         for name, latent in plan.latents().items():
             latent.copy_(good["latents"].get(name, state[name]))
-        stage = self.stage
+        for now, then in zip(_moments(trainer), good["moments"], strict=False):
+            for key in now.keys() & then.keys():
+                now[key].copy_(then[key])
         stage.clusterings = {
             name: {key: tensor.to(state[name].device) for key, tensor in mine.items()}
             for name, mine in good["clusterings"].items()
         }
         stage.masks = {name: mask.to(state[name].device) for name, mask in good["masks"].items()}
         stage.bytes = good["bytes"]
+        if plan.clock.now >= stage.window.last:
+            for name in stage.clusterings:
+                local(stage.parameters[name]).copy_(stage.levels(name))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint saves; the network that was remembered among it."""
@@ -296,3 +332,14 @@ def _examples(trainer: pl.Trainer) -> int:
         except (AttributeError, TypeError, ZeroDivisionError):
             return 0
     return round(examples)
+
+
+def _moments(trainer: pl.Trainer) -> list[dict[str, Tensor]]:
+    """Return what the optimizers keep for each parameter, without its latent."""
+    moments = []
+    for optimizer in trainer.optimizers:
+        for parameter in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
+            state, latent = optimizer.state.get(parameter, {}), find_latent(optimizer, parameter)
+            tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            moments.append({key: t for key, t in tensors.items() if t is not latent})
+    return moments

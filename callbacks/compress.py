@@ -193,7 +193,7 @@ class Compress(StageGroup):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.floor is not None and trainer.state.fn == "fit":
-            self.floor.show_levels_()
+            self.floor.show_levels_(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.floor is not None and trainer.state.fn == "fit":

@@ -275,6 +275,37 @@ def test_a_size_that_loses_the_metric_is_taken_back(tmp_path: Path) -> None:
     assert all(row.met for row in compress.outcome(module.path.stat().st_size))
 
 
+def test_a_loss_after_the_window_is_taken_back(tmp_path: Path) -> None:
+    """The last validation fails, and the file is the one that held."""
+    epochs = itertools.count(1)
+    module, compress = floor_run(tmp_path, lambda levels: 0.1 if next(epochs) < 30 else 0.2)
+    assert next(epochs) == 31
+    assert all(row.met for row in compress.outcome(module.path.stat().st_size))
+    weights = module.body[0].weight
+    assert torch.equal(weights, compress.floor.good["tensors"]["body.0.weight"])
+
+
+@pytest.mark.parametrize("remembered", [0.3, 1.0])
+def test_training_goes_back_as_a_whole(tmp_path: Path, remembered: float) -> None:
+    """Levels, latents and moments; also where nothing held after the window."""
+    epochs = itertools.count(1)
+    module, compress = floor_run(
+        tmp_path, lambda _: 0.1 if next(epochs) <= 30 * remembered else 0.2, stop=0.5
+    )
+    floor, runner = compress.floor, module.trainer
+    [optimizer] = runner.optimizers
+    for state in optimizer.state.values():
+        state["exp_avg"].fill_(7)
+    floor.restore_(runner)
+    moments = [state["exp_avg"] for state in optimizer.state.values()]
+    saved = [state["exp_avg"] for state in floor.good["moments"]]
+    assert all(torch.equal(now, then) for now, then in zip(moments, saved, strict=True))
+    assert len(module.body[0].weight.unique()) <= 1 + len(
+        floor.stage.clusterings["body.0.weight"]["codebook"]
+    )
+    assert floor.outcome().met
+
+
 def test_a_network_that_loses_at_once_stays_dense(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no size kept val/error within 0.01 of 0.1"):
         module, compress = floor_run(tmp_path, lambda levels: 0.1 if levels > 300 else 0.9)
@@ -311,7 +342,7 @@ def test_a_validation_sees_the_levels_that_the_file_has(tmp_path: Path) -> None:
     assert module.checked > 20
     final = {name: p.detach().clone() for name, p in module.named_parameters()}
     assert compress.floor is not None
-    compress.floor.show_levels_()
+    compress.floor.show_levels_(runner)
     assert all(torch.equal(final[name], p) for name, p in module.named_parameters())
 
 
