@@ -258,13 +258,19 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _projections(module: pl.LightningModule, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the projected averages of the parameters that stages act on, by all of their names."""
+    """Return the projected averages of what stages act on, by all of its names."""
     plan = plan_of(module.trainer)
     projections = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if plan is not None and parameter in plan.names:
             projections[name] = averages[name].detach().to(parameter.device, copy=True)
             plan.project_average_(plan.names[parameter], projections[name])
+    if plan is not None:
+        names = dict(module.named_buffers(remove_duplicate=False)).keys() & averages.keys()
+        buffers = {name: averages[name].clone() for name in names}
+        plan.project_buffers_(buffers)
+        changed = {name for name in names if not torch.equal(buffers[name], averages[name])}
+        projections |= {name: buffers[name] for name in changed}
     return projections
 
 
@@ -277,4 +283,6 @@ def _project_(module: pl.LightningModule) -> dict[str, Tensor]:
         if plan is not None and parameter in plan.names:
             averages[name] = parameter.detach().clone()
             plan.project_average_(name, parameter.detach())
+    if plan is not None:
+        plan.project_buffers_(dict(module.named_buffers()))
     return averages

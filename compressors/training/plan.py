@@ -11,7 +11,7 @@ Parameters stay plain leaves of the module: only their values change. Latents ar
 state, so that a checkpoint of the optimizer saves them.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -312,6 +312,7 @@ class Plan:
         self.project_restored()
         if self._stepping:
             self.clock.tick()
+            self.project_buffers_(dict(self.module.named_buffers()))
         self._open = self._stepping = False
         for stage in self.stages:
             if (surgery := stage.surgery()) and not stage.surgery_waits:
@@ -332,6 +333,16 @@ class Plan:
     def project_average_(self, name: str, average: Tensor) -> None:
         """Project an average of a parameter's latents as the parameter itself is projected."""
         self.chains.project_average_(name, average)
+
+    @torch.no_grad()
+    def project_buffers_(self, buffers: Mapping[str, Tensor]) -> None:
+        """Project buffers of the module, or of an average of it.
+
+        Args:
+            buffers: All of them, by name.
+        """
+        for stage in self.stages:
+            stage.project_buffers_(buffers)
 
     def stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the state dict for a file: with the surgery that was impossible in training.

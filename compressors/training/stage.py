@@ -299,6 +299,13 @@ class Stage(ABC):
         """Whether it puts new parameters in place of others, which have no average."""
         return False
 
+    def project_buffers_(self, buffers: Mapping[str, Tensor]) -> None:
+        """Project buffers of the module, or of an average of it, after every step.
+
+        Args:
+            buffers: All of them, by name.
+        """
+
     def surgery(self) -> Surgery | None:
         """Return the change of layers that is due, or None."""
         return None

@@ -66,8 +66,8 @@ class SizeTarget(SharedValues):
     with ``s`` from 0 to 1. At its end the price is corrected until the file, really coded, takes
     99.3 to 100 % of the target; after that only the values of the levels are trained.
 
-    Biases and norms are weights as all others. What no optimizer trains, such as running
-    statistics, stays as it is and counts.
+    Biases and norms are weights as all others. Running statistics of batch-norms are rounded to
+    bfloat16 after the window. What else no optimizer trains stays as it is and counts.
 
     Args:
         size: Of the file: a fraction of the bytes of the module's state dict, such as ``1/20``; or
@@ -166,11 +166,14 @@ class SizeTarget(SharedValues):
         zeros = self._zeros(self.selection.chosen)
         self.left_out = dict(self.selection.waiting)
         tensors = self._file(zeros)
-        # Running statistics have few digits only now, before the first step.
+        # Buffers have few digits only now, before the first step.
         buffers = dict(self.module.named_buffers()).keys() & tensors.keys()
-        running = {name for name in buffers if tensors[name].is_floating_point()}
-        least = self._coded({name: t for name, t in tensors.items() if name not in running})
-        least += sum(tensors[name].nbytes for name in running)
+        floats = {name for name in buffers if tensors[name].is_floating_point()}
+        least = self._coded({name: t for name, t in tensors.items() if name not in floats})
+        least += sum(
+            tensors[name].numel() * (2 if _is_statistic(name) else tensors[name].itemsize)
+            for name in floats
+        )
         if least >= self.target:
             raise ValueError(
                 f"SizeTarget: a file of {self.target:,} bytes cannot be reached: with every "
@@ -370,14 +373,15 @@ class SizeTarget(SharedValues):
 
     def _file(self, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the module's state dict with other values of some parameters, also where they are
-        tied, and without those that are left out."""
+        tied, with rounded statistics, and without what is left out."""
         values: dict[Tensor, Tensor] = {self.parameters[name]: t for name, t in changed.items()}
         left_out = set(self.left_out.values())
-        return {
+        file = {
             name: values[tensor] if tensor in values else whole(tensor.detach())
             for name, tensor in _tensors(self.module).items()
             if tensor not in left_out and not is_lazy(tensor)
         }
+        return {name: _rounded(t) if _is_statistic(name) else t for name, t in file.items()}
 
     def _table(self, found: Mapping[str, Clustering]) -> str:
         """Return a table of what was chosen."""
@@ -444,6 +448,12 @@ class SizeTarget(SharedValues):
         if pull > 0 and strength < 1:
             self._round_(name, weight, pull)
 
+    def project_buffers_(self, buffers: Mapping[str, Tensor]) -> None:
+        if self.chosen_at is not None and self.clock.now >= self.window.last:
+            for name, buffer in buffers.items():
+                if _is_statistic(name):
+                    buffer.copy_(_rounded(buffer))
+
     def _pull(self, strength: float) -> float:
         """Return how far weights are on their way to their levels."""
         if self.size is None:
@@ -477,6 +487,15 @@ class SizeTarget(SharedValues):
 def _mask_(weight: Tensor, mask: Tensor) -> None:
     # On the bits, since a product with 0 would make -0 of negative weights.
     weight.view(INTEGERS[weight.dtype.itemsize]).bitwise_and_(mask)
+
+
+def _is_statistic(name: str) -> bool:
+    """Return whether a tensor is a running mean or variance, by its name."""
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    return tensor.bfloat16().to(tensor.dtype)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
