@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from fitsmall.compressors.choices.clusterings import CODEBOOK_DTYPE, clustered, decoded
 from fitsmall.compressors.choices.entropy_constrained import price_within
@@ -21,11 +20,11 @@ from fitsmall.compressors.codes.code import Code
 from fitsmall.compressors.codes.exact import exact
 from fitsmall.compressors.file.writer import coded_size
 from fitsmall.compressors.repair.batches import Batch
-from fitsmall.compressors.repair.layers import repair, tune_shared
+from fitsmall.compressors.repair.layers import metrics_of, repair, tune_shared
 from fitsmall.compressors.repair.metric import squared_gradients
 from fitsmall.compressors.repair.priced import Priced
 from fitsmall.compressors.torch_internals import evaluating
-from fitsmall.compressors.weights import Matrices, twin_of
+from fitsmall.compressors.weights import Matrices, is_statistic, twin_of
 
 __all__ = ["compress_to", "curvatures"]
 
@@ -162,6 +161,8 @@ class _Sized:
     ) -> None:
         self.module, self.names, self.forms, self.batches = module, [*chosen], forms, batches
         self.curvatures = curvatures(module, self.names, batches)
+        matrices = [name for name in self.names if module.get_parameter(name).dim() > 1]
+        self.metrics = metrics_of(module, matrices, batches)
 
     def least(self, coder: str) -> int:
         """Return the bytes of the file with every chosen parameter at zero."""
@@ -179,7 +180,14 @@ class _Sized:
             name: Priced(price, float(self.curvatures[name].sum())) for name in matrices
         }
         codes, reasons = repair(
-            twin, matrices, projections, self.forms, self.batches, None, tuned=False
+            twin,
+            matrices,
+            projections,
+            self.forms,
+            self.batches,
+            activation_bits=None,
+            tuned=False,
+            metrics=self.metrics,
         )
         _round_statistics_(twin)
         for name in reasons:
@@ -214,8 +222,6 @@ class _Sized:
 
 def _round_statistics_(module: nn.Module) -> None:
     """Round running statistics, which are numbers of few digits, to half their bytes."""
-    for layer in module.modules():
-        if isinstance(layer, _NormBase):
-            for statistic in (layer.running_mean, layer.running_var):
-                if statistic is not None:
-                    statistic.copy_(statistic.to(CODEBOOK_DTYPE))
+    for name, buffer in module.named_buffers():
+        if is_statistic(name):
+            buffer.copy_(buffer.to(CODEBOOK_DTYPE))

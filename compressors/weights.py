@@ -27,6 +27,7 @@ __all__ = [
     "is_conv1d",
     "is_multiplied",
     "is_product",
+    "is_statistic",
     "matrices_of",
     "no_weight",
     "owner",
@@ -275,6 +276,16 @@ def twin_of(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
             f"{type(module).__name__} cannot be copied, and its outputs are compared with those of "
             f"a copy: {error}. Take what cannot be copied, such as locks, out of it"
         ) from error
+
+
+def is_statistic(name: str) -> bool:
+    """Return whether a tensor is a running mean or variance, by its name.
+
+    Example:
+        >>> [name for name in nn.BatchNorm1d(2).state_dict() if is_statistic(name)]
+        ['running_mean', 'running_var']
+    """
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
 def conv1d_class(layer: nn.Module) -> type[nn.Module] | None:

@@ -9,10 +9,10 @@ its input. At the end, what is not pruned and on no grid is tuned for the output
 """
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,14 @@ from fitsmall.compressors.surgery.quantizers import (
 from fitsmall.compressors.torch_internals import evaluating
 from fitsmall.compressors.weights import BIAS_OR_NORM, Matrices, no_weight, twin_of
 
-__all__ = ["repair", "tune_shared"]
+__all__ = ["Metrics", "metrics_of", "repair", "tune_shared"]
 
 # Reasons why a weight is not fitted.
 _UNSEEN = "no product of it with data was seen"
 _TRANSPOSED = "it belongs to a transposed convolution"
+
+
+Metrics: TypeAlias = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 @torch.no_grad()
@@ -49,6 +52,7 @@ def repair(
     batches: list[Batch],
     activation_bits: int | None,
     tuned: bool = True,
+    metrics: Metrics | None = None,
 ) -> tuple[dict[str, Code], dict[str, str]]:
     """Compress weights of a module in place, fitted to data.
 
@@ -62,6 +66,7 @@ def repair(
         batches: See :func:`batches_of`.
         activation_bits: Bits of the inputs of these weights' layers, or None.
         tuned: Whether codebooks, biases and norms are tuned together at the end.
+        metrics: Those of the module as it is, if they are known, see :func:`metrics_of`.
 
     Returns:
         Codes by name, and the reason for each one that could not be fitted to data.
@@ -71,7 +76,7 @@ def repair(
             projection refuses a weight.
     """
     before = copy.deepcopy(module.state_dict())
-    work = _Repair(module, weights, projections, forms, batches, activation_bits)
+    work = _Repair(module, weights, projections, forms, batches, activation_bits, metrics)
     try:
         with evaluating(module):
             work.run()
@@ -87,6 +92,20 @@ def repair(
     return {name: work.codes[name] for name in projections}, work.reasons
 
 
+def metrics_of(module: nn.Module, names: Iterable[str], batches: Sequence[Batch]) -> Metrics:
+    """Return the metrics of weights by their names.
+
+    See :func:`~fitsmall.compressors.repair.metric.output_metrics`.
+    """
+    original = twin_of(module).eval()
+    weights: dict[Tensor, str] = {original.get_parameter(name): name for name in names}
+    products, reads = output_metrics(original, weights, batches)
+    return (
+        {weights[weight]: metric for weight, metric in products.items()},
+        {weights[weight]: metric for weight, metric in reads.items()},
+    )
+
+
 class _Repair:
     """State of a repair, see :func:`repair`."""
 
@@ -98,23 +117,22 @@ class _Repair:
         forms: Mapping[str, Matrices],
         batches: list[Batch],
         activation_bits: int | None,
+        metrics: Metrics | None,
     ) -> None:
         self.module, self.batches = module, batches
         self.projections, self.forms = projections, forms
         self.original = twin_of(module).eval()
         self.weights = {name: weights[name] for name in projections}
         self.names: dict[Tensor, str] = {weight: name for name, weight in self.weights.items()}
-        self.bits = activation_bits
+        self.bits, self.metrics = activation_bits, metrics
         self.codes: dict[str, Code] = {}
         self.reasons: dict[str, str] = {}
         self.attached: list[nn.Module] = []
 
     def run(self) -> None:
         uses = self._survey()
-        names: dict[Tensor, str] = {self.original.get_parameter(n): n for n in self.weights}
-        self.products, self.reads = (
-            {names[weight]: metric for weight, metric in metrics.items()}
-            for metrics in output_metrics(self.original, names, self.batches)
+        self.products, self.reads = self.metrics or metrics_of(
+            self.original, self.weights, self.batches
         )
         for name, weight in self.weights.items():
             if weight not in uses:

@@ -4,10 +4,10 @@
 
 LeNet-300-100 trains on MNIST for 8 epochs, with 10,000 images held out. Each such network is
 fine-tuned for 8 epochs with ``Compress(max_drop=0.002)``; and those of the seeds ``--grid`` as well
-with each of 40 settings by hand: a sparsity, a number of clusters and a learning rate. Of these
-the smallest file counts that keeps the error on held-out images within the same tolerance. The
-table has the rise of the error, in points, on held-out images, which chose, and on test images,
-which chose nothing.
+with each of 40 settings by hand: a sparsity, a number of clusters and a learning rate, the same one
+or twice as much. Of these the smallest file counts that keeps the error on held-out images within
+the same tolerance. The table has the rise of the error, in points, on held-out images, which chose,
+and on test images, which chose nothing.
 """
 
 import argparse
@@ -68,10 +68,12 @@ def main() -> None:
                 ]
                 runs.append(fitted(net, seed, by_hand))
                 print(seed, sparsity, clusters, factor, *runs[-1], flush=True)
-            best = min(run for run in runs if run[1] <= before[1] + MAX_DROP)
-            by = "best of {} by hand: {:g} zeros, {} clusters, {} times the rate"
-            words = by.format(len(GRID), *GRID[runs.index(best)])
-            shown.add_row(str(seed), words, f"{best[0]:,}", *_rises(best, before))
+            for rates in ((1,), (1, 2)):
+                of = [run for run, (*_, rate) in zip(runs, GRID, strict=True) if rate in rates]
+                best = min(run for run in of if run[1] <= before[1] + MAX_DROP)
+                by = "best of {} by hand: {:g} zeros, {} clusters, {} times the rate"
+                words = by.format(len(of), *GRID[runs.index(best)])
+                shown.add_row(str(seed), words, f"{best[0]:,}", *_rises(best, before))
     Console(width=120).print(shown)
 
 

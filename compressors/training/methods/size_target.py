@@ -22,6 +22,7 @@ from fitsmall.compressors.training.methods.centroids import move_, nearest
 from fitsmall.compressors.training.methods.shared_values import ZERO, SharedValues
 from fitsmall.compressors.training.sharding import local, of_first, whole
 from fitsmall.compressors.training.statistics import Statistics
+from fitsmall.compressors.weights import is_statistic
 
 __all__ = ["SizeTarget"]
 
@@ -171,7 +172,7 @@ class SizeTarget(SharedValues):
         floats = {name for name in buffers if tensors[name].is_floating_point()}
         least = self._coded({name: t for name, t in tensors.items() if name not in floats})
         least += sum(
-            tensors[name].numel() * (2 if _is_statistic(name) else tensors[name].itemsize)
+            tensors[name].numel() * (2 if is_statistic(name) else tensors[name].itemsize)
             for name in floats
         )
         if least >= self.target:
@@ -381,7 +382,7 @@ class SizeTarget(SharedValues):
             for name, tensor in _tensors(self.module).items()
             if tensor not in left_out and not is_lazy(tensor)
         }
-        return {name: _rounded(t) if _is_statistic(name) else t for name, t in file.items()}
+        return {name: _rounded(t) if is_statistic(name) else t for name, t in file.items()}
 
     def _table(self, found: Mapping[str, Clustering]) -> str:
         """Return a table of what was chosen."""
@@ -451,7 +452,7 @@ class SizeTarget(SharedValues):
     def project_buffers_(self, buffers: Mapping[str, Tensor]) -> None:
         if self.chosen_at is not None and self.clock.now >= self.window.last:
             for name, buffer in buffers.items():
-                if _is_statistic(name):
+                if is_statistic(name):
                     buffer.copy_(_rounded(buffer))
 
     def _pull(self, strength: float) -> float:
@@ -487,11 +488,6 @@ class SizeTarget(SharedValues):
 def _mask_(weight: Tensor, mask: Tensor) -> None:
     # On the bits, since a product with 0 would make -0 of negative weights.
     weight.view(INTEGERS[weight.dtype.itemsize]).bitwise_and_(mask)
-
-
-def _is_statistic(name: str) -> bool:
-    """Return whether a tensor is a running mean or variance, by its name."""
-    return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
 def _rounded(tensor: Tensor) -> Tensor:
