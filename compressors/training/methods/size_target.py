@@ -31,6 +31,8 @@ _STATE = ("price", "ratio", "measure_at", "bytes", "dense", "aim")
 
 # Part of the window in which the price rises; in the rest weights move to their levels.
 _TIGHTENING = 0.65
+# Without zeros: choices while weights move to their levels, for each one before.
+_OFTENER = 4
 # Where the size has no schedule, it is at least so many times what is not compressed.
 _NEAREST = 1.1
 # How far weights are on their way to their levels where the size has no schedule.
@@ -149,6 +151,14 @@ class SizeTarget(SharedValues):
 
     def strength(self, progress: float) -> float:
         return progress
+
+    @property
+    def steps_between(self) -> int:
+        steps, (first, last) = super().steps_between, self.window
+        following = self.clock.now >= first + _TIGHTENING * (last - first)
+        if following and not self.zeros and self.every is None:
+            return max(1, steps // _OFTENER)
+        return steps
 
     # Selection, statistics.
 
@@ -433,21 +443,25 @@ class SizeTarget(SharedValues):
 
     def project_(self, name: str, weight: Tensor, strength: float) -> None:
         if name in self.masks:
-            self._move_(name, weight, strength)
-            if strength == 1:
-                super().project_(name, weight, strength)
+            _mask_(weight, self.masks[name])
+            if self._changes_levels(strength):
+                self._round_(name, weight, self._pull(strength))
+            else:
+                super().project_(name, weight, self._pull(strength))
 
     def project_average_(self, name: str, average: Tensor, strength: float) -> None:
-        self._move_(name, average, strength)
-        if strength == 1:
-            super().project_average_(name, average, strength)
+        _mask_(average, self.masks[name])
+        if self._changes_levels(strength):
+            self._round_(name, average, self._pull(strength))
+        else:
+            super().project_average_(name, average, self._pull(strength))
 
-    def _move_(self, name: str, weight: Tensor, strength: float) -> None:
-        """Set weights to zero, and move the others towards their levels before they reach them."""
-        _mask_(weight, self.masks[name])
-        pull = self._pull(strength)
-        if pull > 0 and strength < 1:
-            self._round_(name, weight, pull)
+    def _changes_levels(self, strength: float) -> bool:
+        """Return whether weights change their level between two choices.
+
+        Without zeros they stay: the nearest of few levels is then far from the one of least bits.
+        """
+        return self.zeros and strength < 1 and self._pull(strength) > 0
 
     def project_buffers_(self, buffers: Mapping[str, Tensor]) -> None:
         if self.chosen_at is not None and self.clock.now >= self.window.last:
@@ -458,7 +472,7 @@ class SizeTarget(SharedValues):
     def _pull(self, strength: float) -> float:
         """Return how far weights are on their way to their levels."""
         if self.size is None:
-            return _FOLLOWING
+            return 1.0 if strength == 1 else _FOLLOWING
         return max(0.0, (strength - _TIGHTENING) / (1 - _TIGHTENING))
 
     # State.
