@@ -15,12 +15,12 @@ from fitsmall.compressors.codes.code import matrix_shape
 from fitsmall.compressors.codes.dtypes import INTEGERS
 from fitsmall.compressors.file.schema import CODER_NAMES
 from fitsmall.compressors.file.sizes import bytes_of, dense_bytes
-from fitsmall.compressors.file.writer import coded_size
 from fitsmall.compressors.naming import abridged, grouped, lookup
 from fitsmall.compressors.training.messages import inform, warn
 from fitsmall.compressors.training.methods.centroids import move_, nearest
+from fitsmall.compressors.training.methods.file_of import FileOf, rounded
 from fitsmall.compressors.training.methods.shared_values import ZERO, SharedValues
-from fitsmall.compressors.training.sharding import local, of_first, whole
+from fitsmall.compressors.training.sharding import local
 from fitsmall.compressors.training.statistics import Statistics
 from fitsmall.compressors.weights import is_statistic
 
@@ -126,9 +126,8 @@ class SizeTarget(SharedValues):
         if size is not None:
             bytes_of(size, 1, "SizeTarget")  # checks it
         self.statistics = Statistics(("squared_gradient",))
-        self.module = nn.Module()
+        self.file = FileOf(nn.Module(), self.coder)
         self.masks: dict[str, Tensor] = {}
-        self.left_out: dict[str, nn.Parameter] = {}
         self.price: float | None = None
         self.ratio, self.measure_at, self.bytes, self.dense, self.aim = 1.0, 0.0, 0, 0, 0
         self.reset()
@@ -164,9 +163,8 @@ class SizeTarget(SharedValues):
 
     def attach(self, module: nn.Module) -> None:
         super().attach(module)
-        self.module = module
-        tensors = set(_tensors(module).values())
-        if not self.dense and not any(map(is_lazy, tensors)):
+        self.file = FileOf(module, self.coder)
+        if not self.dense and not self.file.is_lazy:
             self.dense = dense_bytes(module)
         self.statistics.attach(module, self.selection, self.parameters)
 
@@ -174,25 +172,16 @@ class SizeTarget(SharedValues):
         self.statistics.begin()
         if self.chosen_at is not None or self.size is None:
             return
-        zeros = self._zeros(self.selection.chosen)
-        self.left_out = dict(self.selection.waiting)
-        tensors = self._file(zeros)
-        # Buffers have few digits only now, before the first step.
-        buffers = dict(self.module.named_buffers()).keys() & tensors.keys()
-        floats = {name for name in buffers if tensors[name].is_floating_point()}
-        least = self._coded({name: t for name, t in tensors.items() if name not in floats})
-        least += sum(
-            tensors[name].numel() * (2 if is_statistic(name) else tensors[name].itemsize)
-            for name in floats
-        )
+        self.file.left_out = set(self.selection.waiting.values())
+        least = self.file.least(self._zeros(self.selection.chosen))
         if least >= self.target:
             raise ValueError(
                 f"SizeTarget: a file of {self.target:,} bytes cannot be reached: with every "
                 f"selected weight at zero it takes {least:,}; ask for more, or act on more "
                 "parameters"
             )
-        self.left_out = {}
-        now = self._coded(self._file({}))
+        self.file.left_out = set()
+        now = self.file.size()
         if now <= self.target:
             warn(
                 f"SizeTarget: the file takes {now:,} bytes before training, and may take "
@@ -258,12 +247,12 @@ class SizeTarget(SharedValues):
         """
         late = self._late(names)
         zeros = self._zeros(names)
-        self.left_out = {}
-        others = self._coded(self._file(zeros))
+        self.file.left_out = set()
+        others = self.file.size(zeros)
         target = float(self.target)
         if others >= target and late:
-            self.left_out = late
-            others = self._coded(self._file(zeros))
+            self.file.left_out = set(late.values())
+            others = self.file.size(zeros)
             mine = sum(self.parameters[name].numel() for name in names)
             share = mine / (mine + sum(parameter.numel() for parameter in late.values()))
             target = others + (target - others) * share
@@ -308,9 +297,11 @@ class SizeTarget(SharedValues):
 
     def _size(self, found: Mapping[str, Clustering]) -> int:
         """Return the size of the file, really coded."""
-        shapes = {name: self.parameters[name].shape for name in found}
-        weights = {name: decoded(mine).view(shapes[name]) for name, mine in found.items()}
-        return self._coded(self._file(weights))
+        weights: dict[Tensor, Tensor] = {
+            self.parameters[name]: decoded(mine).view(self.parameters[name].shape)
+            for name, mine in found.items()
+        }
+        return self.file.size(weights)
 
     def _within(
         self, target: float, weights: Mapping[str, Tensor], names: Sequence[str]
@@ -355,14 +346,14 @@ class SizeTarget(SharedValues):
         """
         if not self.clusterings or self.clock.now >= self.window.last:
             return
-        weights = {}
+        weights: dict[Tensor, Tensor] = {}
         for name in self.clusterings.keys() & latents.keys():
             latent, codebook = latents[name].flatten(), self._codebook(name, latents[name].dtype)
             kept = self._index(name).flatten() != ZERO
             index = torch.where(kept, nearest(latent, codebook), ZERO).short()
             self.share(name, index, codebook, latent)
-            weights[name] = self.levels(name)
-        self.bytes = self._coded(self._file(weights))
+            weights[self.parameters[name]] = self.levels(name)
+        self.bytes = self.file.size(weights)
 
     def _mask(self, name: str) -> Tensor:
         """Return this process's part of a mask: all bits set where a weight is not zero."""
@@ -373,26 +364,10 @@ class SizeTarget(SharedValues):
         kept[slice(None) if everywhere else positions.long()] = True
         return -kept.view(local(self.parameters[name]).shape).to(torch.int8)
 
-    def _zeros(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def _zeros(self, names: Iterable[str]) -> dict[Tensor, Tensor]:
         """Return zeros in the place of whole parameters."""
-        weights = {name: self.parameters[name] for name in names}
-        return {name: torch.zeros(w.shape, dtype=w.dtype) for name, w in weights.items()}
-
-    def _coded(self, tensors: Mapping[str, Tensor]) -> int:
-        """Return the bytes of a file, the same on every process: buffers may differ."""
-        return of_first(coded_size(tensors, self.coder))
-
-    def _file(self, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the module's state dict with other values of some parameters, also where they are
-        tied, with rounded statistics, and without what is left out."""
-        values: dict[Tensor, Tensor] = {self.parameters[name]: t for name, t in changed.items()}
-        left_out = set(self.left_out.values())
-        file = {
-            name: values[tensor] if tensor in values else whole(tensor.detach())
-            for name, tensor in _tensors(self.module).items()
-            if tensor not in left_out and not is_lazy(tensor)
-        }
-        return {name: _rounded(t) if is_statistic(name) else t for name, t in file.items()}
+        weights = [self.parameters[name] for name in names]
+        return {weight: torch.zeros(weight.shape, dtype=weight.dtype) for weight in weights}
 
     def _table(self, found: Mapping[str, Clustering]) -> str:
         """Return a table of what was chosen."""
@@ -401,8 +376,10 @@ class SizeTarget(SharedValues):
 
     def finish(self) -> list[str]:
         warnings = super().finish()
-        if self.left_out and self.chosen_at is not None:
-            names = abridged([pattern for pattern, _ in grouped(self.left_out)])
+        if self.file.left_out and self.chosen_at is not None:
+            selected = {**self.selection.waiting, **self.parameters}
+            left_out = {name: p for name, p in selected.items() if p in self.file.left_out}
+            names = abridged([pattern for pattern, _ in grouped(left_out)])
             warnings.append(
                 f"SizeTarget: the file is larger than {self.target:,} bytes, since {names} took no "
                 "part in training: make them trainable, or ask for more"
@@ -467,7 +444,7 @@ class SizeTarget(SharedValues):
         if self.chosen_at is not None and self.clock.now >= self.window.last:
             for name, buffer in buffers.items():
                 if is_statistic(name):
-                    buffer.copy_(_rounded(buffer))
+                    buffer.copy_(rounded(buffer))
 
     def _pull(self, strength: float) -> float:
         """Return how far weights are on their way to their levels."""
@@ -480,7 +457,8 @@ class SizeTarget(SharedValues):
     def reset(self) -> None:
         super().reset()
         self._forget()
-        self.masks, self.left_out, self.dense, self.aim = {}, {}, 0, 0
+        self.masks, self.dense, self.aim = {}, 0, 0
+        self.file.left_out = set()
         self.statistics.reset()
 
     def _forget(self) -> None:
@@ -502,12 +480,3 @@ class SizeTarget(SharedValues):
 def _mask_(weight: Tensor, mask: Tensor) -> None:
     # On the bits, since a product with 0 would make -0 of negative weights.
     weight.view(INTEGERS[weight.dtype.itemsize]).bitwise_and_(mask)
-
-
-def _rounded(tensor: Tensor) -> Tensor:
-    return tensor.bfloat16().to(tensor.dtype)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    state: dict[str, Any] = module.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
