@@ -107,17 +107,27 @@ def _by_hand(target: int, module: Any, seed: int) -> tuple[int, float]:
         sparsity += 0.005
 
 
-def _without_training(target: int, module: Any, seed: int) -> tuple[int, float]:
-    data = Mnist(256, 10_000, seed)
+def _at_once(target: int, module: Any, data: Mnist) -> Any:
+    """Return a copy that is compressed without training."""
     data.prepare_data()
     data.setup("fit")
     batches = [batch for batch, _ in zip(data.train_dataloader(), range(4), strict=False)]
     net = copy.deepcopy(module)
     compress(net.net, size=f"{target} B", data=batches)
-    net.eval()
+    return net
+
+
+def _without_training(target: int, module: Any, seed: int) -> tuple[int, float]:
+    data = Mnist(256, 10_000, seed)
+    net = _at_once(target, module, data).eval()
     with torch.inference_mode():
         wrong = [net(images).argmax(1) != labels for images, labels in data.val_dataloader()]
     return coded_size(net.state_dict()), 100 * float(torch.cat(wrong).double().mean())
+
+
+def _one_shot_first(target: int, module: Any, seed: int) -> tuple[int, float]:
+    net = _at_once(target, module, Mnist(256, 10_000, seed))
+    return _fitted(net, seed, [Compress(f"{target} B")])
 
 
 def _trained(stage: Callable[[str], pl.Callback], target: int, module: Any, seed: int) -> Any:
@@ -132,6 +142,10 @@ VARIANTS: dict[str, Callable[[int, Any, int], tuple[int, float]]] = {
     "bits in the gradient, 3": partial(_trained, partial(BitsInGradient, factor=3.0)),
     "bits in the gradient, 10": partial(_trained, partial(BitsInGradient, factor=10.0)),
     "no training": _without_training,
+    "no training, then all": _one_shot_first,
+    "ranks for half of the multiply-adds, too": partial(
+        _trained, partial(Compress, flops=0.5, methods=("ranks", "prune", "quantize"))
+    ),
 }
 
 
