@@ -127,7 +127,11 @@ def test_a_trained_network_is_compressed(
     assert (tmp_path / "guide" / "trade_off.png").is_file()
     main(["compress", f"{dense}/model.fitsmall", "size=1/25", *quick, f"hydra.run.dir={first}"])
     assert 8000 < (first / "model.fitsmall").stat().st_size <= 202440 // 25
-    assert "at most 8,097 bytes" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "at most 8,097 bytes" in shown
+    was = json.loads((dense / "result.json").read_text())["error"]
+    assert json.loads((first / "result.json").read_text())["error_before"] == was
+    assert f"before: {100 * was:.2f} % in 202,440 bytes" in shown
     # A dense network that was perfect cannot be kept up with.
     main(["decompress", f"{dense}/model.fitsmall", "-o", f"{tmp_path}/dense.safetensors"])
     words = ["max_drop=0", "dense=0", *quick, "+trainer.val_check_interval=6"]

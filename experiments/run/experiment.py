@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from fitsmall.callbacks import Compress, CompressedCheckpoint
 from fitsmall.callbacks.outcomes import targets_table
 from fitsmall.compressors import Report, restore
+from fitsmall.compressors.file.sizes import dense_bytes
 from fitsmall.experiments.run.fingerprint import fingerprint
 from fitsmall.experiments.run.folder import write_json
 from fitsmall.experiments.run.initial_weights import load_weights
@@ -92,6 +93,12 @@ def _train_and_measure(
     validation = _evaluate(config, trainer, restored, "val")
     error = _evaluate(config, trainer, restored, config.evaluate_on)
 
+    before: tuple[int, float] | None = None
+    if config.init is not None:
+        start = instantiate_node(config.model)
+        load_weights(start, config.init)
+        before = dense_bytes(start), _evaluate(config, trainer, start, config.evaluate_on)
+
     error_dense, seconds_dense = None, None
     if config.reference:
         # The fair rival is the same training without compression: same seed, batches and
@@ -105,6 +112,7 @@ def _train_and_measure(
         "metric": config.metric,
         "error": error,
         "error_dense": error_dense,
+        "error_before": None if before is None else before[1],
         "error_validation": validation,
         "evaluated_on": config.evaluate_on,
         "seconds": seconds,
@@ -123,13 +131,15 @@ def _train_and_measure(
         write_json(folder / "result.json", result)
         _remove_resume_checkpoints(folder)
         marks = {"compressed": (result["bytes"], error)}
+        if before is not None:
+            marks["before"] = before
         if error_dense is not None:
             marks["dense"] = (result["bytes_dense"], error_dense)
         on = "" if config.evaluate_on == "val" else ", on test data"
         marks = {f"{name}{on}": mark for name, mark in marks.items()}
         metrics = folder / "metrics.csv"
         draw_run(folder / "report.png", checkpoint.report, metrics, marks, config.metric)
-        print(_summary(result, folder))
+        print(_summary(result, before, folder))
         log_result(loggers, result, path)
     return result
 
@@ -307,12 +317,15 @@ def _remove_resume_checkpoints(folder: Path) -> None:
             saved.unlink()
 
 
-def _summary(result: dict[str, Any], folder: Path) -> str:
+def _summary(result: dict[str, Any], before: tuple[int, float] | None, folder: Path) -> str:
     metric, dense = result["metric"], result["error_dense"]
     rival = "" if dense is None else f" (dense {format_metric(metric, dense)})"
+    start = ""
+    if before is not None:
+        start = f"\nbefore: {format_metric(metric, before[1])} in {before[0]:,} bytes"
     return (
         f"\n{format_metric(metric, result['error'])} {result['evaluated_on']} "
         f"{describe_metric(metric)}{rival} in {result['bytes']:,} bytes, "
         f"{result['ratio']:.0f} times smaller, "
-        f"after {result['seconds']:.0f} s\n{folder / 'report.png'}"
+        f"after {result['seconds']:.0f} s{start}\n{folder / 'report.png'}"
     )

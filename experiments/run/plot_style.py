@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from fitsmall.compressors.naming import printable
 from fitsmall.experiments.run.metric_format import display_factor
@@ -65,7 +65,9 @@ def set_log_axes(axes: Axes, metric: str, ticks: Sequence[float]) -> None:
     unit = " %" if factor == 100 else ""
     axes.set_xscale("log")
     axes.set_yscale("log", nonpositive="clip")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    smallest, largest = axes.get_xlim()
+    few = largest < 10 * smallest  # within a decade LogLocator's labels overlap
+    axes.xaxis.set_major_locator(MaxNLocator(5) if few else LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: format_bytes(size)))
     axes.yaxis.set_major_locator(LogLocator(subs=ticks))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{factor * value:.3g}{unit}"))
