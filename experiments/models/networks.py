@@ -305,8 +305,8 @@ class SqueezeNet(nn.Module):
 
     A fire module squeezes its channels by a convolution of 1 x 1, and expands them by one of 1 x 1
     and one of 3 x 3 side by side. The stem has a convolution of 3 x 3 in place of 7 x 7, which
-    takes every pixel. Weights begin as He et al. (2015) choose them, and those of the head with a
-    deviation of 0.01: without norms, smaller ones let the signal vanish.
+    takes every pixel. Weights begin as He et al. (2015) choose them: without norms, smaller ones
+    let the signal vanish.
 
     Args:
         scale: Factor of all channels.
@@ -333,7 +333,6 @@ class SqueezeNet(nn.Module):
                 nn.init.kaiming_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.head.weight, std=0.01)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.features(_check_shape(images, *_COLOUR))
